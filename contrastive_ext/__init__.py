@@ -1,0 +1,67 @@
+"""Fused contrastive losses whose negatives are reweighted: exact, in O(N D) memory, on CPU and GPU.
+
+    from contrastive_ext import fused_debiased_loss
+    loss = fused_debiased_loss(z1, z2, temperature=0.5, tau_plus=0.1)     # z1, z2: [B, D]
+
+Losses are functions (`fused_<name>_loss`) and modules (`<Name>Loss`); `fused_row_loss` runs a formula of your own.
+`available_backends`, `explain` and `python -m contrastive_ext doctor` say what computes them and why.
+"""
+
+import sys
+from types import ModuleType
+
+from ._version import __version__
+from .dispatch import available_backends
+from .explain import Explanation, explain
+from .losses.base import RowLoss, RowStatistics, fused_row_loss
+from .losses.debiased import Debiased, fused_debiased_loss
+from .losses.decoupled import Decoupled, fused_decoupled_loss
+from .losses.hard_negative import HardNegative, fused_hard_negative_loss
+from .losses.infonce import InfoNCE, fused_infonce_loss
+from .memory import MemoryEstimate, estimate_memory
+from .modules import DebiasedLoss, DecoupledLoss, HardNegativeLoss, InfoNCELoss, LogitScale, RowLossModule
+from .queue import NegativeQueue
+from .row_stats import row_stats
+from .stats import LossStats
+
+__all__ = [
+    "Debiased",
+    "DebiasedLoss",
+    "Decoupled",
+    "DecoupledLoss",
+    "Explanation",
+    "HardNegative",
+    "HardNegativeLoss",
+    "InfoNCE",
+    "InfoNCELoss",
+    "LogitScale",
+    "LossStats",
+    "MemoryEstimate",
+    "NegativeQueue",
+    "RowLoss",
+    "RowLossModule",
+    "RowStatistics",
+    "__version__",
+    "available_backends",
+    "estimate_memory",
+    "explain",
+    "fused_debiased_loss",
+    "fused_decoupled_loss",
+    "fused_hard_negative_loss",
+    "fused_infonce_loss",
+    "fused_row_loss",
+    "row_stats",
+]
+
+
+class _CallableModule(ModuleType):
+    """What `import contrastive_ext.fused_debiased_loss` finds: a module that is the function of its name."""
+
+    def __call__(self, *args, **kwargs):
+        return globals()[self.__name__.rpartition(".")[2]](*args, **kwargs)
+
+
+for _name in __all__:
+    if _name.startswith("fused_"):
+        sys.modules[f"{__name__}.{_name}"] = _CallableModule(f"{__name__}.{_name}", globals()[_name].__doc__)
+del _name

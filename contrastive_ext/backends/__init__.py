@@ -1,0 +1,1 @@
+"""One module per backend: each computes the row statistics of one `Problem` and their gradient (see dispatch.py)."""

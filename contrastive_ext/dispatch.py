@@ -1,0 +1,115 @@
+"""Which backend computes a call: one ordered table, one reason per backend that cannot.
+
+`backend="auto"` takes the first backend of the table that can and, on a GPU, prefers one whose kernels are proven on that
+architecture (`VERIFIED`). A named backend never falls back: it runs or raises with its reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .backends import cpu, torch_blocks
+from .problem import Problem, Statistics, Upstream
+
+REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute `Statistics` and their gradient; `why_not` says why it cannot, or None.
+
+    `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
+    """
+
+    name: str
+    why_not: Callable[[torch.device, torch.dtype, torch.dtype, int], str | None]
+    forward: Callable[..., Statistics]
+    backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
+    needs_proof: bool = False
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward),
+    Backend(torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward),
+)
+
+# (backend, architecture, operand dtype) -> results file in bench/results that shows it correct and measured on hardware.
+VERIFIED: dict[tuple[str, str, torch.dtype], str] = {}
+
+_announced: set[tuple[str, str]] = set()
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run on this machine, in the order `auto` tries them; "reference" is last."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    runs = [b.name for b in BACKENDS if any(b.why_not(d, torch.float32, torch.float32, 128) is None for d in devices)]
+    return [*runs, REFERENCE]
+
+
+def backend_names() -> list[str]:
+    """Every name `backend=` accepts."""
+    return ["auto", *(b.name for b in BACKENDS), REFERENCE]
+
+
+def check_backend_name(name: str) -> None:
+    """Raise ValueError for a name that is not in the table."""
+    if name not in backend_names():
+        raise ValueError(f"backend must be one of {', '.join(backend_names())}; got {name!r}.")
+
+
+def select(name: str, device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> Backend:
+    """The backend for a call; RuntimeError with its reason if a named one cannot run it."""
+    if name == "auto":
+        return _automatic(device, dtype, operand_dtype, dim)
+    backend = next(b for b in BACKENDS if b.name == name)
+    reason = backend.why_not(device, dtype, operand_dtype, dim)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run this call: {reason} Use backend='auto' or {_others(name)}.")
+    return backend
+
+
+def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> Backend:
+    able = [b for b in BACKENDS if b.why_not(device, dtype, operand_dtype, dim) is None]
+    proven = [b for b in able if not b.needs_proof or _is_verified(b, device, operand_dtype)]
+    if able[0] is proven[0] or able[0].name == "cuda":  # unproven CUDA kernels are never taken automatically
+        return proven[0]
+    _announce_unproven(able[0], device)
+    return able[0]
+
+
+def _is_verified(backend: Backend, device: torch.device, operand_dtype: torch.dtype) -> bool:
+    return (backend.name, architecture(device), operand_dtype) in VERIFIED
+
+
+def architecture(device: torch.device) -> str:
+    """"sm_90", "gfx942" or the device type."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
+
+
+def _announce_unproven(backend: Backend, device: torch.device) -> None:
+    key = (backend.name, architecture(device))
+    if key not in _announced:
+        _announced.add(key)
+        warnings.warn(
+            f"contrastive_ext: the {backend.name} kernels have not been verified on {key[1]} yet; "
+            "using them. `python -m contrastive_ext doctor` shows what has been.",
+            stacklevel=2,
+        )
+
+
+def _others(name: str) -> str:
+    return ", ".join(repr(n) for n in available_backends() if n != name)
+
+
+def results_file(entry: str) -> Path:
+    """Where a VERIFIED entry's results file lies in the source tree."""
+    return Path(__file__).parent.parent / "bench" / "results" / entry

@@ -1,0 +1,44 @@
+"""Why a call runs on the backend it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .numerics import SUPPORTED_DTYPES, stats_dtype
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend `auto` takes, and for every backend the reason it cannot run the call (None: it can)."""
+
+    chosen: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"backend='auto' takes {self.chosen!r}:"]
+        lines += [f"  {name:<10} {'can run this call' if why is None else why}" for name, why in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(z1: Tensor, z2: Tensor | None = None) -> Explanation:
+    """Say which backend a loss on z1 (and z2) would run on, and why not on the others; computes nothing.
+
+    z1, z2   [B, D] as given to the loss; z2 is only checked to match
+    """
+    if z1.dtype not in SUPPORTED_DTYPES or z1.dim() != 2:
+        raise ValueError(f"z1 must be a floating-point [B, D] tensor; got {z1.dtype} {list(z1.shape)}.")
+    if z2 is not None and (z2.dtype != z1.dtype or z2.device != z1.device):
+        raise TypeError(f"z1 and z2 must share dtype and device; got {z1.dtype} and {z2.dtype}.")
+    return explain_for(z1.device, z1.dtype, z1.shape[1])
+
+
+def explain_for(device: torch.device, dtype: torch.dtype, dim: int) -> Explanation:
+    """`explain` for tensors that do not exist yet."""
+    call = (device, stats_dtype(dtype), dtype, dim)
+    reasons: dict[str, str | None] = {b.name: b.why_not(*call) for b in dispatch.BACKENDS}
+    reasons[dispatch.REFERENCE] = None
+    return Explanation(dispatch.select("auto", *call).name, reasons)

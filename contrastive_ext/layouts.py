@@ -1,0 +1,194 @@
+"""How a batch becomes anchors, sets of candidate columns and positives: one place for what N is in every layout.
+
+    two_view   anchors [z1; z2], 2B; candidates the same rows (+ queue)                 negatives 2B - 2 + K
+    one_way    anchors z1 [B]; candidates z2 [M >= B] (+ queue) (+ explicit negatives)  negatives M - 1 + K
+    symmetric  anchors z1 and z2, each against the other                                negatives B - 1 each
+
+`arrange` checks the call, normalises, rounds to the operand dtype and computes the positive logits in float32 (float64).
+Every path, streaming or dense, starts from its `Arrangement`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import numerics
+from .queue import NegativeQueue
+
+Layout = Literal["two_view", "one_way", "symmetric"]
+LAYOUTS = ("two_view", "one_way", "symmetric")
+
+
+@dataclass(frozen=True)
+class ColumnSet:
+    """One set of candidates of every anchor; v None means the anchors themselves."""
+
+    v: Tensor | None
+    num_images: int = 0  # > 0: the leading columns show the anchors' images, view by view (pairs.py)
+    ids: Tensor | None = None
+    unit: bool = False
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A checked batch: everything a loss needs but the statistics over negatives."""
+
+    anchors: Tensor  # [A, D], the rows of every sweep
+    column_sets: tuple[ColumnSet, ...]
+    row_negatives: Tensor | None  # [A, n, D], explicit negatives of each anchor alone
+    scale: float | Tensor
+    pos: Tensor  # [R] logit of the positive
+    correction: Tensor  # [R] log-mean-exp of the logits of the debiasing positives; pos unless `positives` is given
+    symmetric: bool  # R = 2A: the columns of the one set are anchors too
+    operand_dtype: torch.dtype
+
+
+def arrange(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor | None,
+    *,
+    logit_scale: float | Tensor | None,
+    default_temperature: float,
+    layout: Layout,
+    queue: Tensor | NegativeQueue | None,
+    negatives: Tensor | None,
+    in_batch_negatives: bool,
+    positives: Tensor | None,
+    normalize: bool,
+) -> Arrangement:
+    """Check the arguments of a loss over pairs and arrange them; raises before anything is computed."""
+    keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+    _check_pairs(z1, z2, layout)
+    _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
+    dtype, operand_dtype = numerics.stats_dtype(z1.dtype), z1.dtype
+    scale = _scale(temperature, logit_scale, default_temperature, dtype, z1.device)
+
+    def operand(z: Tensor) -> Tensor:
+        z = z.to(dtype)
+        return numerics.round_operand(numerics.normalize(z) if normalize else z, operand_dtype)
+
+    batch, u1, u2 = z1.shape[0], operand(z1), operand(z2)
+    views = 1 if layout == "one_way" else 2
+    column_sets, row_negatives = [], None
+    if in_batch_negatives:
+        column_sets.append(ColumnSet(None if layout == "two_view" else u2, num_images=batch, unit=normalize))
+    if keys is not None:
+        column_sets.append(ColumnSet(numerics.round_operand(keys.detach().to(dtype), operand_dtype), ids=key_ids))
+    if negatives is not None and negatives.dim() == 2:
+        column_sets.append(ColumnSet(operand(negatives), unit=normalize))
+    elif negatives is not None:
+        row_negatives = operand(negatives)
+
+    pos = (scale * (u1 * u2[:batch]).sum(-1)).repeat(views)
+    correction = pos
+    if positives is not None:
+        anchors_by_view = torch.stack([u1, u2][:views])
+        logits = scale * torch.einsum("vbd,mbd->mvb", anchors_by_view, operand(positives))
+        correction = logits.flatten(1).logsumexp(0) - math.log(len(positives))
+    return Arrangement(
+        anchors=torch.cat([u1, u2]) if layout == "two_view" else u1,
+        column_sets=tuple(column_sets),
+        row_negatives=row_negatives,
+        scale=scale,
+        pos=pos,
+        correction=correction,
+        symmetric=layout == "symmetric",
+        operand_dtype=operand_dtype,
+    )
+
+
+def _scale(
+    temperature: float | Tensor | None,
+    logit_scale: float | Tensor | None,
+    default_temperature: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> float | Tensor:
+    if temperature is not None and logit_scale is not None:
+        raise ValueError("give temperature or logit_scale (= 1/temperature), not both.")
+    name, value = ("logit_scale", logit_scale) if logit_scale is not None else ("temperature", temperature)
+    if value is None:
+        value = default_temperature
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.is_floating_point() or value.device != device:
+            raise ValueError(
+                f"a {name} tensor must be a 0-d floating-point tensor on {device}; "
+                f"got {list(value.shape)} {value.dtype} on {value.device}."
+            )
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not value.detach() > 0:
+            raise ValueError(f"{name} must be > 0; got {value.item()}.")
+        value = value.to(dtype)
+    elif not 0 < value < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite; got {value}.")
+    return value if name == "logit_scale" else 1.0 / value
+
+
+def _check_pairs(z1: Tensor, z2: Tensor, layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}.")
+    for name, z in (("z1", z1), ("z2", z2)):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(z).__name__}.")
+        if z.dtype not in numerics.SUPPORTED_DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {z.dtype}.")
+    if z1.dtype != z2.dtype or z1.device != z2.device:
+        raise TypeError(
+            f"z1 and z2 must share dtype and device; got {z1.dtype} on {z1.device} and {z2.dtype} on {z2.device}."
+        )
+    shapes = f"got {list(z1.shape)} and {list(z2.shape)}."
+    if z1.dim() != 2 or z2.dim() != 2 or z1.shape[1] != z2.shape[1] or 0 in z1.shape:
+        raise ValueError(f"z1 and z2 must be [B, D] with B, D >= 1; {shapes}")
+    if layout == "one_way":
+        if z2.shape[0] < z1.shape[0]:
+            raise ValueError(f"with layout='one_way' z2 must be [M, D] with M >= B, row i the positive of i; {shapes}")
+    elif z1.shape != z2.shape:
+        raise ValueError(f"z1 and z2 must have the same shape [B, D]; {shapes}")
+
+
+def _check_extras(
+    z1: Tensor,
+    z2: Tensor,
+    layout: str,
+    keys: Tensor | None,
+    negatives: Tensor | None,
+    in_batch_negatives: bool,
+    positives: Tensor | None,
+) -> None:
+    batch, dim = z1.shape
+    if keys is not None:
+        if layout == "symmetric":
+            raise ValueError("layout='symmetric' takes no queue: it is undefined which side it would belong to.")
+        if keys.dim() != 2 or keys.shape[1] != dim or not keys.is_floating_point() or keys.device != z1.device:
+            raise ValueError(f"queue must be floating-point [K, {dim}] on {z1.device}; got {_describe(keys)}.")
+    if negatives is not None:
+        if layout != "one_way":
+            raise ValueError(f"explicit negatives need layout='one_way'; got layout={layout!r}.")
+        if negatives.shape[-1] != dim or not (
+            negatives.dim() == 2 or (negatives.dim() == 3 and negatives.shape[0] == batch)
+        ):
+            raise ValueError(f"negatives must be [K, {dim}] or [{batch}, n, {dim}]; got {_describe(negatives)}.")
+        _check_like(negatives, z1, "negatives")
+    if positives is not None:
+        if positives.dim() != 3 or positives.shape[1:] != z1.shape or not len(positives):
+            raise ValueError(f"positives must be [M, {batch}, {dim}] with M >= 1; got {_describe(positives)}.")
+        _check_like(positives, z1, "positives")
+    if not in_batch_negatives:
+        if layout != "one_way" or (keys is None and negatives is None):
+            raise ValueError("in_batch_negatives=False needs layout='one_way' and a queue or explicit negatives.")
+        if z2.shape[0] != batch:
+            raise ValueError(f"with in_batch_negatives=False z2 must be [{batch}, {dim}]; got {_describe(z2)}.")
+
+
+def _check_like(tensor: Tensor, z1: Tensor, name: str) -> None:
+    if tensor.dtype != z1.dtype or tensor.device != z1.device:
+        raise TypeError(f"{name} must be {z1.dtype} on {z1.device} like z1; got {_describe(tensor)}.")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"

@@ -1,0 +1,242 @@
+"""The road of one call: arrange the batch, sweep each set of columns, merge, apply the row loss, reduce.
+
+A loss is a `RowLoss`: a frozen dataclass of its parameters with `from_stats`, a formula over the statistics of one row.
+Autograd through these length-R vectors yields the coefficients dL/dlse_k and dL/dpos; the primitive turns them into the
+gradients of z1, z2 and the temperature. A row loss therefore runs on every backend the day it is written.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..layouts import Arrangement, Layout, arrange
+from ..numerics import logsumexp_pair
+from ..queue import NegativeQueue
+from ..reference import DenseLogits, dense_logits
+from ..row_stats import row_stats
+from ..stats import Diagnostics, LossStats, summarize, warn_if_clamped
+
+REDUCTIONS = ("mean", "sum", "none")
+_Function = TypeVar("_Function", bound=Callable)
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What a row loss sees: vectors of length R, one entry per anchor, in float32 (float64 for float64 inputs).
+
+    lse         log sum over the negatives of exp(beta_k s_ij), one vector per entry of the loss's `exponents`
+    pos         logit of the positive, <anchor, positive> * scale
+    correction  log-mean-exp of the logits of the debiasing positives; pos unless `positives` was given
+    count       number of negatives
+    scale       1/temperature, a float or a 0-d tensor
+    """
+
+    lse: tuple[Tensor, ...]
+    pos: Tensor
+    correction: Tensor
+    count: Tensor
+    scale: float | Tensor
+
+
+class RowLoss:
+    """A contrastive loss as a formula of row statistics. Subclass with a frozen dataclass and write `from_stats`."""
+
+    exponents: tuple[float, ...] = (1.0,)  # the beta_k > 0, one or two, whose log-sum-exps the loss needs
+    default_temperature: float = 0.5
+
+    def from_stats(self, stats: RowStatistics) -> Tensor:
+        """[R] loss of every row, in nats, differentiable in stats.lse, pos, correction and scale."""
+        raise NotImplementedError(f"{type(self).__name__} must define from_stats(self, stats).")
+
+    def dense(self, logits: DenseLogits) -> Tensor:
+        """[R] the same loss from the whole matrix, for backend="reference"; by default through `from_stats`."""
+        lse = tuple(logits.logsumexp(beta) for beta in self.exponents)
+        return self.from_stats(RowStatistics(lse, logits.pos, logits.correction, logits.count, logits.scale))
+
+    def clamped(self, stats: RowStatistics) -> Tensor | None:
+        """[R] bool, rows whose negatives get no gradient because of a floor; None for a loss without one."""
+        return None
+
+
+class LossOptions(TypedDict, total=False):
+    """Keywords every loss function and module takes; `fused_row_loss` documents them."""
+
+    logit_scale: float | Tensor | None
+    layout: Layout
+    queue: Tensor | NegativeQueue | None
+    negatives: Tensor | None
+    in_batch_negatives: bool
+    normalize: bool
+    reduction: Literal["mean", "sum", "none"]
+    return_stats: bool
+    backend: str
+
+
+def fused_row_loss(
+    row_loss: RowLoss,
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor | None = None,
+    *,
+    logit_scale: float | Tensor | None = None,
+    layout: Layout = "two_view",
+    queue: Tensor | NegativeQueue | None = None,
+    negatives: Tensor | None = None,
+    in_batch_negatives: bool = True,
+    positives: Tensor | None = None,
+    normalize: bool = True,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Any row loss over a batch of pairs, without forming the similarity matrix; every public loss is this call.
+
+    row_loss     the formula, for instance `Debiased(tau_plus=0.1)` or your own `RowLoss`
+    z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair; one_way: z2 [M >= B, D], further rows are negatives
+    temperature  > 0, a float or a 0-d tensor to learn it; None is the loss's default
+    logit_scale  1/temperature instead (CLIP style), a float or a 0-d tensor
+    layout       "two_view": 2B anchors against all 2B rows; "one_way": z1 against z2; "symmetric": z1 against z2 and
+                 back (CLIP)
+    queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way)
+    negatives    [K, D] for all anchors or [B, n, D] for each, with gradient (one_way)
+    in_batch_negatives  False: only queue and `negatives` (one_way; MoCo)
+    positives    [M, B, D] views that replace the partner in a debiasing correction, with gradient
+    normalize    scale rows to unit length first (zero rows stay zero, with zero gradient); False: used as given
+    reduction    "mean", "sum" or "none"
+    return_stats also return a `LossStats` record from the same pass
+    backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    Returns      float32 (float64 for float64 inputs), nats: 0-d, or [2B] (two_view; symmetric: rows, then columns) or
+                 [B] (one_way) for "none". A row without negatives has loss 0 and counts in the mean.
+    Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations; RuntimeError with the
+                 reason if a named backend cannot run
+    Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference"
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    dispatch.check_backend_name(backend)
+    with torch.autocast(z1.device.type if isinstance(z1, Tensor) else "cpu", enabled=False):
+        batch = arrange(
+            z1, z2, temperature, logit_scale=logit_scale, default_temperature=row_loss.default_temperature,
+            layout=layout, queue=queue, negatives=negatives, in_batch_negatives=in_batch_negatives,
+            positives=positives, normalize=normalize,
+        )  # fmt: skip
+        path = _dense if backend == dispatch.REFERENCE else _streamed
+        losses, stats, diagnostics = path(row_loss, batch, return_stats, backend)
+        loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+        if diagnostics is None:
+            return loss
+        return loss, summarize(stats, diagnostics, row_loss.clamped(stats))
+
+
+def _streamed(
+    row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str
+) -> tuple[Tensor, RowStatistics, Diagnostics | None]:
+    lse, aux, may_be_empty = None, None, batch.row_negatives is None
+    for columns in batch.column_sets:
+        swept = row_stats(
+            batch.anchors, columns.v, scale=batch.scale, exponents=row_loss.exponents, num_images=columns.num_images,
+            col_ids=columns.ids, unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric,
+            diagnostics=return_stats, backend=backend,
+        )  # fmt: skip
+        lse, aux = _merge(lse, aux, *_both_sides(swept, batch.symmetric))
+        width = len(batch.anchors if columns.v is None else columns.v)
+        own = len(batch.anchors) // columns.num_images if columns.num_images else 0
+        may_be_empty = may_be_empty and (columns.ids is not None or width == own)
+    if batch.row_negatives is not None:
+        lse, aux = _merge(lse, aux, *_own_negatives(batch, row_loss.exponents, return_stats))
+    stats = RowStatistics(tuple(lse.unbind(0)), batch.pos, batch.correction, aux[0], batch.scale)
+    if may_be_empty:
+        empty = stats.count == 0
+        losses = _zero_where(empty, row_loss.from_stats(_without_empty(stats, empty)), batch.pos)
+    else:
+        losses = row_loss.from_stats(stats)
+    warn_if_clamped(row_loss.clamped, stats)
+    return losses, stats, Diagnostics(*aux.unbind(0), candidates=_candidates(batch)) if return_stats else None
+
+
+def _dense(
+    row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str
+) -> tuple[Tensor, RowStatistics, Diagnostics | None]:
+    matrix = dense_logits(batch)
+    empty = ~matrix.negative.any(1)
+    stand_in = matrix.negative.clone()
+    stand_in[:, 0] |= empty  # a formula may divide by the number of negatives; the row's loss is 0 all the same
+    losses = _zero_where(empty, row_loss.dense(replace(matrix, negative=stand_in)), batch.pos)
+    lse = tuple(matrix.logsumexp(beta) for beta in row_loss.exponents)
+    stats = RowStatistics(lse, batch.pos, batch.correction, matrix.count, batch.scale)
+    if not return_stats:
+        return losses, stats, None
+    hardest = matrix.logits.masked_fill(~matrix.negative, -torch.inf).amax(1)
+    total = matrix.logits.where(matrix.negative, 0.0).sum(1)
+    squared = matrix.logsumexp(2 * row_loss.exponents[0])
+    return losses, stats, Diagnostics(matrix.count, hardest, total, squared, _candidates(batch))
+
+
+def _both_sides(swept, symmetric: bool) -> tuple[Tensor, Tensor]:
+    if not symmetric:
+        return swept.lse, swept.aux
+    return torch.cat([swept.lse, swept.col_lse], 1), torch.cat([swept.aux, swept.col_aux], 1)
+
+
+def _merge(lse: Tensor | None, aux: Tensor | None, more: Tensor, more_aux: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics over the union of two disjoint sets of columns."""
+    if lse is None or aux is None:
+        return more, more_aux
+    merged = aux + more_aux  # count, and with diagnostics the total
+    if len(aux) > 1:
+        largest = torch.maximum(aux[1], more_aux[1])
+        merged = torch.stack([merged[0], largest, merged[2], logsumexp_pair(aux[3], more_aux[3])])
+    return logsumexp_pair(lse, more), merged
+
+
+def _own_negatives(batch: Arrangement, exponents: tuple[float, ...], diagnostics: bool) -> tuple[Tensor, Tensor]:
+    """Statistics over each anchor's own explicit negatives: [A, n] logits, no more memory than the negatives."""
+    logits = batch.scale * torch.einsum("ad,and->an", batch.anchors, batch.row_negatives)
+    lse = torch.stack([(beta * logits).logsumexp(1) for beta in exponents])
+    count = logits.new_full((len(logits),), float(logits.shape[1]))
+    if not diagnostics:
+        return lse, count[None]
+    fixed = logits.detach()
+    return lse, torch.stack([count, fixed.amax(1), fixed.sum(1), (2 * exponents[0] * fixed).logsumexp(1)])
+
+
+def _candidates(batch: Arrangement) -> int:
+    """Negatives every anchor would have if none were ignored by id."""
+    anchors, candidates = len(batch.anchors), 0
+    for columns in batch.column_sets:
+        candidates += anchors if columns.v is None else len(columns.v)
+        candidates -= anchors // columns.num_images if columns.num_images else 0
+    return candidates + (0 if batch.row_negatives is None else batch.row_negatives.shape[1])
+
+
+def _without_empty(stats: RowStatistics, empty: Tensor) -> RowStatistics:
+    """Finite stand-ins for rows without negatives, so that a formula and its derivative stay finite there."""
+    return replace(
+        stats,
+        lse=tuple(x.masked_fill(empty, 0.0) for x in stats.lse),
+        pos=stats.pos.masked_fill(empty, 0.0),
+        correction=stats.correction.masked_fill(empty, 0.0),
+        count=stats.count.masked_fill(empty, 1.0),
+    )
+
+
+def _zero_where(empty: Tensor, losses: Tensor, pos: Tensor) -> Tensor:
+    """0 in empty rows, but NaN where the row's own positive is not finite: bad input never hides."""
+    return torch.where(empty, 0.0 * pos, losses)
+
+
+def loss_function(function: _Function) -> _Function:
+    """Show the keywords of `LossOptions` in the signature of a public loss that takes them as **options."""
+    own = inspect.signature(function)
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    common = inspect.signature(fused_row_loss).parameters
+    options = [common[name] for name in LossOptions.__annotations__ if name not in own.parameters]
+    function.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    return function

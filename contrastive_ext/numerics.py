@@ -1,0 +1,57 @@
+"""Numerics shared by every path: which dtype computes, how rows are normalised, how operands are rounded.
+
+fp16, bf16 and fp32 inputs are computed in float32 and float64 stays float64 (`stats_dtype`). Matrix products may take
+16-bit operands; rounding to them is a straight-through step, so that gradients are those of the rounded operands and are
+never themselves rounded in between.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, losses and accumulators for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normalize(z: Tensor) -> Tensor:
+    """Rows of z [..., D] scaled to unit length; a zero row stays zero and gets a zero gradient.
+
+    Expects the statistics dtype. Rows shorter than sqrt(smallest normal number) count as zero: their squares underflow.
+    NaN and inf stay visible as NaN.
+    """
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    is_zero = norm <= torch.finfo(z.dtype).tiny ** 0.5
+    inverse = norm.masked_fill(is_zero, 1.0).reciprocal().masked_fill(is_zero, 0.0)
+    return z * inverse
+
+
+class _RoundOperand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def round_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x rounded to the values `dtype` can hold, kept in its own dtype; the gradient passes through unrounded."""
+    return x if x.dtype == dtype else _RoundOperand.apply(x, dtype)
+
+
+def logsumexp_pair(a: Tensor, b: Tensor) -> Tensor:
+    """log(e^a + e^b) whose gradient is 0, not NaN, where both are -inf (a row without columns on either side)."""
+    both_empty = (a == -torch.inf) & (b == -torch.inf)
+    merged = torch.logaddexp(a.masked_fill(both_empty, 0.0), b.masked_fill(both_empty, 0.0))
+    return merged.masked_fill(both_empty, -torch.inf)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), exact on both tails; `F.softplus` turns linear above 20 and is 2e-9 off there in float64."""
+    return torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device))

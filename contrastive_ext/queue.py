@@ -1,0 +1,81 @@
+"""A first-in first-out queue of past keys: extra negatives without gradient (MoCo, He et al. 2020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .pairs import NO_COLUMN_ID, UNFILLED
+
+
+class NegativeQueue(nn.Module):
+    """The last `size` keys, as negatives for any loss: `loss(z1, z2, queue=queue)`, then `queue.enqueue(keys)`.
+
+    size      K, keys held
+    dim       D, features of a key
+    dtype     storage dtype; float16 or bfloat16 halves the memory
+
+    Rows that were never filled are ignored as negatives; they do not act as zero vectors. Everything is a persistent
+    buffer (data, ids, pointer, count), so a checkpoint restores the queue exactly, and nothing is read on the host, so
+    it works under torch.compile and never waits for the device. Keys are stored as given: normalise them as you
+    normalise z2.
+    """
+
+    data: Tensor
+    ids: Tensor
+    pointer: Tensor
+    count: Tensor
+
+    def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, device=None):
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"size and dim must be >= 1; got size={size}, dim={dim}.")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype; got {dtype}.")
+        self.register_buffer("data", torch.zeros(size, dim, dtype=dtype, device=device))
+        self.register_buffer("ids", torch.full((size,), UNFILLED, dtype=torch.int64, device=device))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, ids: Tensor | None = None, *, group=None) -> None:
+        """Append keys [n, D] (any n; of more than K the last K stay), overwriting the oldest.
+
+        ids    [n] int64, to ignore a key for anchors of the same id
+        group  a torch.distributed process group: keys of all its ranks are appended in rank order, so that the queue
+               stays the same everywhere; every rank must bring the same n
+        """
+        size, dim = self.data.shape
+        if keys.dim() != 2 or keys.shape[1] != dim:
+            raise ValueError(f"keys must be [n, {dim}]; got {list(keys.shape)}.")
+        if ids is None:
+            ids = torch.full((keys.shape[0],), NO_COLUMN_ID, dtype=torch.int64, device=self.ids.device)
+        elif ids.shape != keys.shape[:1] or ids.dtype != torch.int64:
+            raise ValueError(f"ids must be int64 [{keys.shape[0]}]; got {ids.dtype} {list(ids.shape)}.")
+        keys = keys.detach()
+        if group is not None:
+            keys, ids = _gather(keys, group), _gather(ids, group)
+        appended = keys.shape[0]
+        last = torch.arange(max(0, appended - size), appended, device=self.data.device)
+        slots = (self.pointer + last) % size
+        self.data.index_copy_(0, slots, keys[-size:].to(self.data.dtype))
+        self.ids.index_copy_(0, slots, ids[-size:])
+        self.pointer.add_(appended).remainder_(size)
+        self.count.add_(appended).clamp_(max=size)
+
+    def extra_repr(self) -> str:
+        return f"size={self.data.shape[0]}, dim={self.data.shape[1]}, dtype={self.data.dtype}"
+
+
+def _gather(local: Tensor, group) -> Tensor:
+    """Rows of every rank of `group`, in rank order; ValueError on every rank if their numbers differ."""
+    import torch.distributed as dist
+
+    world = dist.get_world_size(group)
+    sizes = [torch.zeros((), dtype=torch.int64, device=local.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor(local.shape[0], device=local.device), group=group)
+    if len({int(s) for s in sizes}) > 1:
+        raise ValueError(f"every rank must enqueue the same number of keys; got {[int(s) for s in sizes]}.")
+    gathered = [torch.empty_like(local) for _ in range(world)]
+    dist.all_gather(gathered, local.contiguous(), group=group)
+    return torch.cat(gathered)

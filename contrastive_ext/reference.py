@@ -1,0 +1,81 @@
+"""The dense reference: the similarity matrix in memory, plain differentiable PyTorch, the truth every backend is held to.
+
+`backend="reference"` of every loss runs this file: same arrangement of the batch, then the whole matrix of logits and a
+mask of negatives built from the definition, then the loss's `dense` formula. Any dtype, twice differentiable, O(N M).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layouts import Arrangement, ColumnSet
+from .pairs import UNFILLED
+
+
+@dataclass(frozen=True)
+class DenseLogits:
+    """All logits of all anchors.
+
+    logits      [R, C] scale * <anchor, candidate>
+    negative    [R, C] bool, which candidates are negatives
+    pos         [R] logit of the positive
+    correction  [R] log-mean-exp of the debiasing positives (pos unless `positives` was given)
+    scale       1/temperature
+    """
+
+    logits: Tensor
+    negative: Tensor
+    pos: Tensor
+    correction: Tensor
+    scale: float | Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """[R] number of negatives."""
+        return self.negative.sum(1).to(self.logits.dtype)
+
+    def shift(self) -> Tensor:
+        """[R] the largest logit of the row, positive included: exp(x - shift) neither overflows nor all underflows."""
+        largest = self.logits.masked_fill(~self.negative, -torch.inf).amax(1)
+        return torch.maximum(largest, self.pos).detach()
+
+    def sum_exp(self, exponent: float, shift: Tensor) -> Tensor:
+        """[R] sum over negatives of exp(exponent * (x - shift))."""
+        terms = torch.exp(exponent * (self.logits - shift[:, None]).masked_fill(~self.negative, -torch.inf))
+        return terms.sum(1)
+
+    def logsumexp(self, exponent: float = 1.0) -> Tensor:
+        """[R] log sum over negatives of exp(exponent * x); rows without negatives give -inf and no gradient."""
+        masked = (exponent * self.logits).masked_fill(~self.negative, -torch.inf)
+        empty = ~self.negative.any(1)
+        return masked.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -torch.inf)
+
+
+def dense_logits(batch: Arrangement) -> DenseLogits:
+    """The whole problem of `batch` as one matrix."""
+    logits, negative = zip(*(_block(batch.anchors, s, batch.scale) for s in batch.column_sets), strict=True) or ((), ())
+    if batch.symmetric:
+        logits, negative = [torch.cat([x, x.T]) for x in logits], [torch.cat([m, m.T]) for m in negative]
+    logits, negative = list(logits), list(negative)
+    if batch.row_negatives is not None:
+        own = batch.scale * torch.einsum("ad,and->an", batch.anchors, batch.row_negatives)
+        logits.append(own)
+        negative.append(torch.ones_like(own, dtype=torch.bool))
+    return DenseLogits(torch.cat(logits, 1), torch.cat(negative, 1), batch.pos, batch.correction, batch.scale)
+
+
+def _block(anchors: Tensor, columns: ColumnSet, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    v = anchors if columns.v is None else columns.v
+    logits = scale * (anchors @ v.T)
+    negative = torch.ones_like(logits, dtype=torch.bool)
+    if columns.num_images:
+        image = torch.arange(len(anchors), device=anchors.device) % columns.num_images
+        image_of_column = torch.full((len(v),), -1, device=anchors.device)
+        image_of_column[: len(anchors)] = image
+        negative &= image[:, None] != image_of_column[None, :]
+    if columns.ids is not None:
+        negative &= columns.ids[None, :] != UNFILLED
+    return logits, negative

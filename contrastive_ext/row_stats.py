@@ -1,0 +1,232 @@
+"""The streaming primitive: row statistics of scale * u v^T over negatives, and their gradient, without the matrix.
+
+    lse_k,i = log sum_{j negative of i} exp(beta_k s_ij),   s_ij = scale <u_i, v_j>
+
+One operator with its schema, shape function and autograd formula; a backend from dispatch.py does the arithmetic. The
+gradient is first-order only: a second derivative raises, `backend="reference"` of the losses supports it.
+
+The scale's gradient needs no sweep of its own: sum_ij G_ij <u_i, v_j> = <u, du>/scale (halved for one set, where du
+holds both directions).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .pairs import Pairs
+from .problem import Problem, Statistics, Upstream
+
+_PROBLEM = (
+    "Tensor u, Tensor? v, Tensor? scale, float scale_value, float[] exponents, SymInt num_images, "
+    "SymInt positive_offset, Tensor? row_ids, Tensor? col_ids, bool unit, ScalarType operand_dtype, str backend"
+)
+_library = torch.library.Library("contrastive_ext", "FRAGMENT")
+_library.define(
+    f"row_stats({_PROBLEM}, bool columns, bool means, bool diagnostics) -> "
+    "(Tensor lse, Tensor aux, Tensor col_lse, Tensor col_aux, Tensor mean)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"row_stats_backward({_PROBLEM}, Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, "
+    "bool need_u, bool need_v) -> (Tensor du, Tensor dv)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def row_stats(
+    u: Tensor,
+    v: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    exponents: tuple[float, ...] = (1.0,),
+    num_images: int = 0,
+    positive_offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    columns: bool = False,
+    diagnostics: bool = False,
+    unit: bool = False,
+    operand_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Statistics:
+    """Log-sum-exps over the negatives of every row, at one or two exponents, in O((N + M) D) memory.
+
+    u            [N, D] float32 or float64, the anchors
+    v            [M, D] same dtype, the candidates; None: the anchors themselves (one set, half the work)
+    scale        1/temperature > 0, a float or a 0-d tensor of u's dtype and device that may need a gradient
+    exponents    one or two beta_k > 0
+    num_images, positive_offset, row_ids, col_ids
+                 which pairs are no negatives, see pairs.py; ids are int64 [N] and [M] (one set: row_ids only)
+    columns      also the statistics of every column over the rows, from the same pass (two sets)
+    diagnostics  also the largest logit, the sum of logits and the lse at exponent 2 beta_0 of every row
+    unit         promise that |<u_i, v_j>| <= 1 up to rounding
+    operand_dtype  dtype whose values u and v hold (see numerics.round_operand); default their own
+    Returns      `Statistics`; gradients flow from lse and col_lse to u, v and scale
+    Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run the call
+    Cost         2 N M D flops forward (half for one set), 4 to 6 backward. When v needs no gradient (a queue), the
+                 gradient of u is made in the forward and the backward costs O(N D).
+    """
+    _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, backend)
+    scale_tensor = scale if isinstance(scale, Tensor) else None
+    needs_gradient = u.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
+    frozen = v is not None and not v.requires_grad and not columns
+    return Statistics(
+        *torch.ops.contrastive_ext.row_stats(
+            u, v, scale_tensor, 0.0 if scale_tensor is not None else float(scale), list(exponents),
+            num_images, positive_offset, row_ids, col_ids, unit, operand_dtype or u.dtype, backend,
+            columns, frozen and needs_gradient and torch.is_grad_enabled(), diagnostics,
+        )
+    )  # fmt: skip
+
+
+def _problem(
+    u, v, scale, scale_value, exponents, num_images, positive_offset, row_ids, col_ids, unit, operand_dtype, backend
+) -> tuple[Problem, dispatch.Backend]:
+    pairs = Pairs(
+        num_rows=u.shape[0],
+        num_columns=u.shape[0] if v is None else v.shape[0],
+        num_images=num_images,
+        positive_offset=positive_offset,
+        row_ids=row_ids,
+        col_ids=row_ids if v is None else col_ids,
+        device=u.device,
+    )
+    u, v = u.detach().contiguous(), None if v is None else v.detach().contiguous()
+    scale = scale_value if scale is None else scale.detach()
+    problem = Problem(u, v, scale, tuple(exponents), pairs, unit, operand_dtype)
+    return problem, dispatch.select(backend, u.device, u.dtype, operand_dtype, u.shape[1])
+
+
+def _forward(*args) -> tuple[Tensor, ...]:
+    *problem_args, columns, means, diagnostics = args
+    problem, backend = _problem(*problem_args)
+    return tuple(backend.forward(problem, columns=columns, means=means, diagnostics=diagnostics))
+
+
+def _backward(*args) -> tuple[Tensor, Tensor]:
+    *problem_args, lse, grad_lse, col_lse, grad_col_lse, need_u, need_v = args
+    problem, backend = _problem(*problem_args)
+    return backend.backward(problem, Upstream(lse, grad_lse, col_lse, grad_col_lse, need_u, need_v))
+
+
+def _forward_shapes(u, v, scale, scale_value, exponents, *rest) -> tuple[Tensor, ...]:
+    columns, means, diagnostics = rest[-3:]
+    n, m, k, parts = u.shape[0], (u if v is None else v).shape[0], len(exponents), 4 if diagnostics else 1
+    return (
+        u.new_empty(k, n),
+        u.new_empty(parts, n),
+        u.new_empty(k, m) if columns else u.new_empty(0),
+        u.new_empty(parts, m) if columns else u.new_empty(0),
+        u.new_empty(k, n, u.shape[1]) if means else u.new_empty(0),
+    )
+
+
+def _backward_shapes(u, v, *rest) -> tuple[Tensor, Tensor]:
+    need_u, need_v = rest[-2:]
+    return (
+        torch.empty_like(u) if need_u else u.new_empty(0),
+        torch.empty_like(v) if need_v and v is not None else u.new_empty(0),
+    )
+
+
+class _RowStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            lse, aux, col_lse, col_aux, mean = torch.ops.contrastive_ext.row_stats(*args)
+        u, v, scale, scale_value, exponents, num_images, positive_offset, row_ids, col_ids, *rest = args
+        ctx.options = (exponents, num_images, positive_offset, *rest[:3])
+        ctx.scale_value, ctx.columns, ctx.frozen = scale_value, rest[3], rest[4]
+        v_saved = None if ctx.frozen else v  # with the mean at hand v may change in place (a queue does)
+        ctx.save_for_backward(u, v_saved, scale, row_ids, col_ids, lse, col_lse, mean)
+        ctx.mark_non_differentiable(aux, col_aux, mean)
+        ctx.set_materialize_grads(False)
+        return lse, aux, col_lse, col_aux, mean
+
+    @staticmethod
+    def backward(ctx, grad_lse, _aux, grad_col_lse, *_):
+        u, v, scale, row_ids, col_ids, lse, col_lse, mean = ctx.saved_tensors
+        exponents, num_images, positive_offset, unit, operand_dtype, backend = ctx.options
+        need_u, need_v, need_scale = ctx.needs_input_grad[:3]
+        grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
+        du = dv = dscale = None
+        if ctx.frozen:
+            du, dscale = _frozen_gradient(u, ctx.scale_value if scale is None else scale, exponents, grad_lse, mean)
+        elif need_u or need_v or need_scale:
+            if ctx.columns:
+                grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse.contiguous()
+            du, dv = torch.ops.contrastive_ext.row_stats_backward(
+                u, v, scale, ctx.scale_value, exponents, num_images, positive_offset, row_ids, col_ids, unit,
+                operand_dtype, backend, lse, grad_lse, col_lse if ctx.columns else None,
+                grad_col_lse if ctx.columns else None, need_u or need_scale, need_v,
+            )  # fmt: skip
+            if need_scale:
+                dscale = (u * du).sum() / (scale if v is not None else 2 * scale)
+        gradients = [du if need_u else None, dv if need_v else None, dscale if need_scale else None]
+        return (*gradients, *[None] * 12)
+
+
+def _frozen_gradient(u, scale, exponents, grad_lse, mean) -> tuple[Tensor, Tensor]:
+    """du and dscale from the weighted mean of frozen columns: d lse_k,i / d s-weights is that mean."""
+    pull = sum(beta * a[:, None] * m for beta, a, m in zip(exponents, grad_lse, mean, strict=True))
+    return pull * scale, (u * pull).sum()
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """The backward operator under autograd: computes, and refuses to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.contrastive_ext.row_stats_backward(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "contrastive_ext: the fused losses are once differentiable, a second derivative was asked for "
+            "(create_graph=True). Use backend='reference', which is dense and twice differentiable."
+        )
+
+
+def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, backend) -> None:
+    if u.dim() != 2 or (v is not None and (v.dim() != 2 or v.shape[1] != u.shape[1])):
+        shapes = f"{list(u.shape)}" + ("" if v is None else f" and {list(v.shape)}")
+        raise ValueError(f"u must be [N, D] and v [M, D] with the same D; got {shapes}.")
+    if u.dtype not in (torch.float32, torch.float64) or (v is not None and v.dtype != u.dtype):
+        raise TypeError(
+            "u and v must both be float32 or float64 (16-bit values go in as float32 with operand_dtype set); "
+            f"got {u.dtype}" + ("" if v is None else f" and {v.dtype}") + "."
+        )
+    if isinstance(scale, Tensor):
+        if scale.dim() != 0 or scale.dtype != u.dtype:
+            raise ValueError(f"a scale tensor must be 0-d of dtype {u.dtype}; got {list(scale.shape)} {scale.dtype}.")
+    elif not scale > 0:
+        raise ValueError(f"scale must be > 0; got {scale}.")
+    if len(exponents) not in (1, 2) or not all(0 < beta < float("inf") for beta in exponents):
+        raise ValueError(f"exponents must be one or two positive numbers; got {exponents}.")
+    n, m = u.shape[0], (u if v is None else v).shape[0]
+    if num_images and (n % num_images or not 0 <= positive_offset <= m - n):
+        raise ValueError(
+            f"rows must be whole views of num_images rows lying inside the columns; got {n} rows, "
+            f"num_images={num_images}, positive_offset={positive_offset}, {m} columns."
+        )
+    for name, ids, length in (("row_ids", row_ids, n), ("col_ids", col_ids, m)):
+        if ids is not None and (ids.dtype != torch.int64 or ids.shape != (length,) or ids.device != u.device):
+            raise ValueError(
+                f"{name} must be int64 [{length}] on {u.device}; got {ids.dtype} {list(ids.shape)} on {ids.device}."
+            )
+    if v is None and (columns or col_ids is not None):
+        raise ValueError("columns=True and col_ids need a second set v; with one set rows and columns are the same.")
+    if backend == dispatch.REFERENCE:
+        raise ValueError("row_stats streams; the dense reference is `contrastive_ext.reference.dense_row_stats`.")
+    dispatch.check_backend_name(backend)
+
+
+_library.impl("row_stats", _forward, "CompositeExplicitAutograd")
+_library.impl("row_stats_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("row_stats", lambda *args: _RowStats.apply(*args), "Autograd")
+_library.impl("row_stats_backward", lambda *args: _FirstOrderOnly.apply(*args), "Autograd")
+torch.library.register_fake("contrastive_ext::row_stats", _forward_shapes, lib=_library)
+torch.library.register_fake("contrastive_ext::row_stats_backward", _backward_shapes, lib=_library)

@@ -1,0 +1,104 @@
+"""What a training run wants to see beside the loss, from the same pass: `return_stats=True` gives a `LossStats`.
+
+Every field is a 0-d tensor on the device of the inputs; nothing waits for the device until `to_dict` reads them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# From this share of rows on the floor the user hears about it once: those rows teach their negatives nothing.
+CLAMPED_WARNING = 0.1
+
+
+class Diagnostics(NamedTuple):
+    """Per-row vectors [R] behind `LossStats`, and the number of candidates before ids were looked at."""
+
+    count: Tensor
+    largest: Tensor  # logit of the hardest negative
+    total: Tensor  # sum of the negatives' logits
+    lse_squared: Tensor  # log sum of exp(2 beta s), beta the loss's first exponent
+    candidates: int
+
+
+@dataclass(frozen=True)
+class LossStats:
+    """Averages over the anchors that have negatives; 0-d tensors, cosine similarities when inputs are normalised.
+
+    accuracy             share of anchors whose positive is more similar than their hardest negative
+    positive_similarity  mean similarity to the positive
+    negative_similarity  mean similarity to the negatives
+    hardest_negative     mean over anchors of the largest similarity to a negative
+    effective_negatives  mean of (sum w)^2 / sum w^2 for the weights w = e^{beta s}, beta the loss's first exponent: how
+                         many negatives an anchor really learns from (Kish's effective sample size)
+    clamped_fraction     share of anchors whose negatives get no gradient because of the debiasing floor
+    cancelled_fraction   share of candidates ignored by id or because the queue is not full yet
+    empty_rows           number of anchors without any negative
+    """
+
+    accuracy: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+    hardest_negative: Tensor
+    effective_negatives: Tensor
+    clamped_fraction: Tensor
+    cancelled_fraction: Tensor
+    empty_rows: Tensor
+
+    def to_dict(self) -> dict[str, float]:
+        """The fields as floats, for a logger; waits for the device, and warns once about rows on the debiasing floor."""
+        values = {f.name: float(getattr(self, f.name)) for f in fields(self)}
+        _warn_about(values["clamped_fraction"])
+        return values
+
+
+@torch.no_grad()
+def summarize(stats, rows: Diagnostics, clamped: Tensor | None) -> LossStats:
+    """Average per-row statistics (a `RowStatistics` and its diagnostics) into a `LossStats`."""
+    has_negatives = rows.count > 0
+    weight = has_negatives / has_negatives.sum().clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        return (values.masked_fill(~has_negatives, 0.0) * weight).sum()
+
+    scale, pos = stats.scale, stats.pos.detach()
+    return LossStats(
+        accuracy=mean((pos > rows.largest).to(pos.dtype)),
+        positive_similarity=mean(pos / scale),
+        negative_similarity=mean(rows.total / rows.count.clamp(min=1) / scale),
+        hardest_negative=mean(rows.largest / scale),
+        effective_negatives=mean(torch.exp(2 * stats.lse[0].detach() - rows.lse_squared)),
+        clamped_fraction=mean(pos.new_zeros(len(pos)) if clamped is None else clamped.to(pos.dtype)),
+        cancelled_fraction=1 - rows.count.mean() / max(1, rows.candidates),
+        empty_rows=(~has_negatives).sum(),
+    )
+
+
+_warned = False
+
+
+def warn_if_clamped(clamped: Callable[..., Tensor | None], stats) -> None:
+    """Warn once if many rows are on the debiasing floor; looks only where looking costs no device wait."""
+    if _warned or torch.compiler.is_compiling() or stats.pos.device.type != "cpu":
+        return
+    with torch.no_grad():
+        rows = clamped(stats)
+        if rows is not None:
+            _warn_about(float(rows.float().mean()))
+
+
+def _warn_about(clamped_fraction: float) -> None:
+    global _warned
+    if clamped_fraction >= CLAMPED_WARNING and not _warned:
+        _warned = True
+        warnings.warn(
+            f"{clamped_fraction:.0%} of the anchors are on the floor of the debiased loss: their negatives get no "
+            "gradient. Raise the temperature or lower tau_plus (return_stats=True reports clamped_fraction).",
+            stacklevel=2,
+        )
