@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -110,6 +109,3 @@ def _others(name: str) -> str:
     return ", ".join(repr(n) for n in available_backends() if n != name)
 
 
-def results_file(entry: str) -> Path:
-    """Where a VERIFIED entry's results file lies in the source tree."""
-    return Path(__file__).parent.parent / "bench" / "results" / entry

@@ -153,7 +153,8 @@ class _RowStats(torch.autograd.Function):
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
         du = dv = dscale = None
         if ctx.frozen:
-            du, dscale = _frozen_gradient(u, ctx.scale_value if scale is None else scale, exponents, grad_lse, mean)
+            scale = ctx.scale_value if scale is None else scale
+            du, dscale = _FirstOrderOnly.apply(_frozen_gradient, u, scale, exponents, grad_lse, mean)
         elif need_u or need_v or need_scale:
             if ctx.columns:
                 grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse.contiguous()
@@ -169,18 +170,18 @@ class _RowStats(torch.autograd.Function):
 
 
 def _frozen_gradient(u, scale, exponents, grad_lse, mean) -> tuple[Tensor, Tensor]:
-    """du and dscale from the weighted mean of frozen columns: d lse_k,i / d s-weights is that mean."""
+    """du and dscale when the columns are frozen: d lse_k,i / d u_i = beta_k scale mean_k,i."""
     pull = sum(beta * a[:, None] * m for beta, a, m in zip(exponents, grad_lse, mean, strict=True))
     return pull * scale, (u * pull).sum()
 
 
 class _FirstOrderOnly(torch.autograd.Function):
-    """The backward operator under autograd: computes, and refuses to be differentiated again."""
+    """A gradient under autograd: computes, and refuses to be differentiated again."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx, gradient, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.contrastive_ext.row_stats_backward(*args)
+            return gradient(*args)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -224,9 +225,17 @@ def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids
     dispatch.check_backend_name(backend)
 
 
+def _forward_with_autograd(*args):
+    return _RowStats.apply(*args)
+
+
+def _backward_with_autograd(*args):
+    return _FirstOrderOnly.apply(torch.ops.contrastive_ext.row_stats_backward, *args)
+
+
 _library.impl("row_stats", _forward, "CompositeExplicitAutograd")
 _library.impl("row_stats_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("row_stats", lambda *args: _RowStats.apply(*args), "Autograd")
-_library.impl("row_stats_backward", lambda *args: _FirstOrderOnly.apply(*args), "Autograd")
+_library.impl("row_stats", _forward_with_autograd, "Autograd")
+_library.impl("row_stats_backward", _backward_with_autograd, "Autograd")
 torch.library.register_fake("contrastive_ext::row_stats", _forward_shapes, lib=_library)
 torch.library.register_fake("contrastive_ext::row_stats_backward", _backward_shapes, lib=_library)

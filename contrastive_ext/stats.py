@@ -62,7 +62,7 @@ class LossStats:
 def summarize(stats, rows: Diagnostics, clamped: Tensor | None) -> LossStats:
     """Average per-row statistics (a `RowStatistics` and its diagnostics) into a `LossStats`."""
     has_negatives = rows.count > 0
-    weight = has_negatives / has_negatives.sum().clamp(min=1)
+    weight = has_negatives.to(rows.count.dtype) / has_negatives.sum().clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
         return (values.masked_fill(~has_negatives, 0.0) * weight).sum()

@@ -107,13 +107,13 @@ class _OnlineLse:
         old = self.max[anchors]
         new = torch.maximum(old, s.amax(1))
         shift = new.masked_fill(new == -torch.inf, 0.0)  # nothing kept so far: exp(-inf - 0) = 0, not NaN
-        self.max[anchors] = new
         for k, beta in enumerate(self.exponents):
             rescale = ((old - shift) * beta).exp_()
             e = (s - shift[:, None]).mul_(beta).exp_()
             self.sums[k, anchors] = self.sums[k, anchors] * rescale + e.sum(1)
-            if self.mean is not None:
+            if self.mean is not None and k < len(self.mean):
                 self.mean[k, anchors] = torch.addmm(self.mean[k, anchors] * rescale[:, None], e, values)
+        self.max[anchors] = new  # last: `old` is a view of it
 
     def result(self) -> tuple[Tensor, Tensor]:
         betas = self.max.new_tensor(self.exponents)[:, None]
@@ -123,7 +123,7 @@ class _OnlineLse:
         return lse[:-1].clone(), torch.stack([self.count, self.max, self.total, lse[-1]])
 
     def normalized_mean(self) -> Tensor:
-        sums = self.sums[..., None]
+        sums = self.sums[: len(self.mean), :, None]
         return self.mean / sums.masked_fill(sums == 0, 1.0)
 
 

@@ -40,12 +40,12 @@ def debias(log_sum: Tensor, stats: RowStatistics, tau_plus: float) -> tuple[Tens
 
 
 def dense_debias(sum_exp: Tensor, logits: DenseLogits, shift: Tensor, tau_plus: float) -> Tensor:
-    """[R] log(e^p + Ng) - p with Ng as in the paper, every exponential taken relative to e^shift."""
+    """[R] log(1 + Ng / e^p) with Ng as in the paper, every exponential taken relative to e^shift."""
     floor = logits.count * torch.exp(-logits.scale - shift)
     hidden_positives = tau_plus * logits.count * torch.exp(logits.correction - shift)
     corrected = (sum_exp - hidden_positives) / (1 - tau_plus)
-    pos = logits.pos - shift
-    return torch.log(pos.exp() + torch.clamp(corrected, min=floor)) - pos
+    negatives = torch.clamp(corrected, min=floor).clamp(min=torch.finfo(shift.dtype).tiny)  # log 0 has no gradient
+    return softplus(negatives.log() + shift - logits.pos)
 
 
 def check_tau_plus(tau_plus: float) -> None:

@@ -30,8 +30,7 @@ class Decoupled(RowLoss):
 
     def dense(self, logits: DenseLogits) -> Tensor:
         """[R] log of the sum over negatives alone, minus the positive."""
-        shift = logits.logits.masked_fill(~logits.negative, -float("inf")).amax(1).detach()
-        return logits.sum_exp(1.0, shift).log() + shift - self._weighted(logits.pos)
+        return logits.logsumexp() - self._weighted(logits.pos)
 
     def _weighted(self, pos: Tensor) -> Tensor:
         if self.positive_weight is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -29,10 +28,8 @@ class InfoNCE(RowLoss):
         return softplus(lse - stats.pos)
 
     def dense(self, logits: DenseLogits) -> Tensor:
-        """[R] -log of the positive's softmax probability."""
-        shift = logits.shift()
-        pos = logits.pos - shift
-        return torch.log(pos.exp() + logits.sum_exp(1.0, shift)) - pos
+        """[R] -log(e^p / (e^p + sum)) = log(1 + sum / e^p)."""
+        return softplus(logits.logsumexp() - logits.pos)
 
 
 @loss_function

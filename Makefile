@@ -1,0 +1,64 @@
+# One environment (.venv) serves every target; nothing has to be installed first but Python >= 3.10, make and g++.
+# Stamps in .venv keep it incremental: packaging files reinstall, csrc/ recompiles, anything else costs nothing.
+
+VENV   ?= .venv
+PYTHON ?= python3
+# Another torch: make setup TORCH="torch==2.12.1", or any pip arguments that install one. Given once, .venv remembers it.
+DEFAULT_TORCH := torch==2.13.0
+
+BIN       := $(VENV)/bin
+RUN       := $(BIN)/python
+INSTALLED := $(VENV)/.installed
+BUILT     := $(VENV)/.built
+CSRC      := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
+CXX_FILES := $(CSRC) $(wildcard tests/native/*.h tests/native/*.cpp)
+
+.PHONY: help setup test lint format bench gpu clean FORCE
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(BUILT) ## make .venv: torch, tools, this package (editable), the native library
+
+REMEMBERED := $(shell cat $(INSTALLED) 2>/dev/null)
+ifeq ($(origin TORCH),undefined)
+TORCH := $(REMEMBERED)
+else ifneq ($(strip $(TORCH)),$(strip $(REMEMBERED)))
+$(INSTALLED): FORCE
+endif
+
+$(INSTALLED): pyproject.toml setup.py Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "setuptools>=77" wheel $(or $(TORCH),$(DEFAULT_TORCH))
+	CONTRASTIVE_EXT_NATIVE=0 $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	@echo '$(strip $(TORCH))' > $@
+
+# in place, so that the objects under build/ are reused; ninja knows which headers each one includes
+$(BUILT): $(INSTALLED) csrc $(CSRC)
+	PATH="$(abspath $(BIN)):$$PATH" $(RUN) setup.py -q build_ext --inplace
+	@touch $@
+
+test: $(BUILT) ## run the tests
+	$(RUN) -m pytest -q $(ARGS)
+
+lint: $(BUILT) ## ruff, clang-format, mypy on the public API
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+	$(BIN)/mypy contrastive_ext
+
+format: $(INSTALLED) ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+bench: $(BUILT) ## run the benchmark; ARGS="..." are its arguments
+	$(RUN) -m bench $(ARGS)
+
+gpu: ## on a GPU machine: build, test, check and time with the torch of $(PYTHON); needs no network, makes no .venv
+	PYTHON=$(PYTHON) bash tools/gpu.sh $(STEPS)
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info contrastive_ext/_C*.so $(BUILT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,111 @@
+"""Bad input raises before anything is computed, saying what was expected, what came and what to do; good input of any
+shape works."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import LOSSES
+
+import contrastive_ext as ce
+
+Z = torch.randn(4, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, says",
+    [
+        ({"z1": [[1.0]]}, TypeError, "z1 must be a tensor; got list"),
+        ({"z1": Z.long()}, TypeError, "float16, bfloat16, float32 or float64; got torch.int64"),
+        ({"z2": Z.double()}, TypeError, "share dtype and device; got torch.float32 on cpu and torch.float64"),
+        ({"z1": Z[0], "z2": Z[0]}, ValueError, r"\[B, D\]"),
+        ({"z1": Z[None], "z2": Z[None]}, ValueError, r"got \[1, 4, 3\]"),
+        ({"z1": Z[:0], "z2": Z[:0]}, ValueError, "B, D >= 1"),
+        ({"z1": Z[:, :0], "z2": Z[:, :0]}, ValueError, "B, D >= 1"),
+        ({"z2": Z[:3]}, ValueError, r"same shape \[B, D\]; got \[4, 3\] and \[3, 3\]"),
+        ({"z2": Z[:3], "layout": "one_way"}, ValueError, "M >= B"),
+        ({"z2": Z[:3], "layout": "symmetric"}, ValueError, "same shape"),
+        ({"layout": "three_view"}, ValueError, "two_view, one_way, symmetric"),
+        ({"reduction": "average"}, ValueError, "mean, sum, none"),
+        ({"temperature": 0.0}, ValueError, "temperature must be > 0"),
+        ({"temperature": -1.0}, ValueError, "got -1.0"),
+        ({"temperature": float("nan")}, ValueError, "nan"),
+        ({"temperature": float("inf")}, ValueError, "finite"),
+        ({"temperature": torch.tensor(-0.5)}, ValueError, "got -0.5"),
+        ({"temperature": torch.ones(1)}, ValueError, "0-d"),
+        ({"temperature": torch.tensor(1)}, ValueError, "int64"),
+        ({"temperature": 0.5, "logit_scale": 2.0}, ValueError, "not both"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale must be > 0"),
+        ({"queue": Z, "layout": "symmetric"}, ValueError, "takes no queue"),
+        ({"queue": Z[:, :2]}, ValueError, r"\[K, 3\]"),
+        ({"queue": Z.long()}, ValueError, "floating-point"),
+        ({"queue": ce.NegativeQueue(4, 2)}, ValueError, r"\[K, 3\]"),
+        ({"negatives": Z}, ValueError, "one_way"),
+        ({"negatives": Z[:, :2], "layout": "one_way"}, ValueError, r"\[K, 3\] or \[4, n, 3\]"),
+        ({"negatives": torch.randn(5, 2, 3), "layout": "one_way"}, ValueError, r"\[4, n, 3\]"),
+        ({"negatives": Z.double(), "layout": "one_way"}, TypeError, "negatives must be torch.float32"),
+        ({"in_batch_negatives": False}, ValueError, "one_way"),
+        ({"in_batch_negatives": False, "layout": "one_way"}, ValueError, "queue or explicit negatives"),
+        (
+            {"in_batch_negatives": False, "layout": "one_way", "queue": Z, "z2": torch.randn(6, 3)},
+            ValueError,
+            r"z2 must be \[4, 3\]",
+        ),
+        ({"backend": "numpy"}, ValueError, "numpy"),
+    ],
+)
+@pytest.mark.parametrize("loss", LOSSES[:1] + LOSSES[3:4], ids=lambda x: x.name)
+def test_every_loss_refuses(loss, arguments, error, says):
+    with pytest.raises(error, match=says):
+        loss.function(**({"z1": Z, "z2": Z} | loss.parameters | arguments))
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: ce.fused_debiased_loss(Z, Z, tau_plus=1.0), r"\[0, 1\); got 1.0"),
+        (lambda: ce.fused_debiased_loss(Z, Z, tau_plus=-0.1), "got -0.1"),
+        (lambda: ce.fused_debiased_loss(Z, Z, positives=Z), r"\[M, 4, 3\]"),
+        (lambda: ce.fused_debiased_loss(Z, Z, positives=torch.randn(0, 4, 3)), "M >= 1"),
+        (lambda: ce.fused_hard_negative_loss(Z, Z, tau_plus=2.0), r"\[0, 1\)"),
+        (lambda: ce.fused_hard_negative_loss(Z, Z, beta=-1.0), "beta"),
+        (lambda: ce.fused_hard_negative_loss(Z, Z, beta=float("inf")), "finite"),
+        (lambda: ce.fused_decoupled_loss(Z, Z, positive_weight=torch.ones(3)), r"positive_weight must be \[4\]"),
+        (lambda: ce.DebiasedLoss(tau_plus=1.5), r"\[0, 1\)"),
+    ],
+)
+def test_parameters_out_of_range(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x.name)
+@given(
+    b=st.integers(1, 40),
+    more=st.integers(0, 5),
+    d=st.integers(1, 40),
+    k=st.integers(1, 20),
+    layout=st.sampled_from(["two_view", "one_way", "symmetric"]),
+    with_queue=st.booleans(),
+    log_t=st.floats(-2.2, 1.0),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=12, deadline=None)
+def test_any_shape_and_temperature(loss, b, more, d, k, layout, with_queue, log_t, seed):
+    """On the automatic backend, against the reference in float64: no shape crashes, none is wrong."""
+    torch.manual_seed(seed)
+    z1, z2 = torch.randn(b, d, dtype=torch.float64), torch.randn(b + (more if layout == "one_way" else 0), d).double()
+    call = loss.parameters | loss.vectors(z1) | {"layout": layout, "temperature": 10**log_t}
+    if with_queue and layout != "symmetric":
+        call["queue"] = torch.randn(k, d, dtype=torch.float64)
+    ours, expected = ([z1.clone().requires_grad_(), z2.clone().requires_grad_()] for _ in range(2))
+    value = loss.function(*ours, **call)
+    truth = loss.function(*expected, backend="reference", **call)
+    value.backward()
+    truth.backward()
+    # near the debiasing floor the loss is a small difference of large sums: the comparison allows for that
+    torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-10)
+    for a, c in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a.grad, c.grad, rtol=1e-6, atol=1e-8)

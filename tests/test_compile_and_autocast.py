@@ -1,0 +1,106 @@
+"""One graph under torch.compile, the same result under autocast, and gradients in the inputs' dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rows import LOSSES, USAGES, random_pairs
+
+import contrastive_ext as ce
+
+
+@pytest.mark.parametrize("usage", USAGES, ids=lambda u: u.name)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x.name)
+def test_compiles_into_one_graph(run, loss, usage):
+    backend, device = run
+    z1, z2 = random_pairs(6, 4, torch.float32, device)
+    z2, options = usage.options(z1, z2)
+    options |= loss.parameters | loss.vectors(z1) | {"backend": backend}
+    temperature = torch.tensor(0.4, device=device)
+
+    def step(z1, z2, temperature):
+        return loss.function(z1, z2, temperature, **options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        leaves = [x.clone().requires_grad_() for x in (z1, z2, temperature)]
+        value = function(*leaves)
+        grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        results.append([value.detach(), *(torch.zeros(()) if g is None else g for g in grads)])
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_size_may_vary_in_one_graph(run):
+    backend, device = run
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda a, b: ce.fused_debiased_loss(a, b, 0.5, backend=backend), fullgraph=True, dynamic=True, backend=counter
+    )
+    for b in (5, 8, 13, 21):
+        z1, z2 = random_pairs(b, 4, torch.float32, device)
+        torch.testing.assert_close(compiled(z1, z2), ce.fused_debiased_loss(z1, z2, 0.5, backend=backend))
+    assert counter.frame_count == 1
+
+
+def test_statistics_compile_too(run):
+    backend, device = run
+    torch._dynamo.reset()
+    z1, z2 = random_pairs(6, 4, torch.float32, device)
+    step = torch.compile(
+        lambda a, b: ce.fused_hard_negative_loss(a, b, 0.5, return_stats=True, backend=backend),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    _, stats = step(z1, z2)
+    assert 0 <= stats.accuracy.item() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x.name)
+def test_autocast_changes_nothing(run, loss, dtype):
+    backend, device = run
+    z1, z2 = random_pairs(9, 16, dtype, device)
+    options = loss.parameters | loss.vectors(z1) | {"backend": backend}
+    results = []
+    for enabled in (False, True):
+        leaves = [z.clone().requires_grad_() for z in (z1, z2)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            value = loss.function(*leaves, 0.2, **options)
+        assert value.dtype == torch.float32
+        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_gradients_come_back_in_the_input_dtype(run, dtype):
+    backend, device = run
+    leaves = [z.requires_grad_() for z in random_pairs(9, 16, dtype, device)]
+    value = ce.fused_hard_negative_loss(*leaves, backend=backend)
+    value.backward()
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(z.grad.dtype == dtype for z in leaves)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captured_in_a_cuda_graph(run):
+    backend, device = run
+    if device.type != "cuda":
+        pytest.skip("graphs are a GPU's")
+    z1, z2 = (z.requires_grad_() for z in random_pairs(64, 32, torch.float32, device))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            ce.fused_debiased_loss(z1, z2, backend=backend).backward()
+    torch.cuda.current_stream().wait_stream(side)
+    z1.grad = z2.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = ce.fused_debiased_loss(z1, z2, backend=backend)
+        value.backward()
+    graph.replay()
+    expected = ce.fused_debiased_loss(z1.detach(), z2.detach(), backend=backend)
+    torch.testing.assert_close(value, expected)

@@ -1,0 +1,118 @@
+"""Which backend runs, why, and what is said about it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import contrastive_ext as ce
+from contrastive_ext import dispatch
+
+CPU, F32 = torch.device("cpu"), torch.float32
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A made-up table: a `cuda` and a `triton` entry before the real ones, pretending the CPU is their device."""
+    plain = dispatch.BACKENDS[-1]
+    fast = replace(plain, name="cuda", needs_proof=True)
+    portable = replace(plain, name="triton", needs_proof=True)
+    monkeypatch.setattr(dispatch, "BACKENDS", (fast, portable, plain))
+    monkeypatch.setattr(dispatch, "VERIFIED", {})
+    return dispatch
+
+
+def test_verified_kernels_come_first(table, monkeypatch):
+    monkeypatch.setitem(table.VERIFIED, ("cuda", "cpu", F32), "x.json")
+    assert table.select("auto", CPU, F32, F32, 8).name == "cuda"
+
+
+def test_unproven_cuda_is_never_automatic(table, recwarn):
+    assert table.select("auto", CPU, F32, F32, 8).name == "torch"
+    table.VERIFIED[("triton", "cpu", F32)] = "x.json"
+    assert table.select("auto", CPU, F32, F32, 8).name == "triton"
+    assert table.select("cuda", CPU, F32, F32, 8).name == "cuda"  # by name it runs
+    assert not recwarn.list
+
+
+def test_unproven_triton_is_taken_and_says_so_once(table, monkeypatch):
+    monkeypatch.setattr(table, "BACKENDS", table.BACKENDS[1:])
+    with pytest.warns(UserWarning, match="triton kernels have not been verified on cpu"):
+        assert table.select("auto", CPU, F32, F32, 8).name == "triton"
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table.select("auto", CPU, F32, F32, 8)
+
+
+def test_named_backend_raises_with_its_reason(monkeypatch):
+    broken = replace(dispatch.BACKENDS[-1], name="cuda", why_not=lambda *_: "no such device.")
+    monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS))
+    z = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="'cuda' cannot run this call: no such device"):
+        ce.fused_infonce_loss(z, z, backend="cuda")
+    assert ce.fused_infonce_loss(z, z).isfinite()
+
+
+def test_unknown_backend_lists_the_known_ones():
+    z = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="auto, .*torch, reference"):
+        ce.fused_infonce_loss(z, z, backend="gpu")
+
+
+def test_explain_names_the_choice_and_every_reason():
+    explanation = ce.explain(torch.randn(4, 3), torch.randn(4, 3))
+    assert explanation.chosen in ce.available_backends()
+    assert list(explanation.reasons) == dispatch.backend_names()[1:]
+    assert explanation.reasons[explanation.chosen] is None
+    assert f"takes {explanation.chosen!r}" in str(explanation)
+    with pytest.raises(TypeError, match="share dtype"):
+        ce.explain(torch.randn(4, 3), torch.randn(4, 3).double())
+    with pytest.raises(ValueError, match="int64"):
+        ce.explain(torch.ones(4, 3, dtype=torch.int64))
+
+
+def test_available_backends_run():
+    z = torch.randn(5, 3)
+    values = [ce.fused_debiased_loss(z, z.flip(0), backend=name) for name in ce.available_backends()]
+    assert ce.available_backends()[-1] == "reference"
+    for value in values:
+        torch.testing.assert_close(value, values[-1])
+
+
+def test_verified_entries_name_files_that_exist():
+    for (backend, architecture, dtype), file in dispatch.VERIFIED.items():
+        assert backend in dispatch.backend_names()
+        assert architecture.startswith(("sm_", "gfx", "cpu")) and isinstance(dtype, torch.dtype)
+        assert (Path(__file__).parents[1] / "bench" / "results" / file).is_file(), file
+
+
+def test_doctor_reports():
+    done = subprocess.run([sys.executable, "-m", "contrastive_ext", "doctor"], capture_output=True, text=True, check=True)
+    for word in ("contrastive_ext", "torch", "native library", "backend='auto' takes", "verified on hardware"):
+        assert word in done.stdout
+
+
+def test_import_of_a_function_as_a_module():
+    program = (
+        "import torch, contrastive_ext.fused_debiased_loss\n"
+        "z = torch.randn(4, 3)\n"
+        "print(contrastive_ext.fused_debiased_loss(z, z).item())\n"
+        "import contrastive_ext.fused_infonce_loss as loss\n"
+        "print(loss(z, z).item())\n"
+        "from contrastive_ext import fused_hard_negative_loss\n"
+        "import contrastive_ext.losses.debiased"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 2
+
+
+def test_importing_a_name_that_is_no_loss_still_fails():
+    with pytest.raises(ModuleNotFoundError):
+        __import__("contrastive_ext.fused_nothing_loss")

@@ -1,0 +1,150 @@
+"""Every loss in every way of using it, on every backend: the error rule of accuracy.py against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_dense, evaluate, largest_terms, on_rounded_operands
+from rows import INPUTS, LOSSES, SHAPES, USAGES, peaked_pairs, random_pairs
+
+LOSS_IDS, USAGE_IDS = [loss.name for loss in LOSSES], [usage.name for usage in USAGES]
+
+
+def _check(loss, usage, inputs, b, d, dtype, temperature, run, *, normalize=True, reduction="mean", upstream=1.0):
+    backend, device = run
+    z1, z2 = INPUTS[inputs](b, d, dtype, device)
+    z2, options = usage.options(z1, z2)
+    options |= loss.parameters | {"reduction": reduction, "temperature": temperature}
+    differentiable = {"z1": z1, "z2": z2}
+    vectors = loss.vectors(z1)
+    differentiable |= {n: vectors.pop(n) for n in ("positives",) if n in vectors}
+    differentiable |= {n: options.pop(n) for n in ("negatives",) if n in options}
+    options |= vectors
+    ours = evaluate(loss.function, differentiable, upstream, backend=backend, normalize=normalize, **options)
+    dense = evaluate(loss.function, differentiable, upstream, backend="reference", normalize=normalize, **options)
+    exact = on_rounded_operands(loss.function, normalize)
+    truth = evaluate(exact, {n: x.double() for n, x in differentiable.items()}, upstream, dtype=dtype, **options)
+    longest = max(x.double().norm(dim=-1).max().item() for x in (z1, z2))
+    logit = (1.0 if normalize else longest**2) / temperature
+    terms = largest_terms(loss.function, differentiable, upstream, **options) if normalize else {}
+    assert_as_accurate_as_dense(ours, dense, truth, logit, terms, dtype)
+
+
+@pytest.mark.parametrize("usage", USAGES, ids=USAGE_IDS)
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_every_layout(run, loss, usage):
+    _check(loss, usage, "random", 17, 12, torch.float32, 0.3, run, reduction="none")
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("temperature", [0.005, 0.01, 0.07, 0.5, 100.0])
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_every_temperature_and_kind_of_input(run, loss, temperature, inputs):
+    _check(loss, USAGES[0], inputs, 33, 17, torch.float32, temperature, run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("inputs", ["random", "peaked"])
+@pytest.mark.parametrize("usage", [USAGES[0], USAGES[2], USAGES[-1]], ids=lambda u: u.name)
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_every_dtype(run, loss, usage, inputs, dtype):
+    # 2^16 is what a GradScaler starts with; without it float16 gradients underflow
+    upstream = 2.0**16 if dtype == torch.float16 else 1.0
+    _check(loss, usage, inputs, 40, 32, dtype, 0.1, run, upstream=upstream)
+
+
+@pytest.mark.parametrize("b, d, reason", SHAPES, ids=[f"{b}x{d}" for b, d, _ in SHAPES])
+@pytest.mark.parametrize("usage", [USAGES[0], USAGES[3], USAGES[-1]], ids=lambda u: u.name)
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_every_shape(run, loss, usage, b, d, reason):
+    _check(loss, usage, "random", b, d, torch.float32, 0.2, run)
+
+
+@pytest.mark.parametrize("usage", [USAGES[0], USAGES[1], USAGES[-1]], ids=lambda u: u.name)
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_vectors_of_any_length(run, loss, usage):
+    _check(loss, usage, "random", 20, 8, torch.float32, 2.0, run, normalize=False)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_many_tiles(run, loss):
+    _check(loss, USAGES[0], "random", 1100, 24, torch.float32, 0.5, run)
+
+
+@pytest.mark.parametrize("dtype, operand_error", [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-24)])
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_converged_batch_keeps_its_relative_accuracy(run, loss, dtype, operand_error):
+    """A loss of about 7e-4 is right to rounding of its logits; with the positive inside the sum it loses 3 digits."""
+    backend, device = run
+    z1, z2 = peaked_pairs(256, 64, dtype, device)
+    temperature, parameters = 0.06, loss.parameters | loss.vectors(z1)
+    inputs = {"z1": z1, "z2": z2}
+    ours = evaluate(loss.function, inputs, 1.0, temperature=temperature, backend=backend, **parameters)
+    exact = on_rounded_operands(loss.function, True)
+    truth = evaluate(exact, {n: z.double() for n, z in inputs.items()}, 1.0, temperature=temperature, dtype=dtype, **parameters)
+    if loss.name == "infonce":
+        assert 1e-4 < truth.loss.item() < 5e-3
+    # the loss is about e^{lse - pos}: its relative error is the absolute error of the logits
+    allowed = 16 * operand_error / temperature
+    assert abs(ours.loss.double() - truth.loss).item() <= allowed * abs(truth.loss.item())
+    for name, expected in truth.grads.items():
+        error = (ours.grads[name].double() - expected).norm() / expected.norm().clamp(min=1e-300)
+        assert error.item() <= allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("usage", USAGES, ids=USAGE_IDS)
+def test_reductions_agree_with_none(run, usage, reduction):
+    backend, device = run
+    z1, z2 = random_pairs(6, 4, torch.float64, device)
+    z2, options = usage.options(z1, z2)
+    call = {"temperature": 0.5, "backend": backend, **options}
+    rows = LOSSES[0].function(z1, z2, reduction="none", **call)
+    expected = rows.mean() if reduction == "mean" else rows.sum()
+    assert torch.allclose(LOSSES[0].function(z1, z2, reduction=reduction, **call), expected, rtol=1e-14)
+    assert rows.shape == ((12,) if options.get("layout", "two_view") in ("two_view", "symmetric") else (6,))
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_a_row_without_negatives_costs_nothing(run, loss):
+    backend, device = run
+    z1, z2 = random_pairs(1, 4, torch.float32, device)
+    z1.requires_grad_()
+    value = loss.function(z1, z2, backend=backend, **loss.parameters, **loss.vectors(z1.detach()))
+    value.backward()
+    assert value.item() == 0.0
+    assert z1.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("usage", [u for u in USAGES if u.name != "moco"], ids=lambda u: u.name)
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_bad_numbers_reach_the_loss(run, loss, usage, bad):
+    backend, device = run
+    z1, z2 = random_pairs(9, 4, torch.float32, device)
+    z2, options = usage.options(z1, z2)
+    z1[3, 1] = bad
+    call = loss.parameters | loss.vectors(z1) | {"backend": backend}
+    assert not loss.function(z1, z2, **options, **call).isfinite()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_bad_numbers_reach_the_loss_of_a_row_without_negatives(run, loss):
+    backend, device = run
+    z1, z2 = random_pairs(1, 4, torch.float32, device)
+    z2[0, 0] = math.nan
+    assert loss.function(z1, z2, backend=backend, **loss.parameters, **loss.vectors(z1)).isnan()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+def test_zero_vector_gets_zero_gradient(run, loss):
+    backend, device = run
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        z1, z2 = random_pairs(5, 8, dtype, device)
+        z1[2] = 0
+        z1.requires_grad_()
+        loss.function(z1, z2, backend=backend, **loss.parameters, **loss.vectors(z1.detach())).backward()
+        assert z1.grad[2].eq(0).all()
+        assert z1.grad.isfinite().all()

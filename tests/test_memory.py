@@ -1,0 +1,77 @@
+"""Memory grows with N, not with N^2: peak growth of the process, measured in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import contrastive_ext as ce
+
+PROGRAM = """
+import resource, sys
+import torch
+import contrastive_ext as ce
+function, backend, n, dim = getattr(ce, sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(2)
+def step(pairs):
+    z1, z2 = (torch.randn(pairs, dim).requires_grad_() for _ in range(2))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    function(z1, z2, 0.5, backend=backend).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+step(8)
+print(step(n // 2) * 1024)
+"""
+
+
+def _peak_growth(function: str, backend: str, n: int, dim: int) -> int:
+    command = [sys.executable, "-c", PROGRAM, function, backend, str(n), str(dim)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("function", ["fused_infonce_loss", "fused_hard_negative_loss"])
+def test_memory_is_linear_in_the_batch(run, function):
+    backend, device = run
+    if device.type != "cpu":
+        pytest.skip("measured through the allocator by test_peak_on_the_gpu")
+    n, dim = 16384, 128
+    growth = _peak_growth(function, backend, n, dim)
+    limit = 100 if backend == "cpu" else 150
+    assert growth <= limit * 2**20, f"{growth / 2**20:.0f} MiB; the matrix alone is {n * n * 4 / 2**20:.0f} MiB"
+    estimate = ce.estimate_memory(n // 2, dim)
+    assert growth <= 1.5 * estimate.fused
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("function", [ce.fused_infonce_loss, ce.fused_hard_negative_loss])
+def test_peak_on_the_gpu(run, function):
+    backend, device = run
+    if device.type != "cuda":
+        pytest.skip("the CPU is measured by test_memory_is_linear_in_the_batch")
+    z1, z2 = (torch.randn(8192, 128, device=device, requires_grad=True) for _ in range(2))
+    function(z1[:8], z2[:8], backend=backend).backward()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function(z1, z2, backend=backend).backward()
+    assert torch.cuda.max_memory_allocated() - before <= 450 * 2**20  # the matrix alone is 1024 MiB
+
+
+def test_estimate_of_the_dense_loss_matches_what_it_takes():
+    growth = _peak_growth("fused_infonce_loss", "reference", 4096, 64)
+    estimate = ce.estimate_memory(2048, 64).dense
+    assert 0.5 * estimate <= growth <= 2.5 * estimate
+
+
+def test_estimate_counts_layout_and_queue():
+    two_view, one_way = ce.estimate_memory(1024, 64), ce.estimate_memory(1024, 64, layout="one_way")
+    assert two_view.dense == pytest.approx(4 * one_way.dense)
+    assert ce.estimate_memory(256, 64, layout="one_way", queue_size=65536).dense > 256 * one_way.dense / 1024
+    assert ce.estimate_memory(32768, 128).ratio > 100
+    assert "times less" in str(two_view)
+    with pytest.raises(ValueError, match="batch_size"):
+        ce.estimate_memory(0, 64)
+    with pytest.raises(ValueError, match="layout"):
+        ce.estimate_memory(8, 64, layout="three_view")

@@ -1,0 +1,62 @@
+"""A loss that lacks its test row or its bench row fails here; so does a user's own row loss that lacks a backend."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from rows import LOSSES, random_pairs
+
+import contrastive_ext as ce
+from bench.cases import LOSSES as BENCH_LOSSES
+
+PUBLIC = {name for name in ce.__all__ if name.startswith("fused_") and name != "fused_row_loss"}
+
+
+def test_every_public_loss_has_a_test_row():
+    assert {loss.function.__name__ for loss in LOSSES} == PUBLIC
+
+
+def test_every_public_loss_has_a_bench_row():
+    assert set(BENCH_LOSSES) == PUBLIC
+
+
+def test_every_public_loss_has_a_module_and_shows_every_option():
+    for loss in LOSSES:
+        assert issubclass(loss.module, ce.RowLossModule)
+        shown = inspect.signature(loss.function).parameters
+        assert {"z1", "z2", "temperature", "logit_scale", "layout", "queue", "negatives", "in_batch_negatives"} <= set(shown)
+        assert {"normalize", "reduction", "return_stats", "backend"} <= set(shown)
+        assert "options" not in shown
+
+
+def test_every_public_name_is_documented():
+    for name in ce.__all__:
+        if name != "__version__":
+            assert inspect.getdoc(getattr(ce, name)), name
+
+
+@dataclass(frozen=True)
+class Hinge(ce.RowLoss):
+    """A made-up loss: how far the soft maximum of the negatives is above the positive minus a margin."""
+
+    margin: float = 0.2
+
+    def from_stats(self, stats):
+        (lse,) = stats.lse
+        return torch.relu(lse - stats.count.log() - stats.pos + self.margin * stats.scale)
+
+
+def test_a_users_row_loss_runs_on_every_backend(run):
+    backend, device = run
+    results = []
+    for name in (backend, "reference"):
+        z1, z2 = (z.requires_grad_() for z in random_pairs(11, 6, torch.float64, device))
+        torch.manual_seed(1)
+        z1, z2 = (torch.randn(11, 6, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+        loss = ce.fused_row_loss(Hinge(0.5), z1, z2, 0.3, backend=name)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (z1, z2))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+    assert ce.RowLossModule(Hinge(0.5), 0.3)(z1, z2).item() > 0
