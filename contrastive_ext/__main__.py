@@ -1,4 +1,4 @@
-"""`python -m contrastive_ext doctor`: what is installed, which backends can run here, what is proven on this hardware."""
+"""`python -m contrastive_ext doctor`: what is installed, which backends run here, what hardware has proven."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .explain import explain_for
 def doctor() -> str:
     """A report of versions, devices, backends with their reasons, and the verified-on-hardware table."""
     lines = [
-        f"contrastive_ext {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
+        f"contrastive_ext {__version__}, torch {torch.__version__}",
+        f"Python {platform.python_version()}, {platform.machine()}",
         f"triton: {_version('triton')}",
         f"native library: {native.library() or native.why_missing()}",
     ]
@@ -29,7 +30,11 @@ def doctor() -> str:
         lines.append("GPU: none that torch can use")
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
-            lines += ["", f"{device.type}, {str(dtype).removeprefix('torch.')}, D = 128", str(explain_for(device, dtype, 128))]
+            lines += [
+                "",
+                f"{device.type}, {str(dtype).removeprefix('torch.')}, D = 128",
+                str(explain_for(device, dtype, 128)),
+            ]
     lines += ["", "verified on hardware:"]
     lines += [
         f"  {backend} on {arch}, {dtype}: bench/results/{file}"

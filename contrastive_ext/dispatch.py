@@ -1,7 +1,7 @@
 """Which backend computes a call: one ordered table, one reason per backend that cannot.
 
-`backend="auto"` takes the first backend of the table that can and, on a GPU, prefers one whose kernels are proven on that
-architecture (`VERIFIED`). A named backend never falls back: it runs or raises with its reason.
+`backend="auto"` takes the first backend of the table that can and, on a GPU, prefers one whose kernels are proven on
+that architecture (`VERIFIED`). A named backend never falls back: it runs or raises with its reason.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward),
 )
 
-# (backend, architecture, operand dtype) -> results file in bench/results that shows it correct and measured on hardware.
+# (backend, architecture, operand dtype) -> file in bench/results that shows it correct and measured on hardware.
 VERIFIED: dict[tuple[str, str, torch.dtype], str] = {}
 
 _announced: set[tuple[str, str]] = set()
@@ -87,7 +87,7 @@ def _is_verified(backend: Backend, device: torch.device, operand_dtype: torch.dt
 
 
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942" or the device type."""
+    """ "sm_90", "gfx942" or the device type."""
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
@@ -107,5 +107,3 @@ def _announce_unproven(backend: Backend, device: torch.device) -> None:
 
 def _others(name: str) -> str:
     return ", ".join(repr(n) for n in available_backends() if n != name)
-
-

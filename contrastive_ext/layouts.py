@@ -4,8 +4,8 @@
     one_way    anchors z1 [B]; candidates z2 [M >= B] (+ queue) (+ explicit negatives)  negatives M - 1 + K
     symmetric  anchors z1 and z2, each against the other                                negatives B - 1 each
 
-`arrange` checks the call, normalises, rounds to the operand dtype and computes the positive logits in float32 (float64).
-Every path, streaming or dense, starts from its `Arrangement`.
+`arrange` checks the call, normalises, rounds to the operand dtype and computes the positive logits in float32
+(float64). Every path, streaming or dense, starts from its `Arrangement`.
 """
 
 from __future__ import annotations

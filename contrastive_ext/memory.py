@@ -31,7 +31,9 @@ class MemoryEstimate:
         return self.dense / self.fused
 
     def __str__(self) -> str:
-        return f"dense {self.dense / 2**20:,.0f} MiB, fused {self.fused / 2**20:,.0f} MiB ({self.ratio:,.0f} times less)"
+        return (
+            f"dense {self.dense / 2**20:,.0f} MiB, fused {self.fused / 2**20:,.0f} MiB ({self.ratio:,.0f} times less)"
+        )
 
 
 def estimate_memory(

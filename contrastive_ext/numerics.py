@@ -1,8 +1,8 @@
 """Numerics shared by every path: which dtype computes, how rows are normalised, how operands are rounded.
 
 fp16, bf16 and fp32 inputs are computed in float32 and float64 stays float64 (`stats_dtype`). Matrix products may take
-16-bit operands; rounding to them is a straight-through step, so that gradients are those of the rounded operands and are
-never themselves rounded in between.
+16-bit operands; rounding to them is a straight-through step, so that gradients are those of the rounded operands and
+are never themselves rounded in between.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@ A row is an anchor, a column a candidate. A pair is ignored when
 
   * both show the same image: row i shows image `i mod num_images`, column j, where 0 <= j - positive_offset < num_rows,
     shows image `(j - positive_offset) mod num_images`. This covers the anchor itself and its positives for two views
-    (num_images = B), V views, CLIP (num_images = B = rows) and rank shards (positive_offset = first column of the shard);
-    num_images = 0 says that the columns show other images altogether, a queue for instance;
+    (num_images = B), V views, CLIP (num_images = B = rows) and rank shards (positive_offset =
+    the shard's first column); num_images = 0 says that the columns show other images altogether, a queue for instance;
   * both carry the same integer id;
   * the candidate is padding: its id is UNFILLED.
 
-The last rule makes the mask asymmetric: a padded row is nobody's negative, yet as an anchor it has negatives of its own.
-Hence two questions, `keep` (may j be a negative of i) and `keep_reverse` (may i be a negative of j); answering one for
-the other costs 8 to 72 % of gradient error.
+The last rule makes the mask asymmetric: a padded row is nobody's negative, yet as an anchor it has negatives of its
+own. Hence two questions, `keep` (may j be a negative of i) and `keep_reverse` (may i be a negative of j); answering one
+for the other costs 8 to 72 % of gradient error.
 """
 
 from __future__ import annotations
@@ -70,11 +70,16 @@ class Pairs:
             j = torch.arange(cols.start, cols.stop, device=self.device)[None, :] - self.positive_offset
             keep = ((j - i) % self.num_images != 0) | (j < 0) | (j >= self.num_rows)
         if self.has_ids:
-            row_ids = self.row_ids[rows, None] if self.row_ids is not None else NO_ROW_ID
-            col_ids = self.col_ids[None, cols] if self.col_ids is not None else NO_COLUMN_ID
+            row_ids = self._ids(self.row_ids, rows, NO_ROW_ID)[:, None]
+            col_ids = self._ids(self.col_ids, cols, NO_COLUMN_ID)[None, :]
             by_id = (row_ids != col_ids) & ((row_ids if candidates_are_rows else col_ids) != UNFILLED)
             keep = by_id if keep is None else keep & by_id
         return keep
+
+    def _ids(self, ids: Tensor | None, block: slice, missing: int) -> Tensor:
+        if ids is None:
+            return torch.full((block.stop - block.start,), missing, device=self.device)
+        return ids[block]
 
     def _may_share_image(self, rows: slice, cols: slice) -> bool:
         if not self.num_images:

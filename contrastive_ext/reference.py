@@ -1,4 +1,4 @@
-"""The dense reference: the similarity matrix in memory, plain differentiable PyTorch, the truth every backend is held to.
+"""The dense reference: the similarity matrix in memory, plain PyTorch, the truth every backend is held to.
 
 `backend="reference"` of every loss runs this file: same arrangement of the batch, then the whole matrix of logits and a
 mask of negatives built from the definition, then the loss's `dense` formula. Any dtype, twice differentiable, O(N M).
@@ -56,10 +56,11 @@ class DenseLogits:
 
 def dense_logits(batch: Arrangement) -> DenseLogits:
     """The whole problem of `batch` as one matrix."""
-    logits, negative = zip(*(_block(batch.anchors, s, batch.scale) for s in batch.column_sets), strict=True) or ((), ())
-    if batch.symmetric:
-        logits, negative = [torch.cat([x, x.T]) for x in logits], [torch.cat([m, m.T]) for m in negative]
-    logits, negative = list(logits), list(negative)
+    logits, negative = [], []
+    for columns in batch.column_sets:
+        block, mask = _block(batch.anchors, columns, batch.scale)
+        logits.append(torch.cat([block, block.T]) if batch.symmetric else block)
+        negative.append(torch.cat([mask, mask.T]) if batch.symmetric else mask)
     if batch.row_negatives is not None:
         own = batch.scale * torch.einsum("ad,and->an", batch.anchors, batch.row_negatives)
         logits.append(own)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .losses.base import RowStatistics
 
 # From this share of rows on the floor the user hears about it once: those rows teach their negatives nothing.
 CLAMPED_WARNING = 0.1
@@ -20,7 +23,7 @@ CLAMPED_WARNING = 0.1
 class Diagnostics(NamedTuple):
     """Per-row vectors [R] behind `LossStats`, and the number of candidates before ids were looked at."""
 
-    count: Tensor
+    negatives: Tensor  # how many
     largest: Tensor  # logit of the hardest negative
     total: Tensor  # sum of the negatives' logits
     lse_squared: Tensor  # log sum of exp(2 beta s), beta the loss's first exponent
@@ -52,17 +55,17 @@ class LossStats:
     empty_rows: Tensor
 
     def to_dict(self) -> dict[str, float]:
-        """The fields as floats, for a logger; waits for the device, and warns once about rows on the debiasing floor."""
+        """The fields as floats, for a logger; waits for the device; warns once about rows on the debiasing floor."""
         values = {f.name: float(getattr(self, f.name)) for f in fields(self)}
         _warn_about(values["clamped_fraction"])
         return values
 
 
 @torch.no_grad()
-def summarize(stats, rows: Diagnostics, clamped: Tensor | None) -> LossStats:
-    """Average per-row statistics (a `RowStatistics` and its diagnostics) into a `LossStats`."""
-    has_negatives = rows.count > 0
-    weight = has_negatives.to(rows.count.dtype) / has_negatives.sum().clamp(min=1)
+def summarize(stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None) -> LossStats:
+    """Average per-row statistics into a `LossStats`."""
+    has_negatives = rows.negatives > 0
+    weight = has_negatives.to(rows.negatives.dtype) / has_negatives.sum().clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
         return (values.masked_fill(~has_negatives, 0.0) * weight).sum()
@@ -71,11 +74,11 @@ def summarize(stats, rows: Diagnostics, clamped: Tensor | None) -> LossStats:
     return LossStats(
         accuracy=mean((pos > rows.largest).to(pos.dtype)),
         positive_similarity=mean(pos / scale),
-        negative_similarity=mean(rows.total / rows.count.clamp(min=1) / scale),
+        negative_similarity=mean(rows.total / rows.negatives.clamp(min=1) / scale),
         hardest_negative=mean(rows.largest / scale),
         effective_negatives=mean(torch.exp(2 * stats.lse[0].detach() - rows.lse_squared)),
         clamped_fraction=mean(pos.new_zeros(len(pos)) if clamped is None else clamped.to(pos.dtype)),
-        cancelled_fraction=1 - rows.count.mean() / max(1, rows.candidates),
+        cancelled_fraction=1 - rows.negatives.mean() / max(1, rows.candidates),
         empty_rows=(~has_negatives).sum(),
     )
 
@@ -83,7 +86,7 @@ def summarize(stats, rows: Diagnostics, clamped: Tensor | None) -> LossStats:
 _warned = False
 
 
-def warn_if_clamped(clamped: Callable[..., Tensor | None], stats) -> None:
+def warn_if_clamped(clamped: Callable[[RowStatistics], Tensor | None], stats: RowStatistics) -> None:
     """Warn once if many rows are on the debiasing floor; looks only where looking costs no device wait."""
     if _warned or torch.compiler.is_compiling() or stats.pos.device.type != "cpu":
         return

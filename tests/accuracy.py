@@ -59,7 +59,7 @@ def on_rounded_operands(function, normalize: bool):
 def largest_terms(function, inputs: dict[str, Tensor], upstream: float, **arguments) -> dict[str, float]:
     """For each input, the size of what its gradient is the difference of.
 
-    Normalising removes the component along the vector; with one feature that is all of it, and the gradient is rounding.
+    Normalising removes the component along the vector; with one feature that is all, and the gradient is rounding.
     """
     units = {name: numerics.normalize(x.double()) for name, x in inputs.items()}
     at_units = evaluate(function, units, upstream, normalize=False, backend="reference", **arguments)

@@ -1,4 +1,4 @@
-"""The tables of the suite: one row per loss, per way of using it, per shape, per kind of input. Each says why it is there."""
+"""The tables of the suite: one row per loss, per way of using it, per shape, per kind of input."""
 
 from __future__ import annotations
 

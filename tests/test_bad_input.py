@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import LOSSES
 
 import contrastive_ext as ce
+from rows import LOSSES
 
 Z = torch.randn(4, 3)
 

@@ -62,7 +62,7 @@ def test_named_backend_raises_with_its_reason(monkeypatch):
 
 def test_unknown_backend_lists_the_known_ones():
     z = torch.randn(4, 3)
-    with pytest.raises(ValueError, match="auto, .*torch, reference"):
+    with pytest.raises(ValueError, match=r"auto, .*torch, reference"):
         ce.fused_infonce_loss(z, z, backend="gpu")
 
 
@@ -94,7 +94,9 @@ def test_verified_entries_name_files_that_exist():
 
 
 def test_doctor_reports():
-    done = subprocess.run([sys.executable, "-m", "contrastive_ext", "doctor"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "contrastive_ext", "doctor"], capture_output=True, text=True, check=True
+    )
     for word in ("contrastive_ext", "torch", "native library", "backend='auto' takes", "verified on hardware"):
         assert word in done.stdout
 

@@ -1,12 +1,12 @@
-"""Numerical differentiation in float64: every loss, a learnable temperature, rows on the debiasing floor, every layout."""
+"""Numerical differentiation in float64: every loss and layout, a learnable temperature, rows on the floor."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from rows import LOSSES, USAGES, peaked_pairs, random_pairs
 
 import contrastive_ext as ce
+from rows import LOSSES, USAGES, peaked_pairs, random_pairs
 
 
 def _gradcheck(function, *tensors):
@@ -30,7 +30,9 @@ def test_gradcheck_every_layout_with_a_learnable_temperature(run, loss, usage):
     _gradcheck(function, z1, z2, torch.tensor(0.7, dtype=torch.float64, device=device))
 
 
-@pytest.mark.parametrize("loss", [x for x in LOSSES if "positive_weight" not in x.vectors(torch.ones(2, 2))], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "loss", [x for x in LOSSES if "positive_weight" not in x.vectors(torch.ones(2, 2))], ids=lambda x: x.name
+)
 def test_gradcheck_rows_on_the_floor(run, loss):
     """With a low temperature some rows are clamped: they pull nothing, but the floor moves with the temperature."""
     backend, device = run

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from accuracy import assert_as_accurate_as_dense, evaluate, largest_terms, on_rounded_operands
 from rows import INPUTS, LOSSES, SHAPES, USAGES, peaked_pairs, random_pairs
 
@@ -83,7 +84,9 @@ def test_converged_batch_keeps_its_relative_accuracy(run, loss, dtype, operand_e
     inputs = {"z1": z1, "z2": z2}
     ours = evaluate(loss.function, inputs, 1.0, temperature=temperature, backend=backend, **parameters)
     exact = on_rounded_operands(loss.function, True)
-    truth = evaluate(exact, {n: z.double() for n, z in inputs.items()}, 1.0, temperature=temperature, dtype=dtype, **parameters)
+    truth = evaluate(
+        exact, {n: z.double() for n, z in inputs.items()}, 1.0, temperature=temperature, dtype=dtype, **parameters
+    )
     if loss.name == "infonce":
         assert 1e-4 < truth.loss.item() < 5e-3
     # the loss is about e^{lse - pos}: its relative error is the absolute error of the logits

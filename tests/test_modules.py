@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from rows import LOSSES, random_pairs
 
 import contrastive_ext as ce
+from rows import LOSSES, random_pairs
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x.name)
@@ -16,7 +16,9 @@ def test_module_equals_function(loss):
     z1, z2 = random_pairs(6, 4)
     module = loss.module(0.3, **loss.parameters, layout="one_way")
     vectors = loss.vectors(z1)
-    assert torch.equal(module(z1, z2, **vectors), loss.function(z1, z2, 0.3, layout="one_way", **loss.parameters, **vectors))
+    assert torch.equal(
+        module(z1, z2, **vectors), loss.function(z1, z2, 0.3, layout="one_way", **loss.parameters, **vectors)
+    )
     assert loss.module.__name__ in repr(module)
 
 
@@ -25,7 +27,9 @@ def test_call_overrides_construction():
     module = ce.InfoNCELoss(0.3, reduction="sum")
     assert torch.equal(module(z1, z2, temperature=0.7), ce.fused_infonce_loss(z1, z2, 0.7, reduction="sum"))
     scale = torch.tensor(2.0)
-    assert torch.equal(module(z1, z2, logit_scale=scale), ce.fused_infonce_loss(z1, z2, logit_scale=scale, reduction="sum"))
+    assert torch.equal(
+        module(z1, z2, logit_scale=scale), ce.fused_infonce_loss(z1, z2, logit_scale=scale, reduction="sum")
+    )
 
 
 def test_module_carries_its_queue():

@@ -1,4 +1,4 @@
-"""The same numbers as the libraries users come from: their formulas in float64, and the packages where they are installed."""
+"""The same numbers as the libraries users come from: their formulas in float64, the packages where installed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from rows import random_pairs
 
 import contrastive_ext as ce
+from rows import random_pairs
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 T = 0.3

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rows import LOSSES, random_pairs
 
 import contrastive_ext as ce
 from contrastive_ext.numerics import logsumexp_pair
+from rows import LOSSES, random_pairs
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
@@ -65,7 +65,9 @@ def test_partner_given_as_positives_changes_nothing(pairs):
     _assert_same(_with_gradients(given, z1, z2), _with_gradients(plain, z1, z2))
 
 
-@pytest.mark.parametrize("loss", [x for x in LOSSES if x.name in ("infonce", "decoupled", "debiased", "hard")], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "loss", [x for x in LOSSES if x.name in ("infonce", "decoupled", "debiased", "hard")], ids=lambda x: x.name
+)
 @pytest.mark.parametrize("layout", ["two_view", "symmetric"])
 def test_swapping_the_views_changes_nothing(pairs, loss, layout):
     z1, z2, backend = pairs
@@ -74,7 +76,9 @@ def test_swapping_the_views_changes_nothing(pairs, loss, layout):
     _assert_same(_with_gradients(one, z1, z2), _with_gradients(two, z1, z2))
 
 
-@pytest.mark.parametrize("loss", [x for x in LOSSES if x.name in ("infonce", "decoupled", "debiased", "hard")], ids=lambda x: x.name)
+@pytest.mark.parametrize(
+    "loss", [x for x in LOSSES if x.name in ("infonce", "decoupled", "debiased", "hard")], ids=lambda x: x.name
+)
 @pytest.mark.parametrize("layout", ["two_view", "one_way", "symmetric"])
 def test_order_of_the_images_changes_nothing(pairs, loss, layout):
     z1, z2, backend = pairs
@@ -91,7 +95,9 @@ def test_rotating_the_embedding_changes_nothing(pairs, loss):
     if loss.vectors(z1.detach()):
         pytest.skip("its further inputs would have to turn along")
     call = loss.parameters | {"backend": backend}
-    torch.testing.assert_close(loss.function(z1 @ rotation, z2 @ rotation, **call), loss.function(z1, z2, **call), **CLOSE)
+    torch.testing.assert_close(
+        loss.function(z1 @ rotation, z2 @ rotation, **call), loss.function(z1, z2, **call), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("exponents", [(1.0,), (0.7, 1.7)])

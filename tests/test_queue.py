@@ -1,4 +1,4 @@
-"""The queue keeps exactly the last K keys, whatever batch sizes arrive, and survives checkpoints, ranks and compilation."""
+"""The queue keeps exactly the last K keys, whatever batches arrive, across checkpoints, ranks and compilation."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ PROBLEMS = [
     ("clip", 12, 12, {"num_images": 12, "columns": True}, "rows and columns from one pass"),
     ("one_way", 5, 13, {"num_images": 5}, "more columns than rows"),
     ("rank_shard", 6, 24, {"num_images": 3, "positive_offset": 12}, "local anchors, gathered columns"),
-    ("rank_shard_columns", 6, 24, {"num_images": 6, "positive_offset": 12, "columns": True}, "offset seen from both sides"),
+    ("rank_shard_columns", 6, 24, {"num_images": 6, "positive_offset": 12, "columns": True}, "offset, both sides"),
     ("queue", 7, 30, {}, "no positive among the columns"),
     ("two_exponents", 16, None, {"num_images": 8, "exponents": (1.0, 2.0)}, "hard negatives, squaring is possible"),
     ("odd_exponents", 16, None, {"num_images": 8, "exponents": (0.3, 1.3)}, "hard negatives, squaring is not"),
@@ -118,14 +118,14 @@ def test_statistics_and_gradients_match_the_definition(run, problem, unit):
         ours = ours + (lse.where(finite, 0.0) * weights).sum()
         truth = truth + (expected.where(finite, 0.0) * weights).sum()
     if truth.requires_grad:
-        for got, expected in zip(
-            torch.autograd.grad(ours, leaves), torch.autograd.grad(truth, leaves), strict=True
-        ):
+        for got, expected in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(truth, leaves), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("needs", ["u", "v", "scale", "u v", "u scale", "v scale"])
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p[0] in ("one_way", "clip", "ids_two_sets")], ids=lambda p: p[0])
+@pytest.mark.parametrize(
+    "problem", [p for p in PROBLEMS if p[0] in ("one_way", "clip", "ids_two_sets")], ids=lambda p: p[0]
+)
 def test_only_what_needs_a_gradient_gets_one(run, problem, needs):
     backend, device = run
     u, v, scale, options = _problem(problem, device)
@@ -239,7 +239,9 @@ def test_tile_edges_do_not_matter(problem, monkeypatch):
     def once():
         swept = row_stats(u, v, scale=scale, diagnostics=True, backend="torch", **options)
         parts = [swept.lse, swept.col_lse]
-        total = sum((p.where(p.isfinite(), 0.0) * torch.linspace(0.5, 1.5, p.numel()).reshape(p.shape)).sum() for p in parts)
+        total = sum(
+            (p.where(p.isfinite(), 0.0) * torch.linspace(0.5, 1.5, p.numel()).reshape(p.shape)).sum() for p in parts
+        )
         return [*swept, *torch.autograd.grad(total, leaves)]
 
     whole = once()

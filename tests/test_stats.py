@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
-from rows import LOSSES, USAGES, peaked_pairs, random_pairs
 
 import contrastive_ext as ce
+from rows import LOSSES, USAGES, peaked_pairs, random_pairs
 
 
 @pytest.mark.parametrize("usage", USAGES, ids=lambda u: u.name)
@@ -93,7 +93,9 @@ def test_nothing_waits_for_the_gpu(run, loss):
     vectors = loss.vectors(z1.detach())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        value, _ = loss.function(z1, z2, temperature, queue=queue, return_stats=True, backend=backend, **loss.parameters, **vectors)
+        value, _ = loss.function(
+            z1, z2, temperature, queue=queue, return_stats=True, backend=backend, **loss.parameters, **vectors
+        )
         value.backward()
         queue.enqueue(z2)
     finally:

@@ -6,10 +6,10 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from rows import LOSSES, random_pairs
 
 import contrastive_ext as ce
 from bench.cases import LOSSES as BENCH_LOSSES
+from rows import LOSSES, random_pairs
 
 PUBLIC = {name for name in ce.__all__ if name.startswith("fused_") and name != "fused_row_loss"}
 
@@ -26,7 +26,9 @@ def test_every_public_loss_has_a_module_and_shows_every_option():
     for loss in LOSSES:
         assert issubclass(loss.module, ce.RowLossModule)
         shown = inspect.signature(loss.function).parameters
-        assert {"z1", "z2", "temperature", "logit_scale", "layout", "queue", "negatives", "in_batch_negatives"} <= set(shown)
+        assert {"z1", "z2", "temperature", "logit_scale", "layout", "queue", "negatives", "in_batch_negatives"} <= set(
+            shown
+        )
         assert {"normalize", "reduction", "return_stats", "backend"} <= set(shown)
         assert "options" not in shown
 

@@ -1,10 +1,11 @@
-"""The `torch` backend: tiles of the similarity matrix in plain PyTorch, recomputed in the backward. Any device, any dtype.
+"""The `torch` backend: tiles of the similarity matrix in plain PyTorch. Any device, any dtype.
 
     forward   s = scale u v^T, tile by tile -> online log-sum-exp of rows (and columns, from the same tile)
-    backward  s again -> w_ij = sum_k beta_k a_k,i exp(beta_k s_ij - lse_k,i) over negatives -> du = scale w v, dv = scale w^T u
+    backward  s again -> w_ij = sum_k beta_k a_k,i exp(beta_k s_ij - lse_k,i) over negatives
+              -> du = scale w v, dv = scale w^T u
 
-With one set the matrix is symmetric: only the tiles on and above the diagonal are visited, each serves i -> j and j -> i.
-Tiles are visited in a fixed order, so results repeat bit for bit. Memory: O((N + M) D) plus a few tiles.
+With one set the matrix is symmetric: only the tiles on and above the diagonal are visited, each serves i -> j and
+j -> i. Tiles are visited in a fixed order, so results repeat bit for bit. Memory: O((N + M) D) plus a few tiles.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) 
     """Row statistics of `problem`; see `Statistics`."""
     u, v, pairs = problem.u * problem.scale, problem.columns, problem.pairs
     rows = _OnlineLse(u, pairs.num_rows, problem.exponents, diagnostics, means)
-    cols = rows if problem.one_set else None
+    cols = rows
     if columns:
         cols = _OnlineLse(u, pairs.num_columns, problem.exponents, diagnostics)
+    both_sides = problem.one_set or columns
     for i, j in _tiles(problem):
         s = u[i] @ v[j].T
         rows.add(i, s, pairs.keep(i, j), v[j])
-        if cols is not None and not (problem.one_set and i == j):  # a diagonal tile holds both directions already
+        if both_sides and not (problem.one_set and i == j):  # a diagonal tile holds both directions already
             reverse = pairs.keep_reverse(i, j)
             cols.add(j, s.T, reverse if reverse is None else reverse.T, u[i])
     col_lse, col_aux = cols.result() if columns else (u.new_empty(0), u.new_empty(0))
@@ -49,12 +51,9 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
     u, v, pairs = problem.u * problem.scale, problem.columns, problem.pairs
     row_weight = _Weight(problem.exponents, upstream.lse, upstream.grad_lse)
-    if problem.one_set:
-        col_weight = row_weight
-    elif upstream.grad_col_lse is not None:
+    col_weight = row_weight if problem.one_set else None
+    if upstream.col_lse is not None and upstream.grad_col_lse is not None:
         col_weight = _Weight(problem.exponents, upstream.col_lse, upstream.grad_col_lse)
-    else:
-        col_weight = None
     need_dv = upstream.need_v and not problem.one_set
     du = torch.zeros_like(u) if upstream.need_u else None
     dv = torch.zeros_like(v) if need_dv else None
@@ -87,15 +86,13 @@ def _tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:
 class _OnlineLse:
     """Running maximum and sums of exp(beta_k s - beta_k max) for each of n anchors, fed tile by tile."""
 
-    def __init__(
-        self, like: Tensor, n: int, exponents: tuple[float, ...], diagnostics: bool, means: bool = False
-    ):
+    def __init__(self, like: Tensor, n: int, exponents: tuple[float, ...], diagnostics: bool, means: bool = False):
         self.exponents = (*exponents, 2 * exponents[0]) if diagnostics else exponents
         self.max = like.new_full((n,), -torch.inf)  # one maximum serves every exponent: all are positive
         self.sums = like.new_zeros(len(self.exponents), n)
         self.count = like.new_zeros(n)
         self.total = like.new_zeros(n) if diagnostics else None  # sum of the logits themselves
-        self.mean = like.new_zeros(len(exponents), n, like.shape[1]) if means else None
+        self.mean = like.new_zeros(len(exponents) if means else 0, n, like.shape[1])
 
     def add(self, anchors: slice, s: Tensor, keep: Tensor | None, values: Tensor) -> None:
         """Take in logits s [anchors, candidates]; candidates outside `keep` are ignored."""
@@ -111,7 +108,7 @@ class _OnlineLse:
             rescale = ((old - shift) * beta).exp_()
             e = (s - shift[:, None]).mul_(beta).exp_()
             self.sums[k, anchors] = self.sums[k, anchors] * rescale + e.sum(1)
-            if self.mean is not None and k < len(self.mean):
+            if k < len(self.mean):
                 self.mean[k, anchors] = torch.addmm(self.mean[k, anchors] * rescale[:, None], e, values)
         self.max[anchors] = new  # last: `old` is a view of it
 
@@ -138,8 +135,11 @@ class _Weight:
 
     def of(self, anchors: slice, s: Tensor, keep: Tensor | None) -> Tensor:
         """Weights [anchors, candidates] of logits s; 0 outside `keep`."""
-        w = None
-        for k, beta in enumerate(self.exponents):
-            part = (s * beta).sub_(self.lse[k, anchors, None]).exp_().mul_(self.coefficient[k, anchors, None])
-            w = part if w is None else w.add_(part)
+        w = self._term(0, anchors, s)
+        for k in range(1, len(self.exponents)):
+            w += self._term(k, anchors, s)
         return w if keep is None else w.where(keep, 0.0)
+
+    def _term(self, k: int, anchors: slice, s: Tensor) -> Tensor:
+        e = (s * self.exponents[k]).sub_(self.lse[k, anchors, None]).exp_()
+        return e.mul_(self.coefficient[k, anchors, None])

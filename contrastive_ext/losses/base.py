@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Literal, TypedDict, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from .. import dispatch
 from ..layouts import Arrangement, Layout, arrange
 from ..numerics import logsumexp_pair
+from ..problem import Statistics
 from ..queue import NegativeQueue
 from ..reference import DenseLogits, dense_logits
 from ..row_stats import row_stats
@@ -99,7 +101,7 @@ def fused_row_loss(
     """Any row loss over a batch of pairs, without forming the similarity matrix; every public loss is this call.
 
     row_loss     the formula, for instance `Debiased(tau_plus=0.1)` or your own `RowLoss`
-    z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair; one_way: z2 [M >= B, D], further rows are negatives
+    z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair; one_way: z2 may have more rows, all negatives
     temperature  > 0, a float or a 0-d tensor to learn it; None is the loss's default
     logit_scale  1/temperature instead (CLIP style), a float or a 0-d tensor
     layout       "two_view": 2B anchors against all 2B rows; "one_way": z1 against z2; "symmetric": z1 against z2 and
@@ -138,19 +140,20 @@ def fused_row_loss(
 def _streamed(
     row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str
 ) -> tuple[Tensor, RowStatistics, Diagnostics | None]:
-    lse, aux, may_be_empty = None, None, batch.row_negatives is None
+    parts, may_be_empty = [], batch.row_negatives is None
     for columns in batch.column_sets:
         swept = row_stats(
             batch.anchors, columns.v, scale=batch.scale, exponents=row_loss.exponents, num_images=columns.num_images,
             col_ids=columns.ids, unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric,
             diagnostics=return_stats, backend=backend,
         )  # fmt: skip
-        lse, aux = _merge(lse, aux, *_both_sides(swept, batch.symmetric))
+        parts.append(_both_sides(swept, batch.symmetric))
         width = len(batch.anchors if columns.v is None else columns.v)
         own = len(batch.anchors) // columns.num_images if columns.num_images else 0
         may_be_empty = may_be_empty and (columns.ids is not None or width == own)
     if batch.row_negatives is not None:
-        lse, aux = _merge(lse, aux, *_own_negatives(batch, row_loss.exponents, return_stats))
+        parts.append(_own_negatives(batch, row_loss.exponents, return_stats))
+    lse, aux = reduce(_merge, parts)
     stats = RowStatistics(tuple(lse.unbind(0)), batch.pos, batch.correction, aux[0], batch.scale)
     if may_be_empty:
         empty = stats.count == 0
@@ -158,7 +161,10 @@ def _streamed(
     else:
         losses = row_loss.from_stats(stats)
     warn_if_clamped(row_loss.clamped, stats)
-    return losses, stats, Diagnostics(*aux.unbind(0), candidates=_candidates(batch)) if return_stats else None
+    if not return_stats:
+        return losses, stats, None
+    negatives, largest, total, lse_squared = aux.unbind(0)
+    return losses, stats, Diagnostics(negatives, largest, total, lse_squared, _candidates(batch))
 
 
 def _dense(
@@ -179,16 +185,15 @@ def _dense(
     return losses, stats, Diagnostics(matrix.count, hardest, total, squared, _candidates(batch))
 
 
-def _both_sides(swept, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _both_sides(swept: Statistics, symmetric: bool) -> tuple[Tensor, Tensor]:
     if not symmetric:
         return swept.lse, swept.aux
     return torch.cat([swept.lse, swept.col_lse], 1), torch.cat([swept.aux, swept.col_aux], 1)
 
 
-def _merge(lse: Tensor | None, aux: Tensor | None, more: Tensor, more_aux: Tensor) -> tuple[Tensor, Tensor]:
+def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Statistics over the union of two disjoint sets of columns."""
-    if lse is None or aux is None:
-        return more, more_aux
+    (lse, aux), (more, more_aux) = one, other
     merged = aux + more_aux  # count, and with diagnostics the total
     if len(aux) > 1:
         largest = torch.maximum(aux[1], more_aux[1])

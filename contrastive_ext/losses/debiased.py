@@ -60,7 +60,7 @@ class Debiased(RowLoss):
 
     tau_plus: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_tau_plus(self.tau_plus)
 
     def from_stats(self, stats: RowStatistics) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decoupled contrastive learning: the positive leaves the denominator. (Some libraries call it DCL; debiased.py is not it.)
+"""Decoupled contrastive learning: the positive leaves the denominator. Some libraries call it DCL, as debiased.py is.
 
     L_i = lse_i - w_i p_i                                     w_i = 1, or the DCLW weight 2 - B softmax_B(<a, b>/sigma)
 

@@ -29,7 +29,7 @@ class HardNegative(RowLoss):
     beta: float = 1.0
     detach_weights: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_tau_plus(self.tau_plus)
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta, the concentration on hard negatives, must be finite and >= 0; got {self.beta}.")
