@@ -73,8 +73,13 @@ def arrange(
         z = z.to(dtype)
         return numerics.round_operand(numerics.normalize(z) if normalize else z, operand_dtype)
 
-    batch, u1, u2 = z1.shape[0], operand(z1), operand(z2)
-    views = 1 if layout == "one_way" else 2
+    if layout == "two_view":
+        anchors = operand(torch.cat([z1, z2]))
+        u1, u2 = anchors.chunk(2)
+    else:
+        anchors = u1 = operand(z1)
+        u2 = operand(z2)
+    batch, views = z1.shape[0], 1 if layout == "one_way" else 2
     column_sets, row_negatives = [], None
     if in_batch_negatives:
         column_sets.append(ColumnSet(None if layout == "two_view" else u2, num_images=batch, unit=normalize))
@@ -92,7 +97,7 @@ def arrange(
         logits = scale * torch.einsum("vbd,mbd->mvb", anchors_by_view, operand(positives))
         correction = logits.flatten(1).logsumexp(0) - math.log(len(positives))
     return Arrangement(
-        anchors=torch.cat([u1, u2]) if layout == "two_view" else u1,
+        anchors=anchors,
         column_sets=tuple(column_sets),
         row_negatives=row_negatives,
         scale=scale,
