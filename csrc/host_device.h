@@ -1,0 +1,8 @@
+// One spelling for functions that the CPU and the CUDA kernels share.
+#pragma once
+
+#if defined(__CUDACC__)
+#define CE_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define CE_HOST_DEVICE inline
+#endif

@@ -1,0 +1,94 @@
+// Fixed-width vectors in the compiler's own vector extension: one spelling for AVX-512, AVX2, SSE2 and NEON.
+//
+// Include it only after CE_ISA (a namespace) and CE_VECTOR_BYTES are defined and the target of the translation unit is
+// set. Nothing here may call a function of the standard library that is not a builtin: its out-of-line copy would be
+// compiled for this instruction set and the linker could hand it to the rest of the program.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace contrastive_ext {
+namespace CE_ISA {
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int kWidth = CE_VECTOR_BYTES / 4;
+  typedef float V __attribute__((vector_size(CE_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(CE_VECTOR_BYTES)));
+  typedef uint8_t Bytes __attribute__((vector_size(CE_VECTOR_BYTES / 4)));
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int kWidth = CE_VECTOR_BYTES / 8;
+  typedef double V __attribute__((vector_size(CE_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(CE_VECTOR_BYTES)));
+  typedef uint8_t Bytes __attribute__((vector_size(CE_VECTOR_BYTES / 8)));
+};
+
+template <class T>
+inline typename Simd<T>::V load(const T* p) {
+  typename Simd<T>::V v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class T>
+inline void store(T* p, typename Simd<T>::V v) {
+  memcpy(p, &v, sizeof(v));
+}
+
+template <class T>
+inline typename Simd<T>::V broadcast(T x) {
+  return x - typename Simd<T>::V{};  // x - 0 keeps -0 and NaN
+}
+
+// Lanes whose pair class has `bit` keep x, the others become `other`, whatever x was.
+template <class T>
+inline typename Simd<T>::V keep(const uint8_t* pair_class, uint8_t bit, typename Simd<T>::V x,
+                                typename Simd<T>::V other) {
+  typename Simd<T>::Bytes bytes;
+  memcpy(&bytes, pair_class, sizeof(bytes));
+  const typename Simd<T>::I lanes = __builtin_convertvector(bytes, typename Simd<T>::I);
+  return (lanes & bit) != 0 ? x : other;
+}
+
+// The larger of the two; a NaN in x is ignored.
+template <class T>
+inline typename Simd<T>::V larger(typename Simd<T>::V x, typename Simd<T>::V than) {
+  return x > than ? x : than;
+}
+
+// Rounds here: the compiler may not fuse what produced x with what follows.
+template <class V>
+inline V rounded(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+template <class T>
+inline T horizontal_sum(typename Simd<T>::V v) {
+  T lanes[Simd<T>::kWidth];
+  memcpy(lanes, &v, sizeof(v));
+  for (int half = Simd<T>::kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+template <class T>
+inline T horizontal_max(typename Simd<T>::V v) {
+  T best = v[0];
+  for (int i = 1; i < Simd<T>::kWidth; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+}  // namespace CE_ISA
+}  // namespace contrastive_ext

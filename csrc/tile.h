@@ -1,0 +1,95 @@
+// A tile of the score matrix and what the instruction-set-specific kernels do to it. Plain data: this header is seen by
+// code compiled for different instruction sets, so it holds no function bodies.
+#pragma once
+
+#include <cstdint>
+
+#include "pairs.h"
+
+namespace contrastive_ext {
+
+constexpr int64_t kMaxTileCols = 1024;
+// Kernels read and write whole vectors: a tile's row length and every per-column array are padded to this many
+// elements, its number of rows and every per-row array to kRowStep.
+constexpr int64_t kColumnPad = 64;
+constexpr int64_t kRowStep = 4;
+
+template <class T>
+struct Tile {
+  T* s;        // logits, row-major; padding holds anything, NaN included
+  int64_t ld;  // row length in elements, a multiple of kColumnPad
+  int64_t i0, rows, j0, cols;
+  const PairRules* pairs;
+  bool special;  // whether any pair in it may be ignored; otherwise no pair is tested
+  bool upper;    // it meets the diagonal of one set: only pairs j >= i count, j == i only in the row direction
+};
+
+// Maximum and sum of the kept logits, per row and (when col_max is set) per column as anchor.
+template <class T>
+struct Moments {
+  T *row_max, *row_sum;
+  T *col_max, *col_sum;
+};
+
+// Sums of e = exp(beta s - shift) over the kept pairs, and of e^2 where wanted.
+template <class T>
+struct ExpSums {
+  T beta;
+  T factor, factor_low,
+      shift2;  // row_shift null: e = 2^((factor + factor_low) s - shift2), for both directions; shift2 an integer
+  const T* row_shift;  // otherwise a shift per row and one per column
+  const T* col_shift;
+  T* row_sum;
+  T* row_square_sum;  // null: not wanted
+  T* col_sum;         // null: rows only
+  T* col_square_sum;
+  T* e;  // null, or a tile of s's layout that receives the row-direction exponentials
+  T* e_square;
+};
+
+// Gradient weights, in place of the logits:
+//   W_ij = sum_k keep(i->j) row_coef_k,i exp(beta_k s - row_shift_k,i) + keep(j->i) col_coef_k,j exp(beta_k s -
+//   col_shift_k,j)
+template <class T>
+struct Weights {
+  int num_exponents;  // 1 or 2
+  bool shared;        // no shifts: 2^(factor_k s) is in range and serves both directions
+  bool square;        // with `shared`: factor_1 = 2 factor_0
+  T beta[2], factor[2], factor_low[2];
+  const T *row_coef[2], *row_shift[2];  // indexed by row of the tile
+  const T *col_coef[2], *col_shift[2];  // indexed by column of the tile; col_coef[0] null: rows only
+};
+
+template <class T>
+struct TileKernels {
+  void (*moments)(const Tile<T>&, const Moments<T>&);
+  void (*exp_sums)(const Tile<T>&, const ExpSums<T>&);
+  void (*weights)(const Tile<T>&, const Weights<T>&);
+  // For the tests: y = exp(x), and y = 2^(factor x - shift2) for arguments in range.
+  void (*exp)(const T* x, T* y, int64_t n);
+  void (*exp2_in_range)(const T* x, T* y, int64_t n, T factor, T factor_low, T shift2);
+};
+
+struct Isa {
+  const char* name;
+  bool usable;  // on this CPU
+  const TileKernels<float>* f32;
+  const TileKernels<double>* f64;
+};
+
+// Compiled paths, best first; the last one is always usable. Chosen once, on first use.
+const Isa* compiled_isas(int* count);
+const Isa& chosen_isa();
+
+template <class T>
+const TileKernels<T>& tile_kernels();
+template <>
+inline const TileKernels<float>& tile_kernels<float>() {
+  return *chosen_isa().f32;
+}
+template <>
+inline const TileKernels<double>& tile_kernels<double>() {
+  return *chosen_isa().f64;
+}
+
+}  // namespace contrastive_ext

@@ -1,0 +1,216 @@
+// What the kernels' headers compute, for Python: pair rules, online log-sum-exp, and the passes over a tile on every
+// compiled instruction set, whatever this CPU would choose. Built by test_headers.py without torch; never shipped.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "count_negatives.h"
+#include "online_lse.h"
+#include "pairs.h"
+#include "tile.h"
+
+namespace py = pybind11;
+using namespace contrastive_ext;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+using Ids = std::optional<Array<int64_t>>;
+
+PairRules make_rules(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
+                     const Ids& col_ids) {
+  PairRules rules;
+  rules.num_rows = rows, rules.num_images = num_images, rules.positive_offset = positive_offset;
+  rules.row_ids = row_ids ? row_ids->data() : nullptr;
+  rules.col_ids = col_ids ? col_ids->data() : nullptr;
+  return rules;
+}
+
+py::array_t<uint8_t> classify(int64_t rows, int64_t cols, int64_t num_images, int64_t positive_offset, Ids row_ids,
+                              Ids col_ids) {
+  const PairRules rules = make_rules(rows, num_images, positive_offset, row_ids, col_ids);
+  py::array_t<uint8_t> out({rows, cols});
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) out.mutable_at(i, j) = rules.classify(i, j);
+  return out;
+}
+
+bool may_share_image(int64_t rows, int64_t num_images, int64_t positive_offset, int64_t i0, int64_t i1, int64_t j0,
+                     int64_t j1) {
+  return make_rules(rows, num_images, positive_offset, {}, {}).may_share_image(i0, i1, j0, j1);
+}
+
+std::pair<std::vector<double>, std::vector<double>> count(int64_t rows, int64_t cols, int64_t num_images,
+                                                          int64_t positive_offset, Ids row_ids, Ids col_ids) {
+  std::vector<double> per_row(rows), per_col(cols);
+  count_negatives(make_rules(rows, num_images, positive_offset, row_ids, col_ids), rows, cols, per_row.data(),
+                  per_col.data());
+  return {per_row, per_col};
+}
+
+// lse of all values, each chunk summed at its own maximum, then merged.
+double online_lse(const std::vector<std::vector<double>>& chunks) {
+  OnlineLse<double> total;
+  for (const auto& chunk : chunks) {
+    OnlineLse<double> part;
+    for (double x : chunk) part.raise(x);
+    for (double x : chunk) part.sum += std::exp(x - (part.shift == -INFINITY ? 0.0 : part.shift));
+    total.merge(part);
+  }
+  return total.lse();
+}
+
+const Isa& find_isa(const std::string& name) {
+  int n = 0;
+  const Isa* isas = compiled_isas(&n);
+  for (int k = 0; k < n; ++k)
+    if (isas[k].name == name && isas[k].usable) return isas[k];
+  throw std::invalid_argument(name + " is not compiled in or not usable on this CPU");
+}
+
+std::vector<std::string> usable_isas() {
+  int n = 0;
+  const Isa* isas = compiled_isas(&n);
+  std::vector<std::string> names;
+  for (int k = 0; k < n; ++k)
+    if (isas[k].usable) names.push_back(isas[k].name);
+  return names;
+}
+
+template <class T>
+const TileKernels<T>& kernels(const std::string& isa);
+template <>
+const TileKernels<float>& kernels<float>(const std::string& isa) {
+  return *find_isa(isa).f32;
+}
+template <>
+const TileKernels<double>& kernels<double>(const std::string& isa) {
+  return *find_isa(isa).f64;
+}
+
+template <class T>
+Array<T> exp_of(const std::string& isa, Array<T> x) {
+  Array<T> y(x.size());
+  kernels<T>(isa).exp(x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
+template <class T>
+Array<T> exp2_of(const std::string& isa, Array<T> x, T factor, T factor_low, T shift) {
+  Array<T> y(x.size());
+  kernels<T>(isa).exp2_in_range(x.data(), y.mutable_data(), x.size(), factor, factor_low, shift);
+  return y;
+}
+
+// A tile of any size at (i0, j0) of a larger problem, in padded storage whose padding is NaN.
+template <class T>
+struct TileFixture {
+  PairRules rules;
+  std::vector<T> storage;
+  Tile<T> tile;
+  int64_t padded_rows;
+
+  TileFixture(const Array<T>& s, const PairRules& rules, int64_t i0, int64_t j0, bool special, bool upper)
+      : rules(rules) {
+    const int64_t rows = s.shape(0), cols = s.shape(1), ld = (cols + kColumnPad - 1) / kColumnPad * kColumnPad;
+    padded_rows = (rows + kRowStep - 1) / kRowStep * kRowStep;
+    storage.assign(padded_rows * ld, std::numeric_limits<T>::quiet_NaN());
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) storage[i * ld + j] = s.at(i, j);
+    tile = {storage.data(), ld, i0, rows, j0, cols, &this->rules, special, upper};
+  }
+};
+
+template <class T>
+py::list to_lists(const std::vector<std::vector<T>>& parts, int64_t rows, int64_t cols) {
+  py::list out;
+  for (size_t k = 0; k < parts.size(); ++k) {
+    const auto end = parts[k].begin() + (k < parts.size() / 2 ? rows : cols);
+    out.append(py::cast(std::vector<T>(parts[k].begin(), end)));
+  }
+  return out;
+}
+
+// row max, row sum, column max, column sum
+template <class T>
+py::list moments(const std::string& isa, Array<T> s, int64_t num_rows, int64_t num_images, int64_t i0, int64_t j0,
+                 bool special, bool upper) {
+  TileFixture<T> f(s, make_rules(num_rows, num_images, 0, {}, {}), i0, j0, special, upper);
+  std::vector<T> row_max(f.padded_rows), row_sum(f.padded_rows), col_max(f.tile.ld, -INFINITY), col_sum(f.tile.ld);
+  kernels<T>(isa).moments(f.tile, {row_max.data(), row_sum.data(), col_max.data(), col_sum.data()});
+  return to_lists<T>({row_max, row_sum, col_max, col_sum}, f.tile.rows, f.tile.cols);
+}
+
+// row sum, row sum of squares, column sum, column sum of squares; shifts given (online) or one static shift
+template <class T>
+py::list exp_sums(const std::string& isa, Array<T> s, int64_t num_rows, int64_t num_images, int64_t i0, int64_t j0,
+                  bool special, bool upper, T beta, T factor, T factor_low, T shift2, std::vector<T> row_shift,
+                  std::vector<T> col_shift) {
+  TileFixture<T> f(s, make_rules(num_rows, num_images, 0, {}, {}), i0, j0, special, upper);
+  const bool online = !row_shift.empty();
+  row_shift.resize(f.padded_rows), col_shift.resize(f.tile.ld);
+  std::vector<T> row_sum(f.padded_rows), row_square(f.padded_rows), col_sum(f.tile.ld), col_square(f.tile.ld);
+  ExpSums<T> args{};
+  args.beta = beta, args.factor = factor, args.factor_low = factor_low, args.shift2 = shift2;
+  args.row_shift = online ? row_shift.data() : nullptr, args.col_shift = col_shift.data();
+  args.row_sum = row_sum.data(), args.row_square_sum = row_square.data();
+  args.col_sum = col_sum.data(), args.col_square_sum = col_square.data();
+  kernels<T>(isa).exp_sums(f.tile, args);
+  return to_lists<T>({row_sum, row_square, col_sum, col_square}, f.tile.rows, f.tile.cols);
+}
+
+// W for 1 or 2 exponents; col_coef empty: rows only
+template <class T>
+Array<T> weights(const std::string& isa, Array<T> s, int64_t num_rows, int64_t num_images, int64_t i0, int64_t j0,
+                 bool special, bool upper, bool shared, std::vector<T> beta, std::vector<T> factor,
+                 std::vector<std::vector<T>> row_coef, std::vector<std::vector<T>> row_shift,
+                 std::vector<std::vector<T>> col_coef, std::vector<std::vector<T>> col_shift) {
+  TileFixture<T> f(s, make_rules(num_rows, num_images, 0, {}, {}), i0, j0, special, upper);
+  Weights<T> args{};
+  args.num_exponents = static_cast<int>(beta.size());
+  args.shared = shared, args.square = beta.size() == 2 && beta[1] == 2 * beta[0];
+  for (size_t k = 0; k < beta.size(); ++k) {
+    args.beta[k] = beta[k], args.factor[k] = factor[k];
+    row_coef[k].resize(f.padded_rows), row_shift[k].resize(f.padded_rows);
+    args.row_coef[k] = row_coef[k].data(), args.row_shift[k] = row_shift[k].data();
+    if (col_coef.empty()) continue;
+    col_coef[k].resize(f.tile.ld), col_shift[k].resize(f.tile.ld);
+    args.col_coef[k] = col_coef[k].data(), args.col_shift[k] = col_shift[k].data();
+  }
+  kernels<T>(isa).weights(f.tile, args);
+  Array<T> out({f.tile.rows, f.tile.cols});
+  for (int64_t i = 0; i < f.tile.rows; ++i)
+    for (int64_t j = 0; j < f.tile.cols; ++j) out.mutable_at(i, j) = f.storage[i * f.tile.ld + j];
+  return out;
+}
+
+template <class T>
+void define(py::module_& m, const char* suffix) {
+  const auto name = [&](const char* base) { return std::string(base) + suffix; };
+  m.def(name("exp_").c_str(), exp_of<T>);
+  m.def(name("exp2_").c_str(), exp2_of<T>);
+  m.def(name("moments_").c_str(), moments<T>);
+  m.def(name("exp_sums_").c_str(), exp_sums<T>);
+  m.def(name("weights_").c_str(), weights<T>);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(native_headers, m) {
+  m.attr("UNFILLED") = kUnfilled;
+  m.attr("COLUMN_IS_NEGATIVE") = kColumnIsNegative;
+  m.attr("ROW_IS_NEGATIVE") = kRowIsNegative;
+  m.def("usable_isas", usable_isas);
+  m.def("classify", classify);
+  m.def("may_share_image", may_share_image);
+  m.def("count", count);
+  m.def("online_lse", online_lse);
+  define<float>(m, "f32");
+  define<double>(m, "f64");
+}
