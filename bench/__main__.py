@@ -1,0 +1,142 @@
+"""The benchmark's command line: the main job on real data, then time and memory of every case, one table, one picture.
+
+    python -m bench                        the CPU run, under five minutes
+    python -m bench --device cuda          the GPU protocol
+    python -m bench smoke                  correctness at tiny shapes
+    python -m bench plot RESULTS.json      draw the picture again
+
+A JSON file named after the device collects the results as they come. Exit status 1 says that a result was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import re
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import digits, environment, plots, report
+from .cases import LOSSES, Case, cpu_cases, cuda_cases
+from .device import Device
+from .harness import Harness
+from .memory import HostMemory
+from .results import Results
+from .smoke import smoke
+
+_OUT = Path(__file__).parent / "results"
+_DIGITS_STEPS = {False: 40, True: 5}
+_TIME_LIMIT_S = {"cpu": 270, "cuda": 1500}  # the CPU run promises five minutes, picture and table included
+_SECONDS_PER_CASE = {False: 3.0, True: 0.5}
+_FIXED_S = 4.0  # of a case, whatever its size
+_MEMORY_SHARE_OF_TIME = 0.2  # of a case: one call of each method
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 if anything of ours is wrong."""
+    options = _parser().parse_args(arguments)
+    if options.command == "plot":
+        return _plot(options.results)
+    if options.command == "smoke":
+        return int(smoke(Device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))) > 0)
+    return _bench(options)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    # the benchmark itself reports the clamped rows
+    warnings.filterwarnings("ignore", message=".*on the floor of the debiased loss")
+    device = Device(options.device or "cpu")
+    limit = options.time_limit or _TIME_LIMIT_S[device.kind]
+    cases = [c for c in (cuda_cases if device.is_cuda else cpu_cases)(options.quick) if re.search(options.only, c.name)]
+    jobs = [name for name in LOSSES if re.search(options.only, f"digits {name}")]
+    path = options.out / f"{environment.slug(device)}.json"
+    results, began = Results(environment.facts(device)), time.monotonic()
+    with contextlib.ExitStack() as stack:
+        host_memory = None if device.is_cuda else stack.enter_context(HostMemory())
+        progress = stack.enter_context(report.Progress(len(jobs) + len(cases)))
+        _run_digits(jobs, _DIGITS_STEPS[options.quick], device, results, path, progress)
+        harness = Harness(device, host_memory, _SECONDS_PER_CASE[options.quick], progress.say)
+        _run_cases(cases, harness, began + limit, results, path, progress)
+    results.seconds = round(time.monotonic() - began, 1)
+    results.write(path)
+    report.show(results)
+    print(f"results: {path}")
+    _plot(path)
+    return 0 if results.is_green else 1
+
+
+def _run_digits(
+    jobs: Sequence[str], steps: int, device: Device, results: Results, path: Path, progress: report.Progress
+) -> None:
+    if jobs and importlib.util.find_spec("sklearn") is None:
+        print("The main job on digits is left out: it needs scikit-learn.")
+        return
+    for name in jobs:
+        progress.say(f"digits: {steps} steps with {name}, each compared with the reference")
+        job = digits.train(name, steps, device)
+        results.digits.append(job)
+        results.write(path)
+        progress.finish(f"digits {name}: {'agrees' if job['agrees'] else 'DISAGREES'}")
+
+
+def _run_cases(
+    cases: Sequence[Case], harness: Harness, deadline: float, results: Results, path: Path, progress: report.Progress
+) -> None:
+    pace = 0.0  # seconds per unit of work in the last case, as busy as the machine is now
+    for case in cases:
+        began = time.monotonic()
+        if began + _FIXED_S + pace * _work(case) <= deadline:
+            rows = harness.run(case)
+            if not case.compile:  # compiling says nothing about the next case
+                pace = max(0.0, time.monotonic() - began - _FIXED_S) / _work(case)
+        else:
+            results.left_out.append(case.name)
+            has_time = began + _FIXED_S + _MEMORY_SHARE_OF_TIME * pace * _work(case) <= deadline
+            rows = harness.run_memory(case) if has_time else []
+        for row in rows:
+            results.rows.append(row)
+            if row.gemm_tflops:
+                results.gemm_tflops[row.dtype] = max(results.gemm_tflops.get(row.dtype, 0.0), row.gemm_tflops)
+        results.write(path)
+        progress.finish(report.one_line(rows) if rows else f"{case.name}: left out")
+
+
+def _work(case: Case) -> float:
+    return float(case.n) * case.m * (len(case.dense.exponents) + case.dim / 128)
+
+
+def _plot(path: Path) -> int:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("The picture is left out: it needs matplotlib.")
+        return 0
+    picture = path.with_suffix(".png")
+    plots.draw(Results.read(path), picture)
+    print(f"picture: {picture}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; smoke: the GPU if there is one")
+    parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help="where results go (bench/results)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few steps: a look, not a measurement")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases and digits jobs whose name matches")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case that would end later")
+    commands = parser.add_subparsers(dest="command", metavar="smoke | plot")
+    smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
+    smoke_parser.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
+    plot_parser = commands.add_parser("plot", help="draw the picture of a results file again")
+    plot_parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""What people run today, as code: the four losses in plain PyTorch, written the way a careful user would.
+
+    normalise -> u v^T / t -> positives and self set to -inf -> logsumexp over each row -> O(N) formula of the loss
+
+`eager` keeps the N x M matrix, `chunked` recomputes it block by block in the backward (torch.utils.checkpoint),
+`compiled` is torch.compile of `eager`, `autocast` is `eager` with 16-bit products. Nothing here comes from
+contrastive_ext: the same dense formula, run by blocks in float64, is the truth of the correctness gate (gate.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from .cases import Case, Inputs
+
+TAU_PLUS = 0.1  # defaults of the public functions, which the timed calls leave untouched
+BETA = 1.0
+
+# Logits per block, 16 MiB in fp32. On two cores at N = 8192: 2^22 to 2^24 equal within the noise, smaller is slower.
+CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class DenseLoss:
+    """A loss as a formula of its rows: exponents of the log-sum-exps it needs, `formula(lse, pos, count, scale)`."""
+
+    exponents: tuple[float, ...]
+    formula: Callable[[Sequence[Tensor], Tensor, int, float], Tensor]
+
+
+def _infonce(lse, pos, count, scale):
+    return torch.logaddexp(pos, lse[0]) - pos
+
+
+def _decoupled(lse, pos, count, scale):
+    return lse[0] - pos
+
+
+def _debiased(lse, pos, count, scale):
+    shift = torch.maximum(lse[0], pos).detach()
+    own = torch.exp(pos - shift)
+    negatives = (torch.exp(lse[0] - shift) - TAU_PLUS * count * own) / (1 - TAU_PLUS)
+    negatives = torch.clamp(negatives, min=count * torch.exp(-scale - shift))
+    return torch.log(own + negatives) - (pos - shift)
+
+
+def _hard_negative(lse, pos, count, scale):
+    norm, weighted = lse
+    log_count = torch.log(torch.tensor(float(count), dtype=pos.dtype))
+    return _debiased([log_count + weighted - norm], pos, count, scale)
+
+
+INFONCE = DenseLoss((1.0,), _infonce)
+DECOUPLED = DenseLoss((1.0,), _decoupled)
+DEBIASED = DenseLoss((1.0,), _debiased)
+HARD_NEGATIVE = DenseLoss((BETA, 1.0 + BETA), _hard_negative)
+
+
+def eager(case: Case, inputs: Inputs) -> Tensor:
+    """[R] loss of every row through the whole matrix of logits."""
+    u1, u2 = _unit(case, inputs)
+    pos = (u1 * u2).sum(1) / case.temperature
+    if case.layout == "two_view":
+        u = torch.cat([u1, u2])
+        return _row_losses(case, _masked_logits(case, u, u, 0), pos.repeat(2))
+    if case.layout == "queue":
+        return _row_losses(case, _masked_logits(case, u1, inputs.queue.to(u1.dtype), 0), pos)
+    logits = _masked_logits(case, u1, u2, 0)
+    return torch.cat([_row_losses(case, logits, pos), _row_losses(case, logits.T, pos)])
+
+
+def chunked(case: Case, inputs: Inputs, *, operand_dtype: torch.dtype | None = None) -> Tensor:
+    """[R] loss of every row, a block of rows at a time, each block computed again in the backward.
+
+    operand_dtype  round unit vectors to it first, gradients passing through: what 16-bit operands compute exactly
+    """
+    u1, u2 = _unit(case, inputs, operand_dtype)
+    pos = (u1 * u2).sum(1) / case.temperature
+    if case.layout == "two_view":
+        u = torch.cat([u1, u2])
+        sweeps = [(u, u, pos.repeat(2))]
+    elif case.layout == "queue":
+        sweeps = [(u1, inputs.queue.to(u1.dtype), pos)]
+    else:
+        sweeps = [(u1, u2, pos), (u2, u1, pos)]
+    size = max(1, CHUNK_ELEMENTS // case.m)
+
+    def block(u: Tensor, v: Tensor, pos: Tensor, first: int) -> Tensor:
+        return _row_losses(case, _masked_logits(case, u, v, first), pos)
+
+    return torch.cat(
+        [
+            checkpoint(block, u[i : i + size], v, pos[i : i + size], i, use_reentrant=False)
+            for u, v, pos in sweeps
+            for i in range(0, len(u), size)
+        ]
+    )
+
+
+def autocast(case: Case, inputs: Inputs) -> Tensor:
+    """`eager` with bf16 products, as under automatic mixed precision."""
+    with torch.autocast(inputs.z1.device.type, dtype=torch.bfloat16):
+        return eager(case, inputs)
+
+
+def compiled(case: Case, inputs: Inputs) -> Tensor:
+    """torch.compile of `eager`; the first call of a case compiles."""
+    return _compiled(case)(inputs)
+
+
+@cache
+def _compiled(case: Case) -> Callable[[Inputs], Tensor]:
+    torch._dynamo.reset()  # one case at a time: static shapes, and no recompilation limit over a long run
+    return torch.compile(lambda inputs: eager(case, inputs), dynamic=False)
+
+
+def _unit(case: Case, inputs: Inputs, operand_dtype: torch.dtype | None = None) -> list[Tensor]:
+    units = []
+    for z in (inputs.z1, inputs.z2):
+        u = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        units.append(u if operand_dtype is None else u + (u.to(operand_dtype).to(u.dtype) - u).detach())
+    return units
+
+
+def _masked_logits(case: Case, u: Tensor, v: Tensor, first: int) -> Tensor:
+    """Logits of anchors first, first + 1, ... against all candidates, -inf where the candidate is no negative."""
+    logits = ((u / case.temperature) @ v.T).to(u.dtype)  # under autocast the product is 16-bit, the sum must not be
+    row = torch.arange(len(u), device=u.device)
+    if case.layout != "queue":
+        logits[row, row + first] = -torch.inf
+    if case.layout == "two_view":
+        logits[row, (row + first + case.n // 2) % case.n] = -torch.inf
+    return logits
+
+
+def _row_losses(case: Case, logits: Tensor, pos: Tensor) -> Tensor:
+    dense = case.dense
+    lse = [torch.logsumexp(logits if beta == 1 else beta * logits, 1) for beta in dense.exponents]
+    return dense.formula(lse, pos, case.negatives, 1 / case.temperature)
+
+
+@dataclass(frozen=True)
+class ThirdParty:
+    """A loss of another library: only `mean` reduction, only for the loss and layout it computes."""
+
+    package: str
+    loss: str
+    layout: str
+    mean_loss: Callable[[Case, Inputs], Tensor]
+
+    def computes(self, case: Case) -> bool:
+        """Whether it computes the case and is installed."""
+        wanted = case.loss == self.loss and case.layout == self.layout
+        return wanted and importlib.util.find_spec(self.package) is not None
+
+
+def _lightly_ntxent(case, inputs):
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss(temperature=case.temperature)(inputs.z1, inputs.z2)
+
+
+def _lightly_decoupled(case, inputs):
+    from lightly.loss import DCLLoss
+
+    return DCLLoss(temperature=case.temperature)(inputs.z1, inputs.z2)
+
+
+def _metric_learning(case, inputs):
+    from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
+
+    return SelfSupervisedLoss(NTXentLoss(temperature=case.temperature))(inputs.z1, inputs.z2)
+
+
+def _open_clip(case, inputs):
+    from open_clip.loss import ClipLoss
+
+    u1, u2 = _unit(case, inputs)
+    return ClipLoss()(u1, u2, 1 / case.temperature)
+
+
+def _inf_cl(case, inputs):
+    from inf_cl import cal_inf_loss
+
+    u1, u2 = _unit(case, inputs)
+    scale = torch.tensor(1 / case.temperature, device=u1.device)
+    return (cal_inf_loss(u1, u2, scale=scale) + cal_inf_loss(u2, u1, scale=scale)) / 2
+
+
+THIRD_PARTIES: dict[str, ThirdParty] = {
+    "lightly": ThirdParty("lightly", "fused_infonce_loss", "two_view", _lightly_ntxent),
+    "lightly DCL": ThirdParty("lightly", "fused_decoupled_loss", "two_view", _lightly_decoupled),
+    "pytorch-metric-learning": ThirdParty(
+        "pytorch_metric_learning", "fused_infonce_loss", "two_view", _metric_learning
+    ),
+    "open_clip": ThirdParty("open_clip", "fused_infonce_loss", "symmetric", _open_clip),
+    "inf_cl": ThirdParty("inf_cl", "fused_infonce_loss", "symmetric", _inf_cl),
+}

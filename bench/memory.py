@@ -1,0 +1,105 @@
+"""Peak memory of one forward + backward beyond its inputs (gradients included).
+
+On the GPU the allocator counts. On the CPU every measurement runs in a child process of its own, forked from a server
+that has imported torch and computed nothing, so that no memory freed earlier hides the growth; the child makes the
+inputs, runs the same method once on a tiny case, and then reads how far the resident set grew over that state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from .cases import Case
+from .device import Device
+from .methods import Method, find_method
+
+_ROOT = Path(__file__).resolve().parents[1]
+_TINY = {"two_view": (64, 64), "symmetric": (32, 32), "queue": (32, 64)}
+
+
+class HostMemory:
+    """Client of the server process; a context manager."""
+
+    def __enter__(self) -> HostMemory:
+        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "bench.memory"], cwd=_ROOT, env=os.environ | {"PYTHONPATH": path},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+    def peak_mib(self, method: Method, case: Case) -> float | None:
+        """MiB beyond the inputs; None if the call did not survive."""
+        request = {"method": method.name, "case": asdict(case), "threads": torch.get_num_threads()}
+        self._server.stdin.write(json.dumps(request) + "\n")
+        return json.loads(self._server.stdout.readline())
+
+
+def peak_mib_cuda(method: Method, case: Case, device: Device) -> float:
+    """MiB the allocator handed out at the peak beyond the inputs."""
+    inputs = case.inputs(device.torch)
+    _run(method, case, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _run(method, case, inputs)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _run(method: Method, case: Case, inputs) -> None:
+    torch.autograd.grad(method.mean_loss(case, inputs), (inputs.z1, inputs.z2))
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writer, json.dumps(_measure(json.loads(line))).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as answer:
+            text = answer.read()  # empty if the child was killed
+        os.waitpid(child, 0)
+        print(text or "null", flush=True)
+
+
+def _measure(request: dict) -> float:
+    torch.set_num_threads(request["threads"])
+    device, case = Device("cpu"), Case(**request["case"])
+    method = find_method(request["method"], case, device)
+    inputs = case.inputs(device.torch)
+    n, m = _TINY[case.layout]
+    tiny = replace(case, n=n, m=m)
+    _run(method, tiny, tiny.inputs(device.torch))
+    with contextlib.suppress(OSError):  # where the peak cannot be reset it can only be overstated
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_kib("VmRSS")
+    _run(method, case, inputs)
+    return max(0.0, (_resident_kib("VmHWM") - before) / 1024)
+
+
+def _resident_kib(field: str) -> float:
+    status = Path("/proc/self/status")
+    if not status.is_file():  # macOS: the peak only, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return float(line.split()[1])
+
+
+if __name__ == "__main__":
+    _serve()

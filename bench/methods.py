@@ -1,0 +1,90 @@
+"""Every way to compute a case: the package's backends, the baselines, other libraries where they are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import contrastive_ext
+
+from . import baselines
+from .cases import Case, Inputs, fused
+from .device import Device
+
+# Peak bytes per element of the N x M matrix in eager PyTorch, measured at N = 8192 on the CPU: 16.3 with one exponent
+# (logits, softmax, gradient, a temporary), 20.3 with two. Only decides what is not even tried.
+EAGER_BYTES_PER_ELEMENT = {1: 16.3, 2: 20.3}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named way to compute a case.
+
+    row_losses  [R] losses, differentiable; None where a library only returns the mean
+    mean_loss   the 0-d mean, which is what gets timed
+    is_ours     the correctness gate is strict, and a red one fails the run
+    keeps_matrix  whether memory grows as N x M
+    """
+
+    name: str
+    row_losses: Callable[[Case, Inputs], Tensor] | None
+    mean_loss: Callable[[Case, Inputs], Tensor]
+    is_ours: bool = False
+    keeps_matrix: bool = False
+
+    def estimated_bytes(self, case: Case) -> int:
+        """Memory of the matrix, before trying."""
+        return int(self.keeps_matrix * EAGER_BYTES_PER_ELEMENT[len(case.dense.exponents)] * case.n * case.m)
+
+
+def _baseline(name: str, row_losses: Callable[[Case, Inputs], Tensor], keeps_matrix: bool) -> Method:
+    return Method(name, row_losses, lambda case, inputs: row_losses(case, inputs).mean(), keeps_matrix=keeps_matrix)
+
+
+EAGER = _baseline("eager", baselines.eager, keeps_matrix=True)
+CHUNKED = _baseline("chunked", baselines.chunked, keeps_matrix=False)
+COMPILED = _baseline("compile", baselines.compiled, keeps_matrix=True)
+AUTOCAST = _baseline("autocast", baselines.autocast, keeps_matrix=True)
+
+
+def _backend(backend: str) -> Method:
+    return Method(
+        backend,
+        partial(fused, backend=backend, reduction="none"),
+        partial(fused, backend=backend, reduction="mean"),
+        is_ours=True,
+    )
+
+
+def backends_for(case: Case, device: Device) -> list[Method]:
+    """The package's streaming backends that can run the case on the device."""
+    probe = torch.empty(1, case.dim, dtype=case.torch_dtype, device=device.torch)
+    reasons = contrastive_ext.explain(probe).reasons
+    return [
+        _backend(name) for name in contrastive_ext.available_backends() if name != "reference" and not reasons[name]
+    ]
+
+
+def methods_for(case: Case, device: Device) -> list[Method]:
+    """Backends first, then baselines."""
+    methods = backends_for(case, device)
+    if case.fused_only:
+        return methods
+    methods += [EAGER, CHUNKED]
+    if case.compile:
+        methods.append(COMPILED)
+    if case.dtype == "bfloat16" or (device.is_cuda and case.dtype == "float32"):
+        methods.append(AUTOCAST)
+    if device.is_cuda or case.dtype == "float32":
+        libraries = {name: library for name, library in baselines.THIRD_PARTIES.items() if library.computes(case)}
+        methods += [Method(name, None, lib.mean_loss, keeps_matrix=True) for name, lib in libraries.items()]
+    return methods
+
+
+def find_method(name: str, case: Case, device: Device) -> Method:
+    """The method of that name."""
+    return next(method for method in methods_for(case, device) if method.name == name)

@@ -1,0 +1,88 @@
+"""The results file: facts about the machine, the main job, one row per case and method. Written after every case."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+# Why a row has no times; anything else in `status` is a sentence.
+OK = "ok"
+RED = "red gate"
+OUT_OF_MEMORY = "out of memory"
+NO_TIME = "not timed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case computed by one method.
+
+    status          "ok", or why there are no times
+    forward_ms, backward_ms  medians; *_quartiles_ms are [lower quartile, median, upper quartile]
+    peak_extra_mib  peak memory of forward + backward beyond the inputs, gradients included
+    *_gemm_share    executed flops (cases.FLOPS) per second over the library's GEMM rate, gemm_tflops, measured beside
+    gate            largest error over its tolerance; above 1 is red
+    ratios          baseline time / this time, quartiles over rounds; above 1 this method is faster
+    graph_ms        forward + backward replayed as a CUDA graph (small N)
+    """
+
+    loss: str
+    backend: str
+    is_ours: bool
+    layout: str
+    N: int
+    M: int
+    D: int
+    dtype: str
+    temperature: float
+    status: str = OK
+    gate: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    forward_quartiles_ms: list[float] | None = None
+    backward_quartiles_ms: list[float] | None = None
+    total_quartiles_ms: list[float] | None = None
+    graph_ms: float | None = None
+    rounds: int = 0
+    peak_extra_mib: float | None = None
+    gemm_tflops: float | None = None
+    forward_gemm_share: float | None = None
+    backward_gemm_share: float | None = None
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
+class Results:
+    """Everything one run found out."""
+
+    environment: dict[str, Any]
+    gemm_tflops: dict[str, float] = field(default_factory=dict)  # dtype -> best rate seen in the run
+    digits: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # cases the time limit did not allow
+    seconds: float = 0.0
+
+    @property
+    def is_green(self) -> bool:
+        """Whether nothing of ours computed anything wrong."""
+        return all(job["agrees"] for job in self.digits) and not any(
+            row.is_ours and row.status == RED for row in self.rows
+        )
+
+    def write(self, path: Path) -> None:
+        """Replace `path` in one step: a killed run leaves the last whole file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = self.environment | {key: value for key, value in asdict(self).items() if key != "environment"}
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(draft, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """The results `write` wrote."""
+        content = json.loads(path.read_text())
+        own = {f.name: content.pop(f.name) for f in fields(cls) if f.name != "environment"}
+        own["rows"] = [Row(**row) for row in own["rows"]]
+        return cls(environment=content, **own)
