@@ -15,7 +15,7 @@ from .device import Device
 from .gate import Truth
 from .memory import HostMemory, peak_mib_cuda
 from .methods import COMPILED, Method, methods_for
-from .results import NO_TIME, OK, OUT_OF_MEMORY, RED, Row
+from .results import NO_TIME, OK, OUT_OF_MEMORY, RED, TOO_SLOW, Row
 from .timing import Timing
 
 # Share of the free memory a case may be estimated to need.
@@ -53,11 +53,11 @@ class Harness:
             truth = gate.truth_of(case, inputs)
             rows = {method.name: self._check(method, case, inputs, truth) for method in methods}
             del truth  # its float64 copies would narrow what fits
-            right = [method for method in methods if rows[method.name].status == OK]
-            for method in right:
-                rows[method.name] = self._measure_memory(rows[method.name], method, case)
-            right = [method for method in right if rows[method.name].status == OK]
-            return list((rows | self._time(rows, right, case)).values())
+            for method in methods:
+                if rows[method.name].status in (OK, TOO_SLOW):
+                    rows[method.name] = self._measure_memory(rows[method.name], method, case)
+            to_time = [method for method in methods if rows[method.name].status == OK]
+            return list((rows | self._time(rows, to_time, case)).values())
 
     def run_memory(self, case: Case) -> list[Row]:
         """Rows with the peak alone, a few calls: for a case that there is no time to check and to repeat."""
@@ -90,7 +90,7 @@ class Harness:
         if ratio > 1:
             return replace(row, gate=ratio, status=RED)
         if seconds > SLOWEST_CALL_S and method.name != COMPILED.name:  # whose first call compiles
-            return replace(row, gate=ratio, status=f"not timed: {seconds:.0f} s a call")
+            return replace(row, gate=ratio, status=TOO_SLOW)
         return replace(row, gate=ratio)
 
     def _measure_memory(self, row: Row, method: Method, case: Case) -> Row:

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-# Why a row has no times; anything else in `status` is a sentence.
+# What `status` of a row may be; only "ok" has times.
 OK = "ok"
 RED = "red gate"
 OUT_OF_MEMORY = "out of memory"
-NO_TIME = "not timed"
+TOO_SLOW = "too slow to repeat"
+NO_TIME = "no time left"
 
 
 @dataclass(frozen=True)
