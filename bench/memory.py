@@ -23,8 +23,8 @@ from .device import Device
 from .methods import Method, find_method
 
 _ROOT = Path(__file__).resolve().parents[1]
-# glibc returns blocks from this size on to the system at once. By default it adapts, keeps up to 32 MiB blocks and fragments:
-# what `chunked` holds at N = 16,384, 104 MiB, then reads as 784 to 1031 MiB, a different number every time.
+# glibc returns blocks from this size on to the system at once. By default it adapts, keeps blocks up to 32 MiB and
+# fragments: the 95 MiB that `chunked` holds at N = 16,384 then read as 784 to 1031 MiB, different every time.
 _RETURN_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 _TINY = {"two_view": (64, 64), "symmetric": (32, 32), "queue": (32, 64)}
 

@@ -18,9 +18,9 @@ except ImportError:  # a GPU machine without network has what it has
     rich = None  # type: ignore[assignment]
 
 _COLUMNS = (
-    "case", "method", "forward ms", "backward ms", "sum ms", "peak MiB", "of GEMM, f / b", "gate",
+    "case", "method", "fwd ms", "bwd ms", "sum ms", "MiB", "of GEMM, f / b", "gate",
 )  # fmt: skip
-_WIDTH_WITHOUT_TERMINAL = 190
+_WIDTH_WITHOUT_TERMINAL = 160
 
 
 class Progress:
@@ -76,9 +76,11 @@ def show(results: Results) -> None:
     """The main job, the table of cases, the frontier, and the verdict."""
     for job in results.digits:
         _print(_digits_line(job), "green" if job["agrees"] else "bold red")
-    ratio_columns = [f"x {name}" for name in _baselines(results.rows)]
-    title = "forward + backward; x: times faster than, with quartiles; gate: error over tolerance"
-    _table(title, (*_COLUMNS, *ratio_columns), _table_rows(results.rows))
+    ours = list(dict.fromkeys(row.backend for row in results.rows if row.is_ours))
+    title = (
+        "forward + backward; x: times slower than our backend of that name, with quartiles; gate: error over tolerance"
+    )
+    _table(title, (*_COLUMNS, *(f"x {name}" for name in ours)), _table_rows(results.rows, ours))
     memory = results.environment["available_memory_gib"]
     limits = frontier(results.rows, memory * 2**30)
     cells = [[x.backend, rounded(x.largest_n), duration(x.hours) if x.hours else ""] for x in limits]
@@ -108,14 +110,14 @@ def _digits_line(job: dict) -> str:
     )
 
 
-def _table_rows(rows: Sequence[Row]) -> list[tuple[list[str], str]]:
+def _table_rows(rows: Sequence[Row], ours: Sequence[str]) -> list[tuple[list[str], str]]:
+    ratios = {(_case(row), row.backend): row.ratios for row in rows}
     cells, previous = [], None
-    baselines = _baselines(rows)
     for row in rows:
         case = _case(row)
         style = "bold red" if row.status == RED and row.is_ours else "cyan" if row.is_ours else ""
-        ratios = [_ratio(row.ratios[name]) if name in row.ratios else "" for name in baselines]
-        cells.append(([case if case != previous else "", row.backend, *_measurements(row), *ratios], style))
+        beaten_by = [_ratio(ratios.get((case, name), {}).get(row.backend)) for name in ours]
+        cells.append(([case if case != previous else "", row.backend, *_measurements(row), *beaten_by], style))
         previous = case
     return cells
 
@@ -133,12 +135,9 @@ def _measurements(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def _baselines(rows: Sequence[Row]) -> list[str]:
-    """Baselines anything was compared with, in the order they came."""
-    return list(dict.fromkeys(name for row in rows for name in row.ratios))
-
-
-def _ratio(quartiles: Sequence[float]) -> str:
+def _ratio(quartiles: Sequence[float] | None) -> str:
+    if quartiles is None:
+        return ""
     low, middle, high = quartiles
     return f"{middle:.2g} ({low:.2g}-{high:.2g})"
 
@@ -157,7 +156,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[list[str], s
         return
     table = rich.table.Table(title=title, title_justify="left", box=rich.table.box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="left" if name in ("case", "method") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("case", "method") else "right", no_wrap=name != "case")
     is_grouped = any(cells[0] == "" for cells, _ in rows)
     for i, (cells, style) in enumerate(rows):
         next_goes_on = any(cells[0] == "" for cells, _ in rows[i + 1 : i + 2])

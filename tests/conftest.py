@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# before torch starts its threads: on a busy machine spinning threads make small tests ten times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
