@@ -13,7 +13,7 @@ BUILT     := $(VENV)/.built
 CSRC      := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/native/*.h tests/native/*.cpp)
 
-.PHONY: help setup test lint format bench gpu clean FORCE
+.PHONY: help setup test lint format bench sanitize gpu clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -55,6 +55,17 @@ format: $(INSTALLED) ## rewrite the sources as lint wants them
 
 bench: $(BUILT) ## run the benchmark; ARGS="..." are its arguments
 	$(RUN) -m bench $(ARGS)
+
+# -O1: the optimised kernels take minutes to compile with sanitizers and are no different in what they touch
+sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer and UBSan
+	mkdir -p build/sanitize
+	T=$$($(RUN) -c "import os, torch; print(os.path.dirname(torch.__file__))") && \
+	$(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+	  -Wall -Wextra -fPIC -shared -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem $$T/include csrc/*.cpp \
+	  -L$$T/lib -ltorch_cpu -ltorch -lc10 -Wl,-rpath,$$T/lib -o build/sanitize/_C.so
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(RUN) tests/native/sanitize_shapes.py build/sanitize/_C.so
 
 gpu: ## on a GPU machine: build, test, check and time with the torch of $(PYTHON); needs no network, makes no .venv
 	PYTHON=$(PYTHON) bash tools/gpu.sh $(STEPS)
