@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,7 +54,8 @@ def _bench(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message=".*on the floor of the debiased loss")
     device = Device(options.device or "cpu")
     limit = options.time_limit or _TIME_LIMIT_S[device.kind]
-    cases = [c for c in (cuda_cases if device.is_cuda else cpu_cases)(options.quick) if re.search(options.only, c.name)]
+    table = (cuda_cases if device.is_cuda else cpu_cases)(options.quick)
+    cases = [replace(case, peers=options.peers) for case in table if re.search(options.only, case.name)]
     jobs = [name for name in LOSSES if re.search(options.only, f"digits {name}")]
     path = options.out / f"{environment.slug(device)}.json"
     results, began = Results(environment.facts(device)), time.monotonic()
@@ -128,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; smoke: the GPU if there is one")
     parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help="where results go (bench/results)")
     parser.add_argument("--quick", action="store_true", help="small sizes, few steps: a look, not a measurement")
+    parser.add_argument("--peers", action="store_true", help="other libraries too, where they are installed")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases and digits jobs whose name matches")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case that would end later")
     commands = parser.add_subparsers(dest="command", metavar="smoke | plot")

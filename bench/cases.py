@@ -90,6 +90,7 @@ class Case:
     temperature: float = 0.1
     compile: bool = False  # torch.compile takes tens of seconds a case: only where asked for
     fused_only: bool = False  # beyond what any baseline can do in reasonable time
+    peers: bool = False  # other libraries too, where installed; some need N^3 memory: only where asked for
 
     @property
     def dense(self) -> DenseLoss:

@@ -79,7 +79,7 @@ def methods_for(case: Case, device: Device) -> list[Method]:
         methods.append(COMPILED)
     if case.dtype == "bfloat16" or (device.is_cuda and case.dtype == "float32"):
         methods.append(AUTOCAST)
-    if device.is_cuda or case.dtype == "float32":
+    if case.peers and (device.is_cuda or case.dtype == "float32"):
         libraries = {name: library for name, library in baselines.THIRD_PARTIES.items() if library.computes(case)}
         methods += [Method(name, None, lib.mean_loss, keeps_matrix=True) for name, lib in libraries.items()]
     return methods
