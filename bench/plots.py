@@ -131,11 +131,8 @@ def _draw_speed(axis, rows: list[Row], colors: dict[str, str]) -> None:
         axis.barh(i, middle, color=colors[row.backend], height=0.6)
         axis.plot([low, high], [i, i], color="black", lw=1)
         axis.annotate(f" {middle:.2g}x", (high, i), va="center")
-        axis.annotate(
-            f"{short_name(row.loss)}, N = {row.N:,}, {row.backend}", (0, i), xytext=(5, 0), textcoords="offset points",
-            va="center", color="white",
-        )  # fmt: skip
-    axis.set_yticks([])
+    names = [f"{short_name(row.loss)}, {row.backend}\nN = {row.N:,}" for row in bars]
+    axis.set_yticks(range(len(bars)), names, fontsize="small")
     axis.axvline(1, color="black", lw=0.8, ls=":")
     axis.set(title="times faster than eager PyTorch (line: quartiles)")
     axis.margins(x=0.12)
