@@ -13,7 +13,7 @@ BUILT     := $(VENV)/.built
 CSRC      := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/native/*.h tests/native/*.cpp)
 
-.PHONY: help setup test lint format bench sanitize gpu clean FORCE
+.PHONY: help setup test lint format bench sanitize gate interpret gpu clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -55,6 +55,15 @@ format: $(INSTALLED) ## rewrite the sources as lint wants them
 
 bench: $(BUILT) ## run the benchmark; ARGS="..." are its arguments
 	$(RUN) -m bench $(ARGS)
+
+# The rest of the table takes minutes in the interpreter and adds nothing about the kernels.
+interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, gradients, golden cases, losses
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:warnings -m interpreter tests/test_row_stats.py \
+	  tests/test_golden.py tests/test_losses.py tests/triton_kernels \
+	  -k "not (many_tiles or every_temperature or every_shape or reductions or hard_detached or dclw or debiased_positives)"
+
+gate: $(BUILT) ## compile every Triton kernel for sm_80, sm_86, sm_90 and sm_100: no spills, tensor cores; needs no GPU
+	$(RUN) -W ignore tools/gate.py $(ARGS)
 
 # -O1: the optimised kernels take minutes to compile with sanitizers and are no different in what they touch
 sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer and UBSan

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import cpu, torch_blocks
+from .backends import cpu, torch_blocks, triton
 from .problem import Problem, Statistics, Upstream
 
 REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
@@ -34,6 +34,7 @@ class Backend:
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend(triton.NAME, triton.why_not, triton.forward, triton.backward, needs_proof=True),
     Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward),
     Backend(torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward),
 )

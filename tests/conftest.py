@@ -24,6 +24,8 @@ def _runs() -> list:
             if reason is not None and backend.why_not(torch.device("cpu"), torch.float32, torch.float32, 8) is None:
                 continue  # a CPU backend has no business on the GPU
             marks = [pytest.mark.skip(reason=reason)] if reason is not None else []
+            if backend.name == "triton" and device.type == "cpu":
+                marks.append(pytest.mark.interpreter)
             params.append(pytest.param((backend.name, device), id=f"{backend.name}-{device.type}", marks=marks))
     return params
 

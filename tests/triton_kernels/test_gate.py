@@ -1,0 +1,50 @@
+"""The static gate on a few kernels; `make gate` compiles all of them. Needs Triton and Linux, no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed.")
+
+PATH = Path(__file__).parents[2] / "tools" / "gate.py"
+SPEC = importlib.util.spec_from_file_location("gate", PATH)
+assert SPEC is not None and SPEC.loader is not None
+gate = importlib.util.module_from_spec(SPEC)
+sys.modules["gate"] = gate
+SPEC.loader.exec_module(gate)
+
+INTERPRETED = not isinstance(gate.row_stats_forward.row_stats_forward_kernel, triton.JITFunction)
+FEW = [
+    gate.Case("forward", "plain", "16-bit", 128, 80),
+    gate.Case("forward", "clip", "16-bit", 128, 90),
+    gate.Case("forward", "plain", "16-bit", 1024, 100),
+    gate.Case("backward", "plain", "16-bit", 128, 90),
+    gate.Case("backward", "plain", "tf32", 128, 100),
+    gate.Case("backward", "hard", "16-bit", 1024, 90),
+    gate.Case("backward", "plain", "fp64", 64, 86),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler.")
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_kernel_compiles_without_spills_to_tensor_core_code(case):
+    assert gate.examine(case).faults == []
+
+
+def test_gate_covers_every_line_of_the_table():
+    """Entries of sm_86 for TF32 differ from sm_80 in size only."""
+    compiled = {(c.direction, c.products, c.features, c.architecture) for c in gate.cases()}
+    for direction in gate.configs.DIRECTIONS:
+        for features in gate.configs.FEATURES:
+            assert {(direction, "16-bit", features, a) for a in gate.configs.ARCHITECTURES} <= compiled
+            assert {(direction, "tf32", features, a) for a in gate.configs.ARCHITECTURES if a != 86} <= compiled
+            assert {(direction, products, features, 86) for products in ("ieee", "fp64")} <= compiled
+
+
+def test_every_architecture_has_a_tile():
+    for architecture in (80, 86, 87, 89, 90, 100, 103, 120, 121):
+        assert gate.configs.nearest(architecture) in gate.configs.ARCHITECTURES

@@ -1,0 +1,145 @@
+"""What is special to the Triton kernels: tiles, chunks of features, splits, workspaces, the way exponentials shift.
+
+Runs in Triton's interpreter (TRITON_INTERPRET=1) or on a GPU; the tables of the other tests cover values and gradients.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from contrastive_ext import row_stats
+from contrastive_ext.backends import triton as backend
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REASON = backend.why_not(DEVICE, torch.float32, torch.float32, 8)
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    *([pytest.mark.interpreter] if DEVICE.type == "cpu" else []),
+]
+
+# name, rows, columns (None: one set), features, what else is passed, why it is there
+PROBLEMS = [
+    ("one_set", 70, None, 20, {"num_images": 35}, "several tiles in both directions, tails, views between tile edges"),
+    ("small_images", 70, None, 20, {"num_images": 5}, "every tile holds pairs of views, more than one apart"),
+    ("clip", 70, 70, 20, {"num_images": 70, "columns": True}, "column partials of several row tiles"),
+    ("hard_clip", 70, 70, 20, {"num_images": 70, "columns": True, "exponents": (0.5, 1.5)}, "and two exponents"),
+    ("shard", 36, 150, 20, {"num_images": 36, "positive_offset": 70}, "images inside a range that no tile starts at"),
+    ("shard_columns", 36, 150, 20, {"num_images": 36, "positive_offset": 70, "columns": True}, "seen from both sides"),
+    ("wide", 40, None, 300, {"num_images": 20}, "more features than a program holds: chunks and stored weights"),
+    ("wide_two_sets", 40, 45, 290, {"num_images": 40, "columns": True}, "and the columns' gradient"),
+    ("wide_hard", 40, None, 300, {"num_images": 20, "exponents": (1.0, 2.0)}, "and two exponents"),
+]
+IDS = [p[0] for p in PROBLEMS]
+
+
+def _vectors(rows: int, features: int, dtype=torch.float64) -> torch.Tensor:
+    x = torch.nn.functional.normalize(torch.randn(rows, features, dtype=torch.float64))
+    return x.to(DEVICE, dtype).requires_grad_()
+
+
+def _everything(u, v, name: str, upstream_seed: int = 1, **arguments) -> list[torch.Tensor]:
+    """Statistics and gradients under a random upstream gradient."""
+    swept = row_stats(u, v, backend=name, **arguments)
+    random = torch.Generator().manual_seed(upstream_seed)
+    total = u.new_zeros(())
+    for part in (swept.lse, swept.col_lse):
+        weights = torch.rand(part.shape, generator=random, dtype=torch.float64).to(part)
+        total = total + (part * weights).sum()
+    leaves = [x for x in (u, v, arguments["scale"]) if isinstance(x, torch.Tensor) and x.requires_grad]
+    return [swept.lse, swept.aux, swept.col_lse, swept.col_aux, *torch.autograd.grad(total, leaves)]
+
+
+def _assert_like_torch(u, v, rtol=1e-11, atol=1e-11, **arguments) -> None:
+    ours, theirs = (_everything(u, v, name, **arguments) for name in ("triton", "torch"))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("scale", [2.0, 60.0, 300.0, "learned 2", "learned 300"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
+def test_tiles_splits_and_shifts(problem, scale):
+    """Scale 2: nothing is shifted; 60: the backward is; 300: the forward too. A learned scale: the kernel decides."""
+    _, n, m, features, options, _ = problem
+    u, v = _vectors(n, features), None if m is None else _vectors(m, features)
+    if isinstance(scale, str):
+        scale = torch.tensor(float(scale.split()[1]), dtype=torch.float64, device=DEVICE, requires_grad=True)
+    _assert_like_torch(u, v, scale=scale, unit=True, diagnostics=scale == 60.0, **options)
+
+
+@pytest.mark.parametrize("exponents", [(1.0,), (0.5, 1.5)], ids=["fused", "by_weights"])
+@pytest.mark.parametrize("features", [20, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_mean_of_frozen_columns(exponents, features, dtype):
+    u, queue = _vectors(40, features), _vectors(130, features).detach()
+    if dtype == torch.float16:
+        u, queue = (x.detach().half().float().requires_grad_(x.requires_grad) for x in (u, queue))
+    arguments = {"scale": 15.0, "exponents": exponents, "unit": True, "operand_dtype": dtype}
+    *_, ours = _everything(u, queue, "triton", **arguments)
+    *_, theirs = _everything(u, queue, "torch", **arguments)
+    assert (ours - theirs).norm() <= (1e-12 if dtype == torch.float64 else 5e-4) * theirs.norm()
+
+
+def test_column_partials_in_several_launches(monkeypatch):
+    """A workspace for one tile of rows gives what a workspace for all gives."""
+    u, v = _vectors(100, 20), _vectors(100, 20)
+    arguments = {"scale": 5.0, "num_images": 100, "columns": True, "unit": False, "diagnostics": True}
+    at_once = _everything(u, v, "triton", **arguments)
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
+    for a, b in zip(at_once, _everything(u, v, "triton", **arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_weights_in_several_launches(monkeypatch):
+    """Rows of weights are independent: a workspace for one tile changes no bit."""
+    u, v = _vectors(100, 300), _vectors(70, 300)
+    arguments = {"scale": 5.0, "unit": True}
+    at_once = _everything(u, v, "triton", **arguments)
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
+    for a, b in zip(at_once, _everything(u, v, "triton", **arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_splits_change_rounding_only(monkeypatch, splits):
+    u, v = _vectors(40, 20), _vectors(300, 20)
+    arguments = {"scale": 5.0, "exponents": (1.0, 2.0)}
+    usual = _everything(u, v, "triton", **arguments)
+    span = -(-320 // splits // 32) * 32
+    monkeypatch.setattr(backend, "_split", lambda tiles, columns, block, programs: (splits, span))
+    for a, b in zip(usual, _everything(u, v, "triton", **arguments), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("features", [20, 300])
+@pytest.mark.parametrize("upstream", [2.0**-20, 1.0, 2.0**16])
+def test_fp16_weights_neither_overflow_nor_vanish(upstream, features):
+    """A flat softmax over many columns under the upstream gradients a mean and a GradScaler send."""
+    x = (_vectors(200, features).detach().half().float()).requires_grad_()
+    tuned = {"scale": 2.0, "unit": True, "num_images": 100}
+    gradients = []
+    for name in ("triton", "torch"):
+        lse = row_stats(x, backend=name, operand_dtype=torch.float16, **tuned).lse
+        gradients.append(torch.autograd.grad(lse.sum() * upstream, x)[0])
+    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert error <= 1.5e-3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "free"])
+def test_bad_numbers_reach_every_statistic_of_their_row(bad, unit):
+    """Masks, maxima and padding may pass over NaN; the row's results must not."""
+    u = _vectors(40, 20, torch.float32).detach()
+    u[7, 3] = bad
+    swept = row_stats(u, _vectors(50, 20, torch.float32), scale=3.0, unit=unit, diagnostics=True, backend="triton")
+    lse, (_, largest, total, squared) = swept.lse[0], swept.aux
+    for statistic in (lse, largest, total, squared):
+        assert not statistic[7].isfinite()
+        assert statistic[torch.arange(40, device=DEVICE) != 7].isfinite().all()
+
+
+@pytest.mark.parametrize("rows, columns", [(0, 5), (5, 0), (1, 1)])
+def test_nothing_to_sweep(rows, columns):
+    u, v = _vectors(rows, 4), _vectors(columns, 4)
+    for both_sides in (False, True):
+        _assert_like_torch(u, v, scale=1.0, columns=both_sides, diagnostics=True)

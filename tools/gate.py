@@ -1,0 +1,217 @@
+"""Compiles the Triton kernels in every configuration of their table for sm_80, sm_90 and sm_100, without a GPU.
+
+    python tools/gate.py [--only TEXT] [--jobs 2]        `make gate`
+
+Fails unless every 16-bit and TF32 kernel uses tensor cores (WGMMA on sm_90 for 16 bits), spills nothing and fits the
+shared memory of its architecture. Prints the table of docs/measurements.md. Pointers are declared divisible by 16, as
+they are at run time: without that another, slower kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from contrastive_ext.triton_kernels import configs, merge, row_stats_backward, row_stats_forward
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# bytes a block may use: CUDA C++ programming guide, "Technical Specifications per Compute Capability"
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+MERGE_CONFIG = configs.Config(128, 0, 0, 4, 3)  # Triton's defaults
+TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
+POINTER = {"16-bit": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "ieee": "*fp32", "fp64": "*fp64"}
+
+
+class Case(NamedTuple):
+    """One compilation. The variant says what is asked for; all but the first are compiled for 16 bits only.
+
+    plain   one exponent, number as scale; backward of one set
+    hard    two exponents, scale tensor: both ways to shift in one kernel
+    clip    column statistics, scale tensor
+    busy    two exponents, ids, column statistics, scale tensor
+    means   the mean of frozen columns
+
+    The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
+    a partial result, means adds means.
+    """
+
+    direction: str
+    variant: str
+    products: str
+    features: int
+    architecture: int
+
+    def __str__(self) -> str:
+        return f"{self.direction} {self.variant} {self.products} D={self.features} sm_{self.architecture}"
+
+
+class Outcome(NamedTuple):
+    """What came of a case."""
+
+    registers: int
+    stack: int
+    shared: int
+    instruction: str
+    faults: list[str]
+
+
+def cases() -> list[Case]:
+    """Every line of the table; the larger variants on sm_90 only; exact products, the same everywhere, once."""
+    found = []
+    for direction, features in itertools.product(configs.DIRECTIONS, configs.FEATURES):
+        found += [Case(direction, "plain", "16-bit", features, a) for a in configs.ARCHITECTURES]
+        found += [Case(direction, "plain", "tf32", features, a) for a in configs.ARCHITECTURES if a != 86]
+        found += [Case(direction, "plain", products, features, 86) for products in ("ieee", "fp64")]
+        found.append(Case(direction, "hard", "16-bit", features, 90))
+    found += [Case(direction, "busy", "16-bit", f, 90) for direction in configs.DIRECTIONS for f in (128, 1024)]
+    found += [Case(direction, "plain", "bf16", f, 90) for direction in configs.DIRECTIONS for f in (128, 1024)]
+    found += [Case("forward", "clip", "16-bit", features, 90) for features in (128, 1024)]
+    found += [Case("forward", "means", "16-bit", features, 90) for features in (128, 256)]
+    found += [Case("merge", variant, "16-bit", 128, a) for variant in ("plain", "clip", "means") for a in (80, 100)]
+    return found
+
+
+def config_of(case: Case) -> configs.Config:
+    """The tile the backend would take."""
+    if case.direction == "merge":
+        return MERGE_CONFIG
+    direction = "backward" if case.variant == "means" else case.direction
+    products = "16-bit" if case.products == "bf16" else case.products
+    return configs.choose(direction, products, case.features, case.architecture, busy=case.variant == "busy")
+
+
+def compile_case(case: Case):
+    """The compiled kernel of a case."""
+    kernel, types, constants = merge_arguments(case) if case.direction == "merge" else sweep_arguments(case)
+    config = config_of(case)
+    constants |= {name: None for name, type_ in types.items() if type_ is None}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [i for i, (n, t) in enumerate(signature.items()) if t.startswith("*") or n.startswith("stride")]
+    source = ASTSource(
+        kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
+
+
+def merge_arguments(case: Case) -> tuple[Any, dict, dict]:
+    """Kernel, argument types and constants of a case that adds partial results."""
+    constants = {"EXPONENTS": (0.5, 1.5, 1.0), "NUM_PARTS": 7, "BLOCK": MERGE_CONFIG.block_m}
+    if case.variant == "means":
+        constants |= {"D": case.features, "BLOCK": 32, "BLOCK_D": 64}
+        return merge.merge_means_kernel, dict.fromkeys(("p_partials", "p_means", "p_out"), "*fp32"), constants
+    flags = {"HAS_SHIFT": True, "COUNTED": True, "DIAGNOSTICS": True, "FINISH": case.variant == "plain"}
+    return merge.merge_kernel, dict.fromkeys(("p_partials", "p_lse", "p_aux"), "*fp32"), constants | flags
+
+
+def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
+    """Kernel, argument types and constants of a case with a tile loop."""
+    means, ids = case.variant == "means", case.variant == "busy"
+    columns, learned = case.variant in ("busy", "clip"), case.variant in ("hard", "busy", "clip")
+    config = config_of(case)
+    pointer, accumulator = POINTER[case.products], "*fp64" if case.products == "fp64" else "*fp32"
+    exponents = (0.5, 1.5) if case.variant in ("hard", "busy") else (1.0,)
+    shift = "device" if learned else "online" if means else "plain"
+    constants: dict[str, Any] = {
+        "D": case.features, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d or case.features, "EXPONENTS": exponents, "LARGEST": max(exponents), "SHIFT": shift,
+        "SCALE_IS_TENSOR": learned or case.products == "fp64", "HAS_IMAGES": True,
+        "PRECISION": "tf32" if case.products == "tf32" else "ieee",
+    }  # fmt: skip
+    scale = accumulator if constants["SCALE_IS_TENSOR"] else "fp32"
+    types = {"p_u": pointer, "p_v": pointer, "scale": scale}
+    types |= dict.fromkeys(("p_row_ids", "p_col_ids"), "*i64" if ids else None)
+    if case.direction == "forward":
+        kernel = row_stats_forward.row_stats_forward_kernel
+        types |= {"p_rows": accumulator, "p_columns": accumulator if columns else None}
+        types |= {"p_mean": accumulator if means else None}
+        constants |= {"COLUMNS": columns, "MEANS": means, "DIAGNOSTICS": False}
+        constants["NUM_PARTS"] = len(exponents) + ids + (shift != "plain")
+    else:
+        kernel = row_stats_backward.row_stats_backward_kernel
+        types |= dict.fromkeys(("p_lse", "p_grad", "p_col_lse", "p_col_grad", "p_factor"), accumulator)
+        types |= {"p_col_largest": accumulator if case.products == "16-bit" else None}
+        types |= {"p_out": pointer if case.features > configs.RESIDENT_FEATURES else accumulator}
+        constants |= {"FORWARD": True, "REVERSE": True, "TIMES_SCALE": True}
+    return kernel, types, constants
+
+
+def examine(case: Case) -> Outcome:
+    """Compile a case and judge the result."""
+    try:
+        compiled = compile_case(case)
+    except Exception as error:  # ptxas, the compiler passes and the frontend raise whatever they like
+        return Outcome(0, 0, 0, "", [f"does not compile: {str(error).strip().splitlines()[-1][:200]}"])
+    registers, stack = resource_usage(compiled.asm["cubin"])
+    found = re.findall(r"tcgen05\.mma|wgmma\.mma_async|mma\.sync|\bfma\.rn", compiled.asm["ptx"])
+    instruction = min(found, key=("tcgen05.mma", "wgmma.mma_async", "mma.sync", "fma.rn").index, default="none")
+    shared, faults = compiled.metadata.shared, []
+    if shared > SHARED_LIMIT[case.architecture]:
+        faults.append(f"{shared} bytes of shared memory > {SHARED_LIMIT[case.architecture]}")
+    if case.products in TENSOR_CORES and stack:
+        faults.append(f"{stack} bytes on the stack (spills)")
+    if case.products in TENSOR_CORES and case.direction != "merge":
+        if instruction in ("none", "fma.rn"):
+            faults.append("no tensor-core instructions")
+        if case.products != "tf32" and case.architecture == 90 and instruction != "wgmma.mma_async":
+            faults.append(f"{instruction} instead of wgmma")
+    return Outcome(registers, stack, shared, instruction, faults)
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of stack and local memory, as the tool in Triton's wheel reads them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        output = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", output))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def table(results: list[tuple[Case, Outcome]]) -> str:
+    """Markdown, one line per case."""
+    lines = [
+        "| kernel | variant | products | D | arch | tile | warps, stages | registers | stack | KiB | instruction |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, outcome in results:
+        config = config_of(case)
+        tile = "x".join(str(size) for size in config[:3] if size)
+        features = f"> {configs.RESIDENT_FEATURES}" if case.features > configs.RESIDENT_FEATURES else case.features
+        lines.append(
+            f"| {case.direction} | {case.variant} | {case.products} | {features} | sm_{case.architecture} | {tile} "
+            f"| {config.num_warps}, {config.num_stages} | {outcome.registers} | {outcome.stack} "
+            f"| {outcome.shared / 1024:.0f} | {outcome.instruction} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose description contains this text")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    options = parser.parse_args()
+    chosen = [case for case in cases() if options.only in str(case)]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        outcomes = list(pool.map(examine, chosen))
+    print(f"Triton {triton.__version__}, {len(chosen)} kernels\n")
+    print(table(list(zip(chosen, outcomes, strict=True))))
+    faults = [f"{case}: {fault}" for case, outcome in zip(chosen, outcomes, strict=True) for fault in outcome.faults]
+    print("\n" + "\n".join(faults or ["gate: green"]))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

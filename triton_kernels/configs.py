@@ -1,0 +1,113 @@
+"""Tile sizes, the only place that has any: direction x products x features, one entry per architecture.
+
+Found by compiling (tools/gate.py): the largest tiles without spills, in the register-hungriest of the usual calls. No
+entry has been timed yet. Where a tile has a third number, features come in chunks of so many.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+RESIDENT_FEATURES = 256  # up to here a row tile is loaded once and all its features stay
+DIRECTIONS = ("forward", "backward")
+FEATURES = (64, 128, 256, 1024)  # the largest number of features of a line; the last stands for all above 256
+ARCHITECTURES = (80, 86, 90, 100)
+BUSY_COLUMNS = 32  # ids and diagnostics keep masks and counters beside the tile: 64 columns spill, 32 do not
+
+
+class Config(NamedTuple):
+    """Rows and columns of a tile, features of a chunk (0: all), warps of a program, stages of its pipeline."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def _tile(size: str, warps: int, stages: int) -> Config:
+    rows, columns, *chunk = map(int, size.split("x"))
+    return Config(rows, columns, chunk[0] if chunk else 0, warps, stages)
+
+
+def _table(*lines: tuple[Config, Config, Config, Config]) -> dict[tuple[int, int], Config]:
+    return {
+        (f, a): c for f, line in zip(FEATURES, lines, strict=True) for a, c in zip(ARCHITECTURES, line, strict=True)
+    }
+
+
+def _everywhere(*lines: Config) -> dict[tuple[int, int], Config]:
+    return _table(*((line, line, line, line) for line in lines))
+
+
+# fmt: off
+_TABLE = {
+    # sm_86 stands for everything with 99 KiB of shared memory. A thread of sm_100 holds whole rows of a tile: masked
+    # tiles need twice the registers there, hence half the columns.
+    ("forward", "16-bit"): _table(
+        #        sm_80                        sm_86                        sm_90                        sm_100
+        (_tile("128x128", 8, 3),    _tile("128x128", 8, 2),    _tile("128x128", 8, 3),    _tile("128x64", 8, 3)),
+        (_tile("128x128", 8, 3),    _tile("128x128", 8, 2),    _tile("128x128", 8, 3),    _tile("128x64", 8, 3)),
+        # two stages: three do not fit beside 128 resident rows
+        (_tile("128x128", 8, 2),    _tile("64x64", 8, 2),      _tile("128x128", 8, 2),    _tile("128x64", 8, 2)),
+        # 128x256 spills 24 bytes in masked tiles
+        (_tile("128x128x64", 8, 3), _tile("128x128x32", 8, 3), _tile("128x128x64", 8, 4), _tile("128x64x64", 8, 4)),
+    ),
+    ("backward", "16-bit"): _table(
+        # 128 columns leave no register for a second exponent
+        (_tile("128x64", 8, 3),     _tile("128x64", 8, 2),     _tile("128x64", 8, 3),     _tile("128x64", 8, 3)),
+        (_tile("128x64", 8, 3),     _tile("128x64", 8, 2),     _tile("128x64", 8, 3),     _tile("128x64", 8, 3)),
+        # the accumulator alone takes 128 registers
+        (_tile("128x32", 8, 3),     _tile("64x32", 8, 2),      _tile("128x32", 8, 3),     _tile("128x32", 8, 3)),
+        # weights are stored, not summed: 128 columns spill 500 bytes, on sm_90 128 rows spill 8 (two exponents)
+        (_tile("128x64x64", 8, 3),  _tile("128x64x32", 8, 3),  _tile("64x64x64", 8, 4),   _tile("128x64x32", 8, 4)),
+    ),
+    ("forward", "tf32"): _table(
+        (_tile("128x128", 8, 2),    _tile("128x64", 8, 2),     _tile("128x128", 8, 2),    _tile("128x64", 8, 2)),
+        # float32 rows are twice as long: half the columns of 16 bits
+        (_tile("128x64", 8, 2),     _tile("64x64", 8, 1),      _tile("128x64", 8, 2),     _tile("128x64", 8, 2)),
+        (_tile("64x64", 8, 2),      _tile("32x32", 4, 1),      _tile("64x64", 8, 2),      _tile("64x64", 8, 2)),
+        (_tile("64x64x32", 8, 3),   _tile("64x64x32", 8, 3),   _tile("128x128x32", 8, 3), _tile("128x64x32", 8, 3)),
+    ),
+    ("backward", "tf32"): _table(
+        (_tile("64x32", 8, 2),      _tile("64x32", 8, 2),      _tile("128x64", 8, 2),     _tile("64x64", 8, 2)),
+        (_tile("64x64", 8, 2),      _tile("64x32", 8, 1),      _tile("64x64", 8, 2),      _tile("64x32", 8, 2)),
+        (_tile("64x32", 8, 1),      _tile("32x32", 8, 1),      _tile("64x32", 8, 1),      _tile("64x32", 8, 1)),
+        (_tile("64x64x32", 8, 3),   _tile("64x64x32", 8, 3),   _tile("64x64x32", 8, 3),   _tile("64x64x32", 8, 3)),
+    ),
+    # exact float32 products run on the ordinary units, operands pass through registers: small tiles, one for all
+    ("forward", "ieee"): _everywhere(
+        _tile("64x64", 8, 2), _tile("64x64", 8, 1), _tile("32x32", 8, 1), _tile("64x32x32", 8, 2),
+    ),
+    ("backward", "ieee"): _everywhere(
+        _tile("64x32", 8, 2), _tile("32x32", 8, 1), _tile("32x32", 8, 1), _tile("64x32x32", 8, 2),
+    ),
+    # for checks, not for speed
+    ("forward", "fp64"): _everywhere(
+        _tile("32x32", 4, 2), _tile("32x32", 4, 1), _tile("16x16", 4, 1), _tile("32x32x32", 4, 2),
+    ),
+    ("backward", "fp64"): _everywhere(
+        _tile("32x32", 8, 1), _tile("16x16", 4, 1), _tile("16x16", 4, 1), _tile("32x32x32", 8, 2),
+    ),
+}
+# fmt: on
+
+# small enough that test problems have edges, corners and several chunks
+_INTERPRETER = {False: _tile("32x32", 1, 1), True: _tile("32x32x64", 1, 1)}
+
+
+def choose(direction: str, products: str, features: int, architecture: int, busy: bool = False) -> Config:
+    """The tile for a call. products: 16-bit, tf32, ieee or fp64; architecture: 10 major + minor, 0 interpreted."""
+    if architecture == 0:
+        return _INTERPRETER[features > RESIDENT_FEATURES]
+    line = next((f for f in FEATURES if features <= f), FEATURES[-1])
+    line = FEATURES[-1] if features > RESIDENT_FEATURES else line
+    config = _TABLE[direction, products][line, nearest(architecture)]
+    return config._replace(block_n=min(config.block_n, BUSY_COLUMNS)) if busy else config
+
+
+def nearest(architecture: int) -> int:
+    """The architecture whose entries serve this one: data-centre chips by generation, the rest by their memory."""
+    if architecture in ARCHITECTURES:
+        return architecture
+    return 100 if 100 < architecture < 120 else 86

@@ -1,0 +1,126 @@
+"""Partial results: how they are stored, and the kernels that add them in a fixed order.
+
+A partial result of anchors is [parts, anchors]: shift (absent where it is known to be 0), one sum per exponent, count
+(only with ids), largest and sum of logits (only with diagnostics). Row partials differ in their split of the columns,
+column partials in their tile of rows.
+"""
+
+# ruff: noqa: RUF005
+# Triton has no starred tuples
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import online_lse
+from .scores import LN2
+
+
+@triton.jit
+def pack(state, counts, HAS_SHIFT: tl.constexpr, COUNTED: tl.constexpr, DIAGNOSTICS: tl.constexpr):
+    """The parts that are stored, in their order."""
+    b_shift, b_parts = state
+    b_count, b_largest, b_total = counts
+    if HAS_SHIFT:
+        b_parts = (b_shift,) + b_parts
+    if COUNTED:
+        b_parts = b_parts + (b_count,)
+    if DIAGNOSTICS:
+        b_parts = b_parts + (b_largest, b_total)
+    return b_parts
+
+
+@triton.jit
+def store_parts(p_parts, o_anchors, num_anchors, b_parts):
+    """One row of the partial result per part."""
+    for k in tl.static_range(len(b_parts)):
+        tl.store(p_parts + k * num_anchors.to(tl.int64) + o_anchors, b_parts[k], mask=o_anchors < num_anchors)
+
+
+@triton.jit
+def load_state(
+    p_parts, o_anchors, num_anchors, NUM_SUMS: tl.constexpr, HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The log-sum-exp state of a partial result."""
+    m_anchors = o_anchors < num_anchors
+    b_shift = tl.zeros((BLOCK,), p_parts.dtype.element_ty)
+    if HAS_SHIFT:
+        b_shift = tl.load(p_parts + o_anchors, mask=m_anchors, other=0.0)
+        p_parts += num_anchors
+    b_sums = ()
+    for k in tl.static_range(NUM_SUMS):
+        b_sums = b_sums + (tl.load(p_parts + k * num_anchors.to(tl.int64) + o_anchors, mask=m_anchors, other=0.0),)
+    return b_shift, b_sums
+
+
+@triton.jit(do_not_specialize=["begin", "end", "num_anchors", "num_candidates", "same_image", "first", "shard"])
+def merge_kernel(
+    p_partials, p_lse, p_aux, begin, end, num_anchors, num_candidates, same_image, first, shard,
+    EXPONENTS: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, COUNTED: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr, FINISH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partials begin..end of a block of anchors -> lse and aux, or (FINISH=False) one partial in slot 0."""
+    o_anchors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_anchors = o_anchors < num_anchors
+    NUM_SUMS: tl.constexpr = len(EXPONENTS)
+    length = num_anchors.to(tl.int64)
+    state = online_lse.init(NUM_SUMS, BLOCK, p_partials.dtype.element_ty, HAS_SHIFT)
+    b_zero = tl.zeros((BLOCK,), p_partials.dtype.element_ty)
+    b_count, b_largest, b_total = b_zero, b_zero + float("-inf"), b_zero
+    for i in range(begin, end):
+        p_parts = p_partials + i * (NUM_PARTS * length)
+        state = online_lse.merge(
+            state, load_state(p_parts, o_anchors, num_anchors, NUM_SUMS, HAS_SHIFT, BLOCK), EXPONENTS, HAS_SHIFT
+        )
+        p_parts += (NUM_SUMS + (1 if HAS_SHIFT else 0)) * length
+        if COUNTED:
+            b_count += tl.load(p_parts + o_anchors, mask=m_anchors, other=0.0)
+            p_parts += length
+        if DIAGNOSTICS:
+            b_largest = tl.maximum(b_largest, tl.load(p_parts + o_anchors, mask=m_anchors, other=0.0))
+            b_total += tl.load(p_parts + length + o_anchors, mask=m_anchors, other=0.0)
+    if FINISH:
+        if not COUNTED:
+            m_shard = (o_anchors >= first) & (o_anchors < first + shard)
+            b_count += num_candidates - tl.where(m_shard, same_image, 0)
+        NUM_LSE: tl.constexpr = NUM_SUMS - 1 if DIAGNOSTICS else NUM_SUMS
+        for k in tl.static_range(NUM_LSE):
+            tl.store(p_lse + k * length + o_anchors, online_lse.finish(state, k, EXPONENTS), mask=m_anchors)
+        tl.store(p_aux + o_anchors, b_count, mask=m_anchors)
+        if DIAGNOSTICS:
+            # a maximum may pass over NaN, a sum cannot
+            b_largest = tl.where(state[1][0] == state[1][0], b_largest * LN2, state[1][0])
+            tl.store(p_aux + length + o_anchors, b_largest, mask=m_anchors)
+            tl.store(p_aux + 2 * length + o_anchors, b_total * LN2, mask=m_anchors)
+            tl.store(p_aux + 3 * length + o_anchors, online_lse.finish(state, NUM_LSE, EXPONENTS), mask=m_anchors)
+    else:
+        b_parts = pack(state, (b_count, b_largest, b_total), HAS_SHIFT, COUNTED, DIAGNOSTICS)
+        store_parts(p_partials, o_anchors, num_anchors, b_parts)
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_rows"])
+def merge_means_kernel(
+    p_partials, p_means, p_out, num_splits, num_rows,
+    D: tl.constexpr, EXPONENTS: tl.constexpr, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Unnormalised means of the splits [splits, rows, D] -> the softmax-weighted mean of all columns."""
+    o_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    DTYPE: tl.constexpr = p_out.dtype.element_ty
+    NUM_SUMS: tl.constexpr = len(EXPONENTS)
+    step = num_rows.to(tl.int64) * NUM_PARTS
+    o_mean = o_i.to(tl.int64)[:, None] * D + o_d[None, :]
+    m_mean = (o_i < num_rows)[:, None] & (o_d < D)[None, :]
+    state = online_lse.init(NUM_SUMS, BLOCK, DTYPE, True)
+    b_mean = tl.zeros((BLOCK, BLOCK_D), DTYPE)
+    for i in range(num_splits):
+        other = load_state(p_partials + i * step, o_i, num_rows, NUM_SUMS, True, BLOCK)
+        merged = online_lse.merge(state, other, EXPONENTS, True)
+        b_here = tl.exp2((state[0] - online_lse.finite(merged[0])) * EXPONENTS[0])
+        b_there = tl.exp2((other[0] - online_lse.finite(merged[0])) * EXPONENTS[0])
+        b_split = tl.load(p_means + i * (num_rows.to(tl.int64) * D) + o_mean, mask=m_mean, other=0.0)
+        b_mean = b_mean * b_here[:, None] + b_split * b_there[:, None]
+        state = merged
+    b_sum = state[1][0]
+    tl.store(p_out + o_mean, b_mean / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None], mask=m_mean)

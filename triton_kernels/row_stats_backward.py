@@ -1,0 +1,203 @@
+"""The gradient of row statistics: a row-parallel sweep like the forward, a second product instead of sums.
+
+    w_ij = sum_k beta_k (a_k,i exp(beta_k s_ij - lse_k,i)      FORWARD, where j is a negative of i
+                       + c_k,j exp(beta_k s_ij - lse'_k,j))    REVERSE, where i is a negative of j
+    du_i = scale sum_j w_ij v_j
+
+One set: c = a, lse' = lse, and this one sweep is the whole gradient. Two sets: the same kernel with the roles swapped
+makes dv. Every row is summed by one program (per split of the columns), in column order: no atomics.
+
+Up to 256 features the sum stays in registers. Beyond, the weights of a bounded number of rows are stored and a library
+product finishes the work, one more pass over the weights instead of one more score product per 256 features.
+"""
+
+# ruff: noqa: RUF005
+# Triton has no starred tuples
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .online_lse import exponentials
+from .pairs import keep_tile, load_ids, needs_mask
+from .scores import LOG2E, chunked_scores, load_rows, load_scale
+
+# One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
+# range: exponents up to 64 leave 2^62 for upstream gradients and 2^-62 for batches and means.
+MAX_FACTORED = tl.constexpr(64.0)
+FP16_EXPONENT = tl.constexpr(14.0)  # of fp16 weights after scaling: neither overflow nor underflow matters
+
+
+@triton.jit
+def load_term(p_lse, p_grad, o_anchors, num_anchors, EXPONENTS: tl.constexpr, FACTORED: tl.constexpr):
+    """(lse_k in units of log 2, beta_k a_k) of anchors; FACTORED: a_k carries exp(-lse_k)."""
+    b_lses, b_factors = (), ()
+    for k in tl.static_range(len(EXPONENTS)):
+        o_k = k * num_anchors.to(tl.int64) + o_anchors
+        b_lse = tl.load(p_lse + o_k, mask=o_anchors < num_anchors, other=float("inf")) * LOG2E
+        # no negatives: the weight is exp2(x - inf) = 0, not NaN
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+        b_factor = tl.load(p_grad + o_k, mask=o_anchors < num_anchors, other=0.0) * EXPONENTS[k]
+        if FACTORED:
+            b_factor = b_factor * tl.exp2(-b_lse)
+        b_lses, b_factors = b_lses + (b_lse,), b_factors + (b_factor,)
+    return b_lses, b_factors
+
+
+@triton.jit
+def where_kept(m_keep, b_value):
+    """b_value where the pair counts, else 0; a mask of None keeps everything."""
+    return b_value if m_keep is None else tl.where(m_keep, b_value, 0.0)
+
+
+@triton.jit
+def weight_tile(
+    b_x, row_term, col_term, m_keep, m_reverse,
+    EXPONENTS: tl.constexpr, FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """w_ij of a tile of logits in units of log 2."""
+    b_weight = tl.zeros_like(b_x)
+    if FACTORED:
+        b_exp = exponentials(b_x, EXPONENTS)
+    for k in tl.static_range(len(EXPONENTS)):
+        if FACTORED:
+            b_rows, b_columns = row_term[1][k][:, None], col_term[1][k][None, :]
+            b_weight += b_exp[k] * (where_kept(m_keep, b_rows) + where_kept(m_reverse, b_columns))
+        else:
+            if FORWARD:
+                b_exp = tl.exp2(b_x * EXPONENTS[k] - row_term[0][k][:, None])
+                b_weight += where_kept(m_keep, b_exp * row_term[1][k][:, None])
+            if REVERSE:
+                b_exp = tl.exp2(b_x * EXPONENTS[k] - col_term[0][k][None, :])
+                b_weight += where_kept(m_reverse, b_exp * col_term[1][k][None, :])
+    return b_weight
+
+
+@triton.jit
+def fp16_factor(
+    p_grad, p_col_largest, o_i, num_rows,
+    EXPONENTS: tl.constexpr, BLOCK_M: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Powers of two that bring every row's largest possible weight, sum_k beta_k (|a_k,i| + max_j |c_k,j|), to 2^14."""
+    b_bound = tl.zeros((BLOCK_M,), tl.float32)
+    for k in tl.static_range(len(EXPONENTS)):
+        if FORWARD:
+            o_k = k * num_rows.to(tl.int64) + o_i
+            b_bound += tl.abs(tl.load(p_grad + o_k, mask=o_i < num_rows, other=0.0)) * EXPONENTS[k]
+        if REVERSE:
+            b_bound += tl.load(p_col_largest + k) * EXPONENTS[k]
+    b_exponent = FP16_EXPONENT - tl.ceil(tl.log2(tl.where(b_bound > 0, b_bound, 1.0)))
+    return tl.exp2(tl.minimum(tl.maximum(b_exponent, -100.0), 100.0))
+
+
+@triton.jit
+def sweep(
+    operands, sizes, images, ids, terms, outputs, where, scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
+    FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr,
+    TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile loop of the backward."""
+    p_u, p_v, stride_u, stride_v = operands
+    num_rows, num_columns = sizes
+    p_row_ids, p_col_ids = ids
+    p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest = terms
+    p_out, p_factor, stride_out = outputs
+    i0, row_begin, j_begin, j_end = where
+    DTYPE: tl.constexpr = p_factor.dtype.element_ty
+    RESIDENT: tl.constexpr = BLOCK_D >= D
+    HAS_IDS: tl.constexpr = p_row_ids is not None or p_col_ids is not None
+    o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    b_row_ids = load_ids(p_row_ids, o_i, num_rows) if p_row_ids is not None else None
+    row_term = load_term(p_lse, p_grad, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
+    IS_FP16: tl.constexpr = p_u.dtype.element_ty == tl.float16
+    if IS_FP16:
+        b_factor = fp16_factor(p_grad, p_col_largest, o_i, num_rows, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
+    if RESIDENT:
+        b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
+        b_sum = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
+    for j0 in range(j_begin, j_end, BLOCK_N):
+        o_j = j0 + tl.arange(0, BLOCK_N)
+        if RESIDENT:
+            b_v = load_rows(p_v, o_j, o_d, num_columns, stride_v, D, BLOCK_D)
+            b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
+        else:
+            b_s = chunked_scores(operands, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+        b_x = b_s * (scale * LOG2E)
+        col_term = load_term(p_col_lse, p_col_grad, o_j, num_columns, EXPONENTS, FACTORED) if REVERSE else None
+        if HAS_IDS:
+            b_col_ids = load_ids(p_col_ids, o_j, num_columns) if p_col_ids is not None else None
+            m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, False)
+            m_reverse = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, True)
+            b_weight = weight_tile(b_x, row_term, col_term, m_keep, m_reverse, EXPONENTS, FACTORED, FORWARD, REVERSE)
+        else:
+            b_weight = weight_tile(b_x, row_term, col_term, None, None, EXPONENTS, FACTORED, FORWARD, REVERSE)
+            if needs_mask(i0, j0, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES):
+                m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, None, None, HAS_IMAGES, False)
+                b_weight = tl.where(m_keep, b_weight, 0.0)
+        if IS_FP16:
+            b_weight = b_weight * b_factor[:, None]
+        b_weight = b_weight.to(p_u.dtype.element_ty)
+        if RESIDENT:
+            b_sum = tl.dot(b_weight, b_v, b_sum, input_precision=PRECISION, out_dtype=DTYPE)
+        else:
+            # 64 bits up to the tile's corner only: 64-bit offsets for every weight would spill
+            p_corner = p_out + (i0 - row_begin).to(tl.int64) * stride_out + j0
+            o_weight = tl.arange(0, BLOCK_M)[:, None] * stride_out + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(p_corner + o_weight, b_weight, mask=(o_i < num_rows)[:, None] & (o_j < num_columns)[None, :])
+    b_undo = tl.zeros((BLOCK_M,), DTYPE) + (scale if TIMES_SCALE else 1.0)
+    if IS_FP16:
+        b_undo = b_undo / b_factor
+    if RESIDENT:
+        m_out = (o_i < num_rows)[:, None] & (o_d < D)[None, :]
+        tl.store(p_out + o_i.to(tl.int64)[:, None] * stride_out + o_d[None, :], b_sum * b_undo[:, None], mask=m_out)
+    elif j_begin == 0:
+        tl.store(p_factor + o_i - row_begin, b_undo, mask=o_i < num_rows)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_columns",
+        "num_images",
+        "shard",
+        "first_row",
+        "first_column",
+        "row_begin",
+        "span",
+    ]
+)
+def row_stats_backward_kernel(
+    p_u, p_v, p_row_ids, p_col_ids, scale, p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest, p_out, p_factor,
+    num_rows, num_columns, num_images, shard, first_row, first_column, row_begin, span, stride_u, stride_v, stride_out,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
+    LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr, TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, split): rows row_begin + i * BLOCK_M against columns split * span up to the next split.
+
+    Writes du [splits, rows, D], or with D > BLOCK_D weights [rows of this launch, columns] and the factor that undoes
+    their scaling. SHIFT: "plain" one exponential for both terms, "online" two, "device" decided by the scale tensor.
+    """
+    i_tile, i_split = tl.program_id(0), tl.program_id(1)
+    scale = load_scale(scale, SCALE_IS_TENSOR)
+    operands = (p_u, p_v, stride_u, stride_v)
+    sizes = (num_rows, num_columns)
+    images = (num_images, shard, first_row, first_column)
+    ids = (p_row_ids, p_col_ids)
+    terms = (p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest)
+    if BLOCK_D >= D:
+        p_out += i_split.to(tl.int64) * num_rows * D
+    outputs = (p_out, p_factor, stride_out)
+    where = (row_begin + i_tile * BLOCK_M, row_begin, i_split * span, tl.minimum(i_split * span + span, num_columns))
+    if SHIFT == "device":
+        if scale * LOG2E * LARGEST <= MAX_FACTORED:
+            sweep(operands, sizes, images, ids, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+                  True, FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION)  # fmt: skip
+        else:
+            sweep(operands, sizes, images, ids, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+                  False, FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION)  # fmt: skip
+    else:
+        sweep(operands, sizes, images, ids, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+              SHIFT == "plain", FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION)  # fmt: skip

@@ -1,0 +1,134 @@
+"""Row statistics, and where asked those of the columns and the mean of the columns, in one sweep over tiles.
+
+    s = scale u v^T, tile by tile  ->  partial sums of exp(beta_k s) per row and split of the columns
+                                   ->  partial sums per column and tile of rows               COLUMNS
+                                   ->  sum_j exp(beta_0 s_ij) v_j, like an attention output   MEANS
+
+A program owns one tile of rows and one split of the columns, so every partial has one writer; merge.py adds them in a
+fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import online_lse
+from .merge import pack, store_parts
+from .pairs import keep_tile, load_ids, needs_mask
+from .scores import LOG2E, chunked_scores, load_rows, load_scale
+
+FP16_RANGE = tl.constexpr(16384.0)  # exponentials up to 1 use the upper half of fp16's range, small ones stay normal
+
+
+@triton.jit
+def tally(counts, b_x, m_keep, AXIS: tl.constexpr):
+    """Number of negatives, largest and sum of their logits."""
+    b_count, b_largest, b_total = counts
+    b_count += tl.sum(m_keep.to(b_count.dtype), AXIS)
+    b_largest = tl.maximum(b_largest, tl.max(b_x, AXIS))
+    return b_count, b_largest, b_total + tl.sum(tl.where(m_keep, b_x, 0.0), AXIS)
+
+
+@triton.jit
+def sweep(
+    operands, sizes, images, ids, outputs, where, log2_scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
+    ONLINE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_IMAGES: tl.constexpr, COLUMNS: tl.constexpr,
+    MEANS: tl.constexpr, DIAGNOSTICS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile loop of the forward."""
+    p_u, p_v, stride_u, stride_v = operands
+    num_rows, num_columns = sizes
+    p_row_ids, p_col_ids = ids
+    p_rows, p_columns, p_mean = outputs
+    i0, j_begin, j_end = where
+    DTYPE: tl.constexpr = p_rows.dtype.element_ty
+    RESIDENT: tl.constexpr = BLOCK_D >= D
+    COUNTED: tl.constexpr = p_row_ids is not None or p_col_ids is not None
+    o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    b_row_ids = load_ids(p_row_ids, o_i, num_rows) if p_row_ids is not None else None
+    if RESIDENT:
+        b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
+    state = online_lse.init(len(EXPONENTS), BLOCK_M, DTYPE, ONLINE)
+    b_nothing = tl.zeros((BLOCK_M,), DTYPE)
+    counts = b_nothing, b_nothing + float("-inf"), b_nothing
+    if MEANS:
+        b_mean = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
+    for j0 in range(j_begin, j_end, BLOCK_N):
+        o_j = j0 + tl.arange(0, BLOCK_N)
+        if RESIDENT:
+            b_v = load_rows(p_v, o_j, o_d, num_columns, stride_v, D, BLOCK_D)
+            b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
+        else:
+            b_s = chunked_scores(operands, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+        b_x = b_s * log2_scale
+        b_reverse = b_x
+        if COUNTED or DIAGNOSTICS:
+            b_col_ids = load_ids(p_col_ids, o_j, num_columns) if p_col_ids is not None else None
+            m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, False)
+            m_reverse = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, True)
+            b_reverse = tl.where(m_reverse, b_x, float("-inf"))
+            b_x = tl.where(m_keep, b_x, float("-inf"))
+            counts = tally(counts, b_x, m_keep, 1)
+        else:
+            if needs_mask(i0, j0, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES):
+                m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, None, None, HAS_IMAGES, False)
+                b_x = tl.where(m_keep, b_x, float("-inf"))
+            b_reverse = b_x
+        state, b_exp, b_rescale = online_lse.update(state, b_x, EXPONENTS, 1, ONLINE)
+        if MEANS:
+            b_weight = b_exp[0] * FP16_RANGE if b_v.dtype == tl.float16 else b_exp[0]
+            b_mean = tl.dot(b_weight.to(b_v.dtype), b_v, b_mean * b_rescale[0][:, None], input_precision=PRECISION,
+                            out_dtype=DTYPE)  # fmt: skip
+        if COLUMNS:
+            col_state = online_lse.init(len(EXPONENTS), BLOCK_N, DTYPE, ONLINE)
+            col_state, _, _ = online_lse.update(col_state, b_reverse, EXPONENTS, 0, ONLINE)
+            b_none = tl.zeros((BLOCK_N,), DTYPE)
+            col_counts = b_none, b_none + float("-inf"), b_none
+            if COUNTED or DIAGNOSTICS:
+                col_counts = tally(col_counts, b_reverse, m_reverse, 0)
+            store_parts(p_columns, o_j, num_columns, pack(col_state, col_counts, HAS_SHIFT, COUNTED, DIAGNOSTICS))
+    store_parts(p_rows, o_i, num_rows, pack(state, counts, HAS_SHIFT, COUNTED, DIAGNOSTICS))
+    if MEANS:
+        b_mean = b_mean / FP16_RANGE if p_v.dtype.element_ty == tl.float16 else b_mean
+        m_mean = (o_i < num_rows)[:, None] & (o_d < D)[None, :]
+        tl.store(p_mean + o_i.to(tl.int64)[:, None] * D + o_d[None, :], b_mean, mask=m_mean)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_images", "shard", "first_column", "first_tile", "span"])
+def row_stats_forward_kernel(
+    p_u, p_v, p_row_ids, p_col_ids, scale, p_rows, p_columns, p_mean,
+    num_rows, num_columns, num_images, shard, first_column, first_tile, span, stride_u, stride_v,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
+    LARGEST: tl.constexpr, NUM_PARTS: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
+    HAS_IMAGES: tl.constexpr, COLUMNS: tl.constexpr, MEANS: tl.constexpr, DIAGNOSTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, split): tile first_tile + i of the rows against columns split * span up to the next split.
+
+    SHIFT is "plain", "online", or "device" where the scale is a tensor: then the whole program takes one of the two.
+    """
+    i_tile, i_split = tl.program_id(0), tl.program_id(1)
+    log2_scale = load_scale(scale, SCALE_IS_TENSOR) * LOG2E
+    operands = (p_u, p_v, stride_u, stride_v)
+    sizes = (num_rows, num_columns)
+    images = (num_images, shard, 0, first_column)
+    ids = (p_row_ids, p_col_ids)
+    p_rows += i_split.to(tl.int64) * NUM_PARTS * num_rows
+    if COLUMNS:
+        p_columns += i_tile.to(tl.int64) * NUM_PARTS * num_columns
+    if MEANS:
+        p_mean += i_split.to(tl.int64) * num_rows * D
+    outputs = (p_rows, p_columns, p_mean)
+    where = ((first_tile + i_tile) * BLOCK_M, i_split * span, tl.minimum(i_split * span + span, num_columns))
+    if SHIFT == "device":
+        if log2_scale * LARGEST <= online_lse.MAX_PLAIN:
+            sweep(operands, sizes, images, ids, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+                  False, True, HAS_IMAGES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+        else:
+            sweep(operands, sizes, images, ids, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+                  True, True, HAS_IMAGES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+    else:
+        sweep(operands, sizes, images, ids, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+              SHIFT == "online", SHIFT == "online", HAS_IMAGES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip

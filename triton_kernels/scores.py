@@ -1,0 +1,47 @@
+"""A tile of inner products <u_i, v_j>.
+
+Up to 256 features a row tile fits a program, is loaded once and meets one column tile after the other. Beyond, both
+tiles come in chunks of features and the product accumulates.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(p_x, o_rows, o_features, num_rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x[o_rows, o_features], zero outside; rows stride in 64 bits."""
+    m_x = (o_rows < num_rows)[:, None]
+    if D % BLOCK_D != 0:
+        m_x = m_x & (o_features < D)[None, :]
+    return tl.load(p_x + o_rows.to(tl.int64)[:, None] * stride + o_features[None, :], mask=m_x, other=0.0)
+
+
+@triton.jit
+def chunked_scores(
+    operands, o_i, o_j, num_rows, num_columns,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<u_i, v_j> for a tile of pairs, features in chunks of BLOCK_D."""
+    p_u, p_v, stride_u, stride_v = operands
+    b_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if p_u.dtype.element_ty == tl.float64 else tl.float32)
+    for o_d in range(0, D, BLOCK_D):
+        o_features = o_d + tl.arange(0, BLOCK_D)
+        b_u = load_rows(p_u, o_i, o_features, num_rows, stride_u, D, BLOCK_D)
+        b_v = load_rows(p_v, o_j, o_features, num_columns, stride_v, D, BLOCK_D)
+        b_s = tl.dot(b_u, tl.trans(b_v), b_s, input_precision=PRECISION, out_dtype=b_s.dtype)
+    return b_s
+
+
+@triton.jit
+def load_scale(scale, SCALE_IS_TENSOR: tl.constexpr):
+    """1/temperature, given as a number or as a tensor that only the device reads."""
+    if SCALE_IS_TENSOR:
+        return tl.load(scale)
+    else:
+        return scale
