@@ -87,6 +87,13 @@ def test_reference_supports_second_derivatives(loss):
     assert torch.autograd.gradgradcheck(lambda a, b: loss.function(a, b, 0.8, **options), leaves)
 
 
+def test_reference_works_under_torch_func():
+    z1, z2 = random_pairs(4, 3, torch.float32)
+    expected = torch.autograd.grad(ce.fused_debiased_loss(z1.requires_grad_(), z2, backend="reference"), z1)[0]
+    ours = torch.func.grad(lambda a: ce.fused_debiased_loss(a, z2, backend="reference"))(z1.detach())
+    torch.testing.assert_close(ours, expected)
+
+
 def test_fused_losses_refuse_second_derivatives(run):
     backend, device = run
     z1, z2 = random_pairs(4, 3, torch.float64, device)
