@@ -169,15 +169,23 @@ def _check_extras(
     if keys is not None:
         if layout == "symmetric":
             raise ValueError("layout='symmetric' takes no queue: it is undefined which side it would belong to.")
-        if keys.dim() != 2 or keys.shape[1] != dim or not keys.is_floating_point() or keys.device != z1.device:
-            raise ValueError(f"queue must be floating-point [K, {dim}] on {z1.device}; got {_describe(keys)}.")
+        if (
+            keys.dim() != 2
+            or keys.shape[1] != dim
+            or not len(keys)
+            or not keys.is_floating_point()
+            or keys.device != z1.device
+        ):
+            raise ValueError(f"queue must be floating-point [K, {dim}], K >= 1, on {z1.device}; got {_describe(keys)}.")
     if negatives is not None:
         if layout != "one_way":
             raise ValueError(f"explicit negatives need layout='one_way'; got layout={layout!r}.")
-        if negatives.shape[-1] != dim or not (
-            negatives.dim() == 2 or (negatives.dim() == 3 and negatives.shape[0] == batch)
-        ):
-            raise ValueError(f"negatives must be [K, {dim}] or [{batch}, n, {dim}]; got {_describe(negatives)}.")
+        shared = negatives.dim() == 2
+        own = negatives.dim() == 3 and negatives.shape[0] == batch
+        if not (shared or own) or negatives.shape[-1] != dim or negatives.shape[-2] == 0:
+            raise ValueError(
+                f"negatives must be [K, {dim}] or [{batch}, n, {dim}] with K, n >= 1; got {_describe(negatives)}."
+            )
         _check_like(negatives, z1, "negatives")
     if positives is not None:
         if positives.dim() != 3 or positives.shape[1:] != z1.shape or not len(positives):

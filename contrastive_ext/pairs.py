@@ -42,19 +42,6 @@ class Pairs:
     def has_ids(self) -> bool:
         return self.row_ids is not None or self.col_ids is not None
 
-    def structural_negatives(self) -> int:
-        """Negatives of every row before ids are looked at."""
-        same_image = self.num_rows // self.num_images if self.num_images else 0
-        return self.num_columns - same_image
-
-    def structural_negatives_of_columns(self, dtype: torch.dtype) -> Tensor:
-        """[num_columns]: rows of other images for every column, before ids are looked at."""
-        negatives = torch.full((self.num_columns,), float(self.num_rows), device=self.device, dtype=dtype)
-        if self.num_images:
-            shard = slice(self.positive_offset, self.positive_offset + self.num_rows)
-            negatives[shard] -= self.num_rows // self.num_images
-        return negatives
-
     def keep(self, rows: slice, cols: slice) -> Tensor | None:
         """Bool [rows, cols], True where column j is a negative of row i; None when all are."""
         return self._keep(rows, cols, candidates_are_rows=False)

@@ -140,7 +140,7 @@ def fused_row_loss(
 def _streamed(
     row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str
 ) -> tuple[Tensor, RowStatistics, Diagnostics | None]:
-    parts, may_be_empty = [], batch.row_negatives is None
+    parts = []
     for columns in batch.column_sets:
         swept = row_stats(
             batch.anchors, columns.v, scale=batch.scale, exponents=row_loss.exponents, num_images=columns.num_images,
@@ -148,14 +148,13 @@ def _streamed(
             diagnostics=return_stats, backend=backend,
         )  # fmt: skip
         parts.append(_both_sides(swept, batch.symmetric))
-        width = len(batch.anchors if columns.v is None else columns.v)
-        own = len(batch.anchors) // columns.num_images if columns.num_images else 0
-        may_be_empty = may_be_empty and (columns.ids is not None or width == own)
     if batch.row_negatives is not None:
         parts.append(_own_negatives(batch, row_loss.exponents, return_stats))
     lse, aux = reduce(_merge, parts)
     stats = RowStatistics(tuple(lse.unbind(0)), batch.pos, batch.correction, aux[0], batch.scale)
-    if may_be_empty:
+    # ids are known to the device alone: only candidates without them are certain
+    without_ids = replace(batch, column_sets=tuple(s for s in batch.column_sets if s.ids is None))
+    if _candidates(without_ids) == 0:
         empty = stats.count == 0
         losses = _zero_where(empty, row_loss.from_stats(_without_empty(stats, empty)), batch.pos)
     else:
