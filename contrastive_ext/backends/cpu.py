@@ -39,6 +39,8 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
 
 def _arguments(problem: Problem) -> tuple:
     pairs = problem.pairs
+    if pairs.only_equal_ids or pairs.ignored is not None or pairs.gate is not None:
+        raise NotImplementedError("lists, gates and only_equal_ids")
     return (
         problem.u,
         problem.v,
@@ -50,3 +52,8 @@ def _arguments(problem: Problem) -> tuple:
         None if problem.one_set else pairs.col_ids,
         problem.unit,
     )
+
+
+def top_columns(scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None):
+    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
+    raise NotImplementedError

@@ -44,7 +44,14 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
 
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
+    _refuse_cancelled(problem)
     return _Forward(problem, columns, means, diagnostics).run()
+
+
+def _refuse_cancelled(problem: Problem) -> None:
+    pairs = problem.pairs
+    if pairs.only_equal_ids or pairs.ignored is not None or pairs.gate is not None:
+        raise NotImplementedError("lists, gates and only_equal_ids")
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
@@ -190,6 +197,7 @@ def _weighted_columns(
     times_scale: bool = True,
 ) -> Tensor:
     """[scale] sum_j w_ij cols_j for every row; see triton_kernels/row_stats_backward.py."""
+    _refuse_cancelled(problem)
     exponents = exponents or problem.exponents
     config = _config("backward", rows.x, busy=problem.pairs.has_ids)
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u
@@ -356,3 +364,8 @@ def _interpreted() -> bool:
     import triton
 
     return not isinstance(_kernels().merge.merge_kernel, triton.JITFunction)
+
+
+def top_columns(scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None):
+    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
+    raise NotImplementedError
