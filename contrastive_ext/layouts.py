@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from . import numerics
+from .cancellation import Cancellation
+from .pairs import Gate
 from .queue import NegativeQueue
 
 Layout = Literal["two_view", "one_way", "symmetric"]
@@ -30,7 +32,8 @@ class ColumnSet:
 
     v: Tensor | None
     num_images: int = 0  # > 0: the leading columns show the anchors' images, view by view (pairs.py)
-    ids: Tensor | None = None
+    ids: Tensor | None = None  # of the columns
+    gate: Gate | None = None
     unit: bool = False
 
 
@@ -46,6 +49,7 @@ class Arrangement:
     correction: Tensor  # [R] log-mean-exp of the logits of the debiasing positives; pos unless `positives` is given
     symmetric: bool  # R = 2A: the columns of the one set are anchors too
     operand_dtype: torch.dtype
+    anchor_ids: Tensor | None = None
 
 
 def arrange(
@@ -61,11 +65,15 @@ def arrange(
     in_batch_negatives: bool,
     positives: Tensor | None,
     normalize: bool,
+    cancellation: Cancellation | None = None,
 ) -> Arrangement:
     """Check the arguments of a loss over pairs and arrange them; raises before anything is computed."""
-    keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+    cancellation = cancellation or Cancellation()
+    has_ids = isinstance(queue, NegativeQueue)
+    keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, cancellation.queue_ids)
     _check_pairs(z1, z2, layout)
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
+    cancellation.check(z1, z2, keys, has_ids)
     dtype, operand_dtype = numerics.stats_dtype(z1.dtype), z1.dtype
     scale = _scale(temperature, logit_scale, default_temperature, dtype, z1.device)
 
@@ -81,10 +89,16 @@ def arrange(
         u2 = operand(z2)
     batch, views = z1.shape[0], 1 if layout == "one_way" else 2
     column_sets, row_negatives = [], None
+    two_view = layout == "two_view"
+    ids = None if cancellation.ids is None else cancellation.ids.long()
+    column_ids = torch.cat([ids, ids]) if two_view and ids is not None else ids
+    gate, key_gate = cancellation.gates(two_view, dtype, both_ways=layout != "one_way")
     if in_batch_negatives:
-        column_sets.append(ColumnSet(None if layout == "two_view" else u2, num_images=batch, unit=normalize))
+        v = None if two_view else u2
+        column_sets.append(ColumnSet(v, num_images=batch, ids=column_ids, gate=gate, unit=normalize))
     if keys is not None:
-        column_sets.append(ColumnSet(numerics.round_operand(keys.detach().to(dtype), operand_dtype), ids=key_ids))
+        keys = numerics.round_operand(keys.detach().to(dtype), operand_dtype)
+        column_sets.append(ColumnSet(keys, ids=None if key_ids is None else key_ids.long(), gate=key_gate))
     if negatives is not None and negatives.dim() == 2:
         column_sets.append(ColumnSet(operand(negatives), unit=normalize))
     elif negatives is not None:
@@ -105,6 +119,7 @@ def arrange(
         correction=correction,
         symmetric=layout == "symmetric",
         operand_dtype=operand_dtype,
+        anchor_ids=None if column_ids is None else column_ids[: len(anchors)],
     )
 
 
