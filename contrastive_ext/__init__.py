@@ -16,10 +16,19 @@ from .explain import Explanation, explain
 from .losses.base import RowLoss, RowStatistics, fused_row_loss
 from .losses.debiased import Debiased, fused_debiased_loss
 from .losses.decoupled import Decoupled, fused_decoupled_loss
+from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
 from .memory import MemoryEstimate, estimate_memory
-from .modules import DebiasedLoss, DecoupledLoss, HardNegativeLoss, InfoNCELoss, LogitScale, RowLossModule
+from .modules import (
+    DebiasedLoss,
+    DecoupledLoss,
+    FalseNegativeLoss,
+    HardNegativeLoss,
+    InfoNCELoss,
+    LogitScale,
+    RowLossModule,
+)
 from .queue import NegativeQueue
 from .row_stats import row_stats
 from .stats import LossStats
@@ -30,6 +39,8 @@ __all__ = [
     "Decoupled",
     "DecoupledLoss",
     "Explanation",
+    "FalseNegativeLoss",
+    "FalseNegativeStats",
     "HardNegative",
     "HardNegativeLoss",
     "InfoNCE",
@@ -47,6 +58,7 @@ __all__ = [
     "explain",
     "fused_debiased_loss",
     "fused_decoupled_loss",
+    "fused_false_negative_loss",
     "fused_hard_negative_loss",
     "fused_infonce_loss",
     "fused_row_loss",

@@ -75,7 +75,7 @@ def arrange(
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
     cancellation.check(z1, z2, keys, has_ids)
     dtype, operand_dtype = numerics.stats_dtype(z1.dtype), z1.dtype
-    scale = _scale(temperature, logit_scale, default_temperature, dtype, z1.device)
+    scale = resolve_scale(temperature, logit_scale, default_temperature, dtype, z1.device)
 
     def operand(z: Tensor) -> Tensor:
         z = z.to(dtype)
@@ -123,13 +123,14 @@ def arrange(
     )
 
 
-def _scale(
+def resolve_scale(
     temperature: float | Tensor | None,
     logit_scale: float | Tensor | None,
     default_temperature: float,
     dtype: torch.dtype,
     device: torch.device,
 ) -> float | Tensor:
+    """1/temperature from whichever was given, checked, a tensor in the dtype of the statistics."""
     if temperature is not None and logit_scale is not None:
         raise ValueError("give temperature or logit_scale (= 1/temperature), not both.")
     name, value = ("logit_scale", logit_scale) if logit_scale is not None else ("temperature", temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -11,6 +12,7 @@ from typing_extensions import Unpack
 from .losses.base import LossOptions, RowLoss, fused_row_loss
 from .losses.debiased import Debiased
 from .losses.decoupled import Decoupled, fused_decoupled_loss
+from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
 from .stats import LossStats
@@ -89,6 +91,32 @@ class HardNegativeLoss(RowLossModule):
         **options: Unpack[LossOptions],
     ):
         super().__init__(HardNegative(tau_plus, beta, detach_weights), temperature, **options)
+
+
+class FalseNegativeLoss(nn.Module):
+    """Module of `fused_false_negative_loss`; its keywords given here are defaults, given to the call they override.
+
+    `FalseNegativeLoss(mode="eliminate", top_k=8)(views, support=support)`; a NegativeQueue becomes a submodule.
+    """
+
+    def __init__(self, temperature: float | None = None, **options):
+        super().__init__()
+        inspect.signature(fused_false_negative_loss).bind(None, temperature, **options)  # a TypeError names a typo
+        self.temperature = temperature
+        self.queue = options.pop("queue", None)
+        self.options = options
+
+    def forward(self, views: Tensor, **call) -> Tensor | tuple[Tensor, FalseNegativeStats]:
+        """Loss of views [V, B, D]."""
+        arguments = {**self.options, "queue": self.queue, **call}
+        if "temperature" not in call and "logit_scale" not in call:
+            arguments["temperature"] = self.temperature
+        return fused_false_negative_loss(views, **arguments)
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}={value!r}" for name, value in {"temperature": self.temperature, **self.options}.items()
+        )
 
 
 class LogitScale(nn.Module):
