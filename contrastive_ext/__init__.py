@@ -19,6 +19,7 @@ from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
+from .losses.supcon import fused_supcon_loss
 from .memory import MemoryEstimate, estimate_memory
 from .modules import (
     DebiasedLoss,
@@ -28,6 +29,7 @@ from .modules import (
     InfoNCELoss,
     LogitScale,
     RowLossModule,
+    SupConLoss,
 )
 from .queue import NegativeQueue
 from .row_stats import row_stats
@@ -52,6 +54,7 @@ __all__ = [
     "RowLoss",
     "RowLossModule",
     "RowStatistics",
+    "SupConLoss",
     "__version__",
     "available_backends",
     "estimate_memory",
@@ -62,6 +65,7 @@ __all__ = [
     "fused_hard_negative_loss",
     "fused_infonce_loss",
     "fused_row_loss",
+    "fused_supcon_loss",
     "row_stats",
 ]
 

@@ -15,6 +15,7 @@ from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
+from .losses.supcon import fused_supcon_loss
 from .stats import LossStats
 
 
@@ -117,6 +118,29 @@ class FalseNegativeLoss(nn.Module):
         return ", ".join(
             f"{name}={value!r}" for name, value in {"temperature": self.temperature, **self.options}.items()
         )
+
+
+class SupConLoss(nn.Module):
+    """Module of `fused_supcon_loss`: `SupConLoss(positives="in")(features, labels)`."""
+
+    def __init__(
+        self, temperature: float | None = None, positives: str = "out", *, normalize: bool = True,
+        reduction: str = "mean", backend: str = "auto",
+    ):  # fmt: skip
+        super().__init__()
+        self.options = {
+            "temperature": temperature, "positives": positives, "normalize": normalize, "reduction": reduction,
+            "backend": backend,
+        }  # fmt: skip
+
+    def forward(self, features: Tensor, labels: Tensor, **call) -> Tensor:
+        """Loss of features [N, D] or [V, B, D] with labels [N] or [B]; call-time keywords as in the function."""
+        if "logit_scale" in call:
+            call = {"temperature": None, **call}
+        return fused_supcon_loss(features, labels, **{**self.options, **call})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class LogitScale(nn.Module):
