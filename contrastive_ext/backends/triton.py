@@ -42,9 +42,9 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     return None
 
 
-def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
+def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
-    return _Forward(problem, columns, means, diagnostics).run()
+    return _Forward(problem, columns, means, diagnostics, maximum).run()
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class _Term(NamedTuple):
 class _Forward:
     """The launches of one forward call."""
 
-    def __init__(self, problem: Problem, columns: bool, means: bool, diagnostics: bool):
+    def __init__(self, problem: Problem, columns: bool, means: bool, diagnostics: bool, maximum: bool):
         self.problem, self.pairs, self.columns, self.means = problem, problem.pairs, columns, means
         self.u, self.v = _operands(problem)
         self.n, self.m, self.d = len(self.u), len(self.v), self.u.shape[1]
@@ -93,12 +93,13 @@ class _Forward:
         busy = self.pairs.has_ids or diagnostics
         self.config = _config("backward" if self.fused_means else "forward", self.u, busy)
         exponents = problem.exponents + ((2 * problem.exponents[0],) if diagnostics else ())
-        # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum
-        shift = "online" if self.fused_means else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
+        # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum, which may be asked
+        # for as such
+        shift = "online" if self.fused_means or maximum else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
         has_shift, counted = shift != "plain", self.pairs.has_ids
         self.num_parts = has_shift + len(exponents) + counted + 2 * diagnostics
         self.flags: dict[str, Any] = {"EXPONENTS": exponents, "NUM_PARTS": self.num_parts, "DIAGNOSTICS": diagnostics}
-        self.merge_flags = self.flags | {"HAS_SHIFT": has_shift, "COUNTED": counted}
+        self.merge_flags = self.flags | {"HAS_SHIFT": has_shift, "COUNTED": counted, "MAXIMUM": maximum}
         self.flags |= {"SHIFT": shift, "LARGEST": max(exponents), "COLUMNS": columns, "MEANS": self.fused_means}
 
     def run(self) -> Statistics:
@@ -153,7 +154,7 @@ class _Forward:
     def _merge(self, partials: Tensor, begin: int, end: int, candidates, finish: bool) -> tuple[Tensor, Tensor]:
         anchors = partials.shape[-1]
         lse = self._empty(len(self.problem.exponents), anchors)
-        aux = self._empty(4 if self.flags["DIAGNOSTICS"] else 1, anchors)
+        aux = self._empty(4 if self.flags["DIAGNOSTICS"] else 2 if self.merge_flags["MAXIMUM"] else 1, anchors)
         _kernels().merge.merge_kernel[(_cdiv(anchors, MERGE_BLOCK),)](
             partials, lse, aux, begin, end, anchors, *candidates, FINISH=finish, BLOCK=MERGE_BLOCK,
             enable_fp_fusion=True, **self.merge_flags,
