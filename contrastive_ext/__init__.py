@@ -18,8 +18,20 @@ from .losses.debiased import Debiased, fused_debiased_loss
 from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
+from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
+from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
 from .memory import MemoryEstimate, estimate_memory
-from .modules import DebiasedLoss, DecoupledLoss, HardNegativeLoss, InfoNCELoss, LogitScale, RowLossModule
+from .modules import (
+    DebiasedLoss,
+    DecoupledLoss,
+    HardNegativeLoss,
+    InfoNCELoss,
+    LogitScale,
+    RowLossModule,
+    SelfLabelingLoss,
+    SoftTargetLoss,
+)
+from .momentum import momentum_mixup, momentum_update, mu_schedule
 from .queue import NegativeQueue
 from .row_stats import row_stats
 from .stats import LossStats
@@ -41,6 +53,10 @@ __all__ = [
     "RowLoss",
     "RowLossModule",
     "RowStatistics",
+    "SelfLabelingLoss",
+    "SelfLabelingStats",
+    "SoftTargetLoss",
+    "SoftTargetStats",
     "__version__",
     "available_backends",
     "estimate_memory",
@@ -50,6 +66,11 @@ __all__ = [
     "fused_hard_negative_loss",
     "fused_infonce_loss",
     "fused_row_loss",
+    "fused_self_labeling_loss",
+    "fused_soft_target_loss",
+    "momentum_mixup",
+    "momentum_update",
+    "mu_schedule",
     "row_stats",
 ]
 

@@ -104,8 +104,9 @@ ForwardTuple forward_cpu(const Tensor& u, std::optional<Tensor> v, double scale,
   const Tensor mean = means ? empty(u, {k, n, u.size(1)}) : nothing();
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    row_stats_forward<T>(request.problem<T>(), {data<T>(lse), data<T>(aux), data_if<T>(col_lse, columns),
-                                                data_if<T>(col_aux, columns), data_if<T>(mean, means), diagnostics, maximum});
+    row_stats_forward<T>(request.problem<T>(),
+                         {data<T>(lse), data<T>(aux), data_if<T>(col_lse, columns), data_if<T>(col_aux, columns),
+                          data_if<T>(mean, means), diagnostics, maximum});
   };
   if (u.scalar_type() == ScalarType::Float)
     run(0.0f);
@@ -171,7 +172,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
   m.def(
       "row_stats_forward_cpu(Tensor u, Tensor? v, float scale, float[] exponents, int num_images, int positive_offset, "
       "Tensor? row_ids, "
-      "Tensor? col_ids, bool unit, bool columns, bool means, bool diagnostics, bool maximum) -> (Tensor lse, Tensor aux, Tensor "
+      "Tensor? col_ids, bool unit, bool columns, bool means, bool diagnostics, bool maximum) -> (Tensor lse, Tensor "
+      "aux, Tensor "
       "col_lse, Tensor col_aux, "
       "Tensor mean)");
   m.def(

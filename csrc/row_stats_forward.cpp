@@ -228,7 +228,8 @@ void row_stats_forward(const Problem<T>& problem, const ForwardResults<T>& resul
 
   count_negatives(problem.pairs, problem.n, problem.m, results.aux, results.col_aux);
   store_anchor_results(problem.exponents.size(), plan, rows, results.diagnostics, results.lse, results.aux);
-  if (results.col_lse) store_anchor_results(problem.exponents.size(), plan, cols, results.diagnostics, results.col_lse, results.col_aux);
+  if (results.col_lse)
+    store_anchor_results(problem.exponents.size(), plan, cols, results.diagnostics, results.col_lse, results.col_aux);
 }
 
 template void row_stats_forward<float>(const Problem<float>&, const ForwardResults<float>&);

@@ -173,7 +173,8 @@ def test_operator_is_traceable_with_dynamic_shapes(run, name):
     v = v if v is None or name == "queue" else v.requires_grad_()
     arguments = (
         u.requires_grad_(), v, scale.requires_grad_(), 0.0, [1.0], options.get("num_images", 0), 0,
-        options.get("row_ids"), None, True, u.dtype, backend, options.get("columns", False), name == "queue", False, False,
+        options.get("row_ids"), None, True, u.dtype, backend, options.get("columns", False), name == "queue", False,
+        False,
     )  # fmt: skip
     opcheck(OP, arguments, test_utils="test_aot_dispatch_dynamic")
 

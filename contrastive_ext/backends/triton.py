@@ -93,9 +93,9 @@ class _Forward:
         busy = self.pairs.has_ids or diagnostics
         self.config = _config("backward" if self.fused_means else "forward", self.u, busy)
         exponents = problem.exponents + ((2 * problem.exponents[0],) if diagnostics else ())
-        # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum, which may be asked
-        # for as such
-        shift = "online" if self.fused_means or maximum else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
+        # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum
+        online = self.fused_means or maximum
+        shift = "online" if online else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
         has_shift, counted = shift != "plain", self.pairs.has_ids
         self.num_parts = has_shift + len(exponents) + counted + 2 * diagnostics
         self.flags: dict[str, Any] = {"EXPONENTS": exponents, "NUM_PARTS": self.num_parts, "DIAGNOSTICS": diagnostics}
