@@ -208,7 +208,7 @@ def test_converged_batch_keeps_its_relative_accuracy(run):
 
 def test_gradcheck(run):
     backend, device = run
-    q, k, queue, q_mix, perm, theta = _batch(4, 3, device=device)
+    q, k, queue, q_mix, perm, theta = _batch(3, 2, device=device, queue_size=5)
 
     def function(q, q_mix, temperature):
         # the labels are constants: their temperature t t' has to stay put while t moves
