@@ -19,6 +19,8 @@ from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
+from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
+from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
 from .losses.supcon import fused_supcon_loss
 from .memory import MemoryEstimate, estimate_memory
 from .modules import (
@@ -29,8 +31,11 @@ from .modules import (
     InfoNCELoss,
     LogitScale,
     RowLossModule,
+    SelfLabelingLoss,
+    SoftTargetLoss,
     SupConLoss,
 )
+from .momentum import momentum_mixup, momentum_update, mu_schedule
 from .queue import NegativeQueue
 from .row_stats import row_stats
 from .stats import LossStats
@@ -54,6 +59,10 @@ __all__ = [
     "RowLoss",
     "RowLossModule",
     "RowStatistics",
+    "SelfLabelingLoss",
+    "SelfLabelingStats",
+    "SoftTargetLoss",
+    "SoftTargetStats",
     "SupConLoss",
     "__version__",
     "available_backends",
@@ -65,7 +74,12 @@ __all__ = [
     "fused_hard_negative_loss",
     "fused_infonce_loss",
     "fused_row_loss",
+    "fused_self_labeling_loss",
+    "fused_soft_target_loss",
     "fused_supcon_loss",
+    "momentum_mixup",
+    "momentum_update",
+    "mu_schedule",
     "row_stats",
 ]
 

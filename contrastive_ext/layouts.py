@@ -75,7 +75,7 @@ def arrange(
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
     cancellation.check(z1, z2, keys, has_ids)
     dtype, operand_dtype = numerics.stats_dtype(z1.dtype), z1.dtype
-    scale = resolve_scale(temperature, logit_scale, default_temperature, dtype, z1.device)
+    scale = scale_from(temperature, logit_scale, default_temperature, dtype, z1.device)
 
     def operand(z: Tensor) -> Tensor:
         z = z.to(dtype)
@@ -123,14 +123,14 @@ def arrange(
     )
 
 
-def resolve_scale(
+def scale_from(
     temperature: float | Tensor | None,
     logit_scale: float | Tensor | None,
     default_temperature: float,
     dtype: torch.dtype,
     device: torch.device,
 ) -> float | Tensor:
-    """1/temperature from whichever was given, checked, a tensor in the dtype of the statistics."""
+    """1/temperature from whichever of the two a call was given, checked."""
     if temperature is not None and logit_scale is not None:
         raise ValueError("give temperature or logit_scale (= 1/temperature), not both.")
     name, value = ("logit_scale", logit_scale) if logit_scale is not None else ("temperature", temperature)
@@ -185,14 +185,7 @@ def _check_extras(
     if keys is not None:
         if layout == "symmetric":
             raise ValueError("layout='symmetric' takes no queue: it is undefined which side it would belong to.")
-        if (
-            keys.dim() != 2
-            or keys.shape[1] != dim
-            or not len(keys)
-            or not keys.is_floating_point()
-            or keys.device != z1.device
-        ):
-            raise ValueError(f"queue must be floating-point [K, {dim}], K >= 1, on {z1.device}; got {_describe(keys)}.")
+        check_queue(keys, dim, z1.device)
     if negatives is not None:
         if layout != "one_way":
             raise ValueError(f"explicit negatives need layout='one_way'; got layout={layout!r}.")
@@ -200,24 +193,32 @@ def _check_extras(
         own = negatives.dim() == 3 and negatives.shape[0] == batch
         if not (shared or own) or negatives.shape[-1] != dim or negatives.shape[-2] == 0:
             raise ValueError(
-                f"negatives must be [K, {dim}] or [{batch}, n, {dim}] with K, n >= 1; got {_describe(negatives)}."
+                f"negatives must be [K, {dim}] or [{batch}, n, {dim}] with K, n >= 1; got {describe(negatives)}."
             )
         _check_like(negatives, z1, "negatives")
     if positives is not None:
         if positives.dim() != 3 or positives.shape[1:] != z1.shape or not len(positives):
-            raise ValueError(f"positives must be [M, {batch}, {dim}] with M >= 1; got {_describe(positives)}.")
+            raise ValueError(f"positives must be [M, {batch}, {dim}] with M >= 1; got {describe(positives)}.")
         _check_like(positives, z1, "positives")
     if not in_batch_negatives:
         if layout != "one_way" or (keys is None and negatives is None):
             raise ValueError("in_batch_negatives=False needs layout='one_way' and a queue or explicit negatives.")
         if z2.shape[0] != batch:
-            raise ValueError(f"with in_batch_negatives=False z2 must be [{batch}, {dim}]; got {_describe(z2)}.")
+            raise ValueError(f"with in_batch_negatives=False z2 must be [{batch}, {dim}]; got {describe(z2)}.")
+
+
+def check_queue(keys: Tensor, dim: int, device: torch.device, name: str = "queue") -> None:
+    """ValueError unless keys are floating-point [K, dim] on `device`."""
+    is_matrix = keys.dim() == 2 and keys.shape[1] == dim and len(keys) > 0
+    if not is_matrix or not keys.is_floating_point() or keys.device != device:
+        raise ValueError(f"{name} must be floating-point [K, {dim}], K >= 1, on {device}; got {describe(keys)}.")
 
 
 def _check_like(tensor: Tensor, z1: Tensor, name: str) -> None:
     if tensor.dtype != z1.dtype or tensor.device != z1.device:
-        raise TypeError(f"{name} must be {z1.dtype} on {z1.device} like z1; got {_describe(tensor)}.")
+        raise TypeError(f"{name} must be {z1.dtype} on {z1.device} like z1; got {describe(tensor)}.")
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+def describe(x: object) -> str:
+    """dtype, shape and device of a tensor, or what else it is, for an error message."""
+    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__

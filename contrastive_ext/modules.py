@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,12 @@ from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
+from .losses.self_labeling import DEFAULT_TEMPERATURE as SELF_LABELING_TEMPERATURE
+from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
+from .losses.soft_target import DEFAULT_TEMPERATURE as SOFT_TARGET_TEMPERATURE
+from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
 from .losses.supcon import fused_supcon_loss
+from .queue import NegativeQueue
 from .stats import LossStats
 
 
@@ -139,8 +145,78 @@ class SupConLoss(nn.Module):
             call = {"temperature": None, **call}
         return fused_supcon_loss(features, labels, **{**self.options, **call})
 
+
+class _KeyLossModule(nn.Module):
+    """A loss over constant keys: keywords given here are defaults, keywords given to the call override them."""
+
+    def __init__(self, queue: Tensor | NegativeQueue | None, **options):
+        super().__init__()
+        self.queue = queue  # a NegativeQueue becomes a submodule: it moves and is saved with the loss
+        self.options = options
+
+    def _with_defaults(self, call: dict) -> dict:
+        return {**self.options, "queue": self.queue, **call}
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class SelfLabelingLoss(_KeyLossModule):
+    """Module of `fused_self_labeling_loss`: SANE; `mu` of `mu_schedule` is given to the call."""
+
+    def __init__(
+        self,
+        temperature: float = SELF_LABELING_TEMPERATURE,
+        *,
+        label_temperature: float = 0.8,
+        mu: float = 1.0,
+        lam: float = 0.5,
+        queue: Tensor | NegativeQueue | None = None,
+        normalize: bool = True,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(
+            queue, temperature=temperature, label_temperature=label_temperature, mu=mu, lam=lam, normalize=normalize,
+            reduction=reduction, backend=backend,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_mix: Tensor | None = None,
+        perm: Tensor | None = None,
+        theta: Tensor | float | None = None,
+        **call,
+    ) -> Tensor | tuple[Tensor, SelfLabelingStats]:
+        """Loss of q, k [s, D] and of q_mix [s, D], mixed by `momentum_mixup`; call-time keywords as in the function."""
+        return fused_self_labeling_loss(q, k, q_mix=q_mix, perm=perm, theta=theta, **self._with_defaults(call))
+
+
+class SoftTargetLoss(_KeyLossModule):
+    """Module of `fused_soft_target_loss`: a student's distribution over keys against a teacher's."""
+
+    def __init__(
+        self,
+        temperature: float = SOFT_TARGET_TEMPERATURE,
+        *,
+        teacher_temperature: float,
+        queue: Tensor | NegativeQueue | None = None,
+        normalize: bool = True,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(
+            queue, temperature=temperature, teacher_temperature=teacher_temperature, normalize=normalize,
+            reduction=reduction, backend=backend,
+        )  # fmt: skip
+
+    def forward(
+        self, queries: Tensor, keys: Tensor | NegativeQueue, teacher: Tensor, **call
+    ) -> Tensor | tuple[Tensor, SoftTargetStats]:
+        """Loss of queries [N, D] against the teacher's [N, D] over keys [M, D] and the queue."""
+        return fused_soft_target_loss(queries, keys, teacher, **self._with_defaults(call))
 
 
 class LogitScale(nn.Module):

@@ -36,7 +36,7 @@ inline bool choose_static_shift(Pass& pass, double reach) {
 }
 
 template <class T>
-Plan make_plan(const Problem<T>& problem, bool diagnostics) {
+Plan make_plan(const Problem<T>& problem, bool diagnostics, bool maximum) {
   Plan plan;
   std::vector<double> beta = problem.exponents;
   if (diagnostics) {
@@ -62,7 +62,7 @@ Plan make_plan(const Problem<T>& problem, bool diagnostics) {
   plan.is_static = problem.unit;
   for (Pass& pass : plan.passes)
     plan.is_static = choose_static_shift<T>(pass, problem.reach(pass.beta)) && plan.is_static;
-  plan.needs_moments = diagnostics || !plan.is_static;
+  plan.needs_moments = diagnostics || maximum || !plan.is_static;
   return plan;
 }
 
@@ -70,14 +70,14 @@ Plan make_plan(const Problem<T>& problem, bool diagnostics) {
 template <class T>
 struct AnchorState {
   std::vector<OnlineLse<double>> lse;  // [streams, count]; double: partial sums of thousands of tiles meet here
-  std::vector<T> max;                  // diagnostics
+  std::vector<T> max;                  // maximum, diagnostics
   std::vector<double> sum;
   int64_t count;
 
-  AnchorState(const Plan& plan, int64_t count, bool diagnostics)
+  AnchorState(const Plan& plan, int64_t count, bool moments)
       : lse(static_cast<size_t>(plan.num_streams * count)),
-        max(diagnostics ? count : 0, -INFINITY),
-        sum(diagnostics ? count : 0),
+        max(moments ? count : 0, -INFINITY),
+        sum(moments ? count : 0),
         count(count) {
     if (!plan.is_static) return;
     for (const Pass& pass : plan.passes) {
@@ -86,7 +86,7 @@ struct AnchorState {
     }
   }
   OnlineLse<double>* stream(int k) { return lse.data() + k * count; }
-  bool diagnostics() const { return !max.empty(); }
+  bool moments() const { return !max.empty(); }
   void add_moments(int64_t at, T other_max, double other_sum) {
     if (other_max > max[at]) max[at] = other_max;
     sum[at] += other_sum;

@@ -91,11 +91,12 @@ using ForwardTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ForwardTuple forward_cpu(const Tensor& u, std::optional<Tensor> v, double scale, std::vector<double> exponents,
                          int64_t num_images, int64_t positive_offset, std::optional<Tensor> row_ids,
-                         std::optional<Tensor> col_ids, bool unit, bool columns, bool means, bool diagnostics) {
+                         std::optional<Tensor> col_ids, bool unit, bool columns, bool means, bool diagnostics,
+                         bool maximum) {
   const Request request{u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, unit};
   request.check();
   STD_TORCH_CHECK(v || !columns, "one set has no column statistics of its own: its columns are its rows.");
-  const int64_t k = request.k(), n = request.n(), m = request.m(), aux_rows = diagnostics ? 4 : 1;
+  const int64_t k = request.k(), n = request.n(), m = request.m(), aux_rows = diagnostics ? 4 : maximum ? 2 : 1;
   const auto nothing = [&] { return empty(u, {0}); };  // its own tensor each time: outputs must not alias
   const Tensor lse = empty(u, {k, n}), aux = empty(u, {aux_rows, n});
   const Tensor col_lse = columns ? empty(u, {k, m}) : nothing(),
@@ -103,8 +104,9 @@ ForwardTuple forward_cpu(const Tensor& u, std::optional<Tensor> v, double scale,
   const Tensor mean = means ? empty(u, {k, n, u.size(1)}) : nothing();
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    row_stats_forward<T>(request.problem<T>(), {data<T>(lse), data<T>(aux), data_if<T>(col_lse, columns),
-                                                data_if<T>(col_aux, columns), data_if<T>(mean, means), diagnostics});
+    row_stats_forward<T>(request.problem<T>(),
+                         {data<T>(lse), data<T>(aux), data_if<T>(col_lse, columns), data_if<T>(col_aux, columns),
+                          data_if<T>(mean, means), diagnostics, maximum});
   };
   if (u.scalar_type() == ScalarType::Float)
     run(0.0f);
@@ -170,7 +172,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
   m.def(
       "row_stats_forward_cpu(Tensor u, Tensor? v, float scale, float[] exponents, int num_images, int positive_offset, "
       "Tensor? row_ids, "
-      "Tensor? col_ids, bool unit, bool columns, bool means, bool diagnostics) -> (Tensor lse, Tensor aux, Tensor "
+      "Tensor? col_ids, bool unit, bool columns, bool means, bool diagnostics, bool maximum) -> (Tensor lse, Tensor "
+      "aux, Tensor "
       "col_lse, Tensor col_aux, "
       "Tensor mean)");
   m.def(

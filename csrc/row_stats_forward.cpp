@@ -38,7 +38,7 @@ class ForwardWorker {
         results_(results),
         rows_(rows),
         cols_(cols),
-        local_(plan, grid.block_rows, rows.diagnostics()),
+        local_(plan, grid.block_rows, rows.moments()),
         ld_(padded(grid.tile_cols)),
         s_(grid.block_rows * ld_),
         e_(results.mean ? 2 * grid.block_rows * ld_ : 0),
@@ -53,7 +53,7 @@ class ForwardWorker {
     col_max_ = per_col_.get(), col_moment_ = col_max_ + ld_, col_shift_ = col_max_ + 2 * ld_;
   }
 
-  void begin(int64_t, int64_t) { local_ = AnchorState<T>(plan_, block_rows_, rows_.diagnostics()); }
+  void begin(int64_t, int64_t) { local_ = AnchorState<T>(plan_, block_rows_, rows_.moments()); }
 
   void compute(const TileRange& range) {
     const Tile<T> tile = compute_tile(problem_, range, s_.get(), ld_);
@@ -72,14 +72,14 @@ class ForwardWorker {
         cols_.stream(pass.stream)[at].add(shift, sums[j]);
         if (pass.square_stream >= 0) cols_.stream(pass.square_stream)[at].add(2 * shift, sums[ld_ + j]);
       }
-      if (cols_.diagnostics()) cols_.add_moments(at, col_max_[j], col_moment_[j]);
+      if (cols_.moments()) cols_.add_moments(at, col_max_[j], col_moment_[j]);
     }
   }
 
   void end(int64_t i0, int64_t i1) {
     for (int64_t i = i0; i < i1; ++i) {
       for (int k = 0; k < plan_.num_streams; ++k) rows_.stream(k)[i].merge(local_.stream(k)[i - i0]);
-      if (rows_.diagnostics()) rows_.add_moments(i, local_.max[i - i0], local_.sum[i - i0]);
+      if (rows_.moments()) rows_.add_moments(i, local_.max[i - i0], local_.sum[i - i0]);
     }
     if (results_.mean) store_means(i0, i1);
   }
@@ -95,7 +95,7 @@ class ForwardWorker {
     }
     tile_kernels<T>().moments(tile,
                               {row_max_, row_moment_, columns_ ? col_max_ : nullptr, columns_ ? col_moment_ : nullptr});
-    if (!rows_.diagnostics()) return;
+    if (!rows_.moments()) return;
     for (int64_t i = 0; i < tile.rows; ++i) local_.add_moments(i, row_max_[i], row_moment_[i]);
   }
 
@@ -192,13 +192,14 @@ void sweep_forward(const Problem<T>& problem, const Plan& plan, const ForwardRes
 }
 
 template <class T>
-void store_anchor_results(size_t num_exponents, const Plan& plan, AnchorState<T>& state, T* lse, T* aux) {
+void store_anchor_results(size_t num_exponents, const Plan& plan, AnchorState<T>& state, bool diagnostics, T* lse,
+                          T* aux) {
   for (size_t k = 0; k < num_exponents; ++k)
     for (int64_t i = 0; i < state.count; ++i)
       lse[static_cast<int64_t>(k) * state.count + i] = static_cast<T>(state.stream(static_cast<int>(k))[i].lse());
-  if (!state.diagnostics()) return;
+  if (state.moments()) std::copy(state.max.begin(), state.max.end(), aux + state.count);
+  if (!diagnostics) return;
   for (int64_t i = 0; i < state.count; ++i) {
-    aux[state.count + i] = state.max[i];
     aux[2 * state.count + i] = static_cast<T>(state.sum[i]);
     aux[3 * state.count + i] = static_cast<T>(state.stream(plan.diagnostic_stream)[i].lse());
   }
@@ -208,14 +209,14 @@ void store_anchor_results(size_t num_exponents, const Plan& plan, AnchorState<T>
 
 template <class T>
 void row_stats_forward(const Problem<T>& problem, const ForwardResults<T>& results) {
-  const Plan plan = make_plan(problem, results.diagnostics);
-  AnchorState<T> rows(plan, problem.n, results.diagnostics);
-  AnchorState<T> cols(plan, results.col_lse ? problem.m : 0, results.col_lse && results.diagnostics);
+  const Plan plan = make_plan(problem, results.diagnostics, results.maximum);
+  AnchorState<T> rows(plan, problem.n, results.moments());
+  AnchorState<T> cols(plan, results.col_lse ? problem.m : 0, results.col_lse && results.moments());
   if (problem.one_set) {
     // The means need every row's whole sweep in one place. The statistics still come from the triangle: s_ij and s_ji
     // may differ in the last bit, and the backward visits the triangle.
     if (results.mean) {
-      AnchorState<T> unused(plan, problem.n, results.diagnostics);
+      AnchorState<T> unused(plan, problem.n, results.moments());
       sweep_forward(problem, plan, results, /*triangle=*/false, unused, unused);
     }
     ForwardResults<T> statistics = results;
@@ -226,8 +227,9 @@ void row_stats_forward(const Problem<T>& problem, const ForwardResults<T>& resul
   }
 
   count_negatives(problem.pairs, problem.n, problem.m, results.aux, results.col_aux);
-  store_anchor_results(problem.exponents.size(), plan, rows, results.lse, results.aux);
-  if (results.col_lse) store_anchor_results(problem.exponents.size(), plan, cols, results.col_lse, results.col_aux);
+  store_anchor_results(problem.exponents.size(), plan, rows, results.diagnostics, results.lse, results.aux);
+  if (results.col_lse)
+    store_anchor_results(problem.exponents.size(), plan, cols, results.diagnostics, results.col_lse, results.col_aux);
 }
 
 template void row_stats_forward<float>(const Problem<float>&, const ForwardResults<float>&);

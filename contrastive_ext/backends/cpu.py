@@ -18,10 +18,10 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     return native.why_missing()
 
 
-def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
+def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
-    outputs = torch.ops.contrastive_ext.row_stats_forward_cpu(*_arguments(problem), columns, means, diagnostics)
-    return Statistics(*outputs)
+    wanted = (columns, means, diagnostics, maximum)
+    return Statistics(*torch.ops.contrastive_ext.row_stats_forward_cpu(*_arguments(problem), *wanted))
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
