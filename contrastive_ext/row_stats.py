@@ -144,8 +144,9 @@ class _RowStats(torch.autograd.Function):
         u, v, scale, scale_value, exponents, num_images, positive_offset, row_ids, col_ids, *rest = args
         ctx.options = (exponents, num_images, positive_offset, *rest[:3])
         ctx.scale_value, ctx.columns, ctx.frozen = scale_value, rest[3], rest[4]
-        v_saved = None if ctx.frozen else v  # with the mean at hand v may change in place (a queue does)
-        ctx.save_for_backward(u, v_saved, scale, row_ids, col_ids, lse, col_lse, mean)
+        if ctx.frozen:  # with the mean at hand v and its ids may change in place (a queue's do)
+            v = row_ids = col_ids = None
+        ctx.save_for_backward(u, v, scale, row_ids, col_ids, lse, col_lse, mean)
         ctx.mark_non_differentiable(aux, col_aux, mean)
         ctx.set_materialize_grads(False)
         return lse, aux, col_lse, col_aux, mean
