@@ -21,7 +21,7 @@ from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
 from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
-from .losses.supcon import fused_supcon_loss
+from .losses.supcon import SupConStats, fused_supcon_loss
 from .memory import MemoryEstimate, estimate_memory
 from .modules import (
     DebiasedLoss,
@@ -64,6 +64,7 @@ __all__ = [
     "SoftTargetLoss",
     "SoftTargetStats",
     "SupConLoss",
+    "SupConStats",
     "__version__",
     "available_backends",
     "estimate_memory",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from .losses.self_labeling import DEFAULT_TEMPERATURE as SELF_LABELING_TEMPERATU
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
 from .losses.soft_target import DEFAULT_TEMPERATURE as SOFT_TARGET_TEMPERATURE
 from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
-from .losses.supcon import fused_supcon_loss
+from .losses.supcon import SupConStats, fused_supcon_loss
 from .queue import NegativeQueue
 from .stats import LossStats
 
@@ -100,68 +101,52 @@ class HardNegativeLoss(RowLossModule):
         super().__init__(HardNegative(tau_plus, beta, detach_weights), temperature, **options)
 
 
-class FalseNegativeLoss(nn.Module):
-    """Module of `fused_false_negative_loss`; its keywords given here are defaults, given to the call they override.
+class _LossModule(nn.Module):
+    """A loss with a signature of its own: keywords given here are defaults, those given to the call override them."""
 
-    `FalseNegativeLoss(mode="eliminate", top_k=8)(views, support=support)`; a NegativeQueue becomes a submodule.
-    """
-
-    def __init__(self, temperature: float | None = None, **options):
+    def __init__(self, function: Callable, *inputs: str, **options):
         super().__init__()
-        inspect.signature(fused_false_negative_loss).bind(None, temperature, **options)  # a TypeError names a typo
-        self.temperature = temperature
-        self.queue = options.pop("queue", None)
-        self.options = options
-
-    def forward(self, views: Tensor, **call) -> Tensor | tuple[Tensor, FalseNegativeStats]:
-        """Loss of views [V, B, D]."""
-        arguments = {**self.options, "queue": self.queue, **call}
-        if "temperature" not in call and "logit_scale" not in call:
-            arguments["temperature"] = self.temperature
-        return fused_false_negative_loss(views, **arguments)
-
-    def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}={value!r}" for name, value in {"temperature": self.temperature, **self.options}.items()
-        )
-
-
-class SupConLoss(nn.Module):
-    """Module of `fused_supcon_loss`: `SupConLoss(positives="in")(features, labels)`."""
-
-    def __init__(
-        self, temperature: float | None = None, positives: str = "out", *, normalize: bool = True,
-        reduction: str = "mean", backend: str = "auto",
-    ):  # fmt: skip
-        super().__init__()
-        self.options = {
-            "temperature": temperature, "positives": positives, "normalize": normalize, "reduction": reduction,
-            "backend": backend,
-        }  # fmt: skip
-
-    def forward(self, features: Tensor, labels: Tensor, **call) -> Tensor:
-        """Loss of features [N, D] or [V, B, D] with labels [N] or [B]; call-time keywords as in the function."""
-        if "logit_scale" in call:
-            call = {"temperature": None, **call}
-        return fused_supcon_loss(features, labels, **{**self.options, **call})
-
-
-class _KeyLossModule(nn.Module):
-    """A loss over constant keys: keywords given here are defaults, keywords given to the call override them."""
-
-    def __init__(self, queue: Tensor | NegativeQueue | None, **options):
-        super().__init__()
-        self.queue = queue  # a NegativeQueue becomes a submodule: it moves and is saved with the loss
+        inspect.signature(function).bind(**dict.fromkeys(inputs), **options)  # a TypeError names a typo
+        if "queue" in options:
+            self.queue = options.pop(
+                "queue"
+            )  # a NegativeQueue becomes a submodule: it moves and is saved with the loss
         self.options = options
 
     def _with_defaults(self, call: dict) -> dict:
-        return {**self.options, "queue": self.queue, **call}
+        queue = {"queue": self.queue} if hasattr(self, "queue") else {}
+        temperature = {"temperature": None} if "logit_scale" in call else {}
+        return {**self.options, **queue, **temperature, **call}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class SelfLabelingLoss(_KeyLossModule):
+class FalseNegativeLoss(_LossModule):
+    """Module of `fused_false_negative_loss`: `FalseNegativeLoss(mode="eliminate", top_k=8)(views, support=support)`."""
+
+    def __init__(self, temperature: float | None = None, queue: Tensor | NegativeQueue | None = None, **options):
+        super().__init__(fused_false_negative_loss, "views", temperature=temperature, queue=queue, **options)
+
+    def forward(self, views: Tensor, **call) -> Tensor | tuple[Tensor, FalseNegativeStats]:
+        """Loss of views [V, B, D]; call-time keywords as in the function."""
+        return fused_false_negative_loss(views, **self._with_defaults(call))
+
+
+class SupConLoss(_LossModule):
+    """Module of `fused_supcon_loss`: `SupConLoss(positives="in")(features, labels)`."""
+
+    def __init__(self, temperature: float | None = None, positives: Literal["out", "in"] = "out", **options):
+        super().__init__(
+            fused_supcon_loss, "features", "labels", temperature=temperature, positives=positives, **options
+        )  # fmt: skip
+
+    def forward(self, features: Tensor, labels: Tensor, **call) -> Tensor | tuple[Tensor, SupConStats]:
+        """Loss of features [N, D] or [V, B, D] with labels [N] or [B]; call-time keywords as in the function."""
+        return fused_supcon_loss(features, labels, **self._with_defaults(call))
+
+
+class SelfLabelingLoss(_LossModule):
     """Module of `fused_self_labeling_loss`: SANE; `mu` of `mu_schedule` is given to the call."""
 
     def __init__(
@@ -177,8 +162,9 @@ class SelfLabelingLoss(_KeyLossModule):
         backend: str = "auto",
     ):
         super().__init__(
-            queue, temperature=temperature, label_temperature=label_temperature, mu=mu, lam=lam, normalize=normalize,
-            reduction=reduction, backend=backend,
+            fused_self_labeling_loss, "q", "k", queue=queue, temperature=temperature,
+            label_temperature=label_temperature, mu=mu, lam=lam, normalize=normalize, reduction=reduction,
+            backend=backend,
         )  # fmt: skip
 
     def forward(
@@ -194,7 +180,7 @@ class SelfLabelingLoss(_KeyLossModule):
         return fused_self_labeling_loss(q, k, q_mix=q_mix, perm=perm, theta=theta, **self._with_defaults(call))
 
 
-class SoftTargetLoss(_KeyLossModule):
+class SoftTargetLoss(_LossModule):
     """Module of `fused_soft_target_loss`: a student's distribution over keys against a teacher's."""
 
     def __init__(
@@ -208,8 +194,8 @@ class SoftTargetLoss(_KeyLossModule):
         backend: str = "auto",
     ):
         super().__init__(
-            queue, temperature=temperature, teacher_temperature=teacher_temperature, normalize=normalize,
-            reduction=reduction, backend=backend,
+            fused_soft_target_loss, "queries", "keys", "teacher", queue=queue, temperature=temperature,
+            teacher_temperature=teacher_temperature, normalize=normalize, reduction=reduction, backend=backend,
         )  # fmt: skip
 
     def forward(

@@ -192,9 +192,10 @@ def test_frozen_columns_may_change_before_the_backward(run):
     backend, device = run
     u = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
     queue = torch.randn(8, 4, dtype=torch.float64, device=device)
+    ids = torch.full((8,), NO_COLUMN_ID, device=device)
     expected = torch.autograd.grad((u @ queue.T).logsumexp(1).sum(), u)[0]
-    swept = row_stats(u, queue, scale=1.0, backend=backend)
-    queue.zero_()
+    swept = row_stats(u, queue, col_ids=ids, scale=1.0, backend=backend)
+    queue.zero_(), ids.zero_()
     torch.testing.assert_close(torch.autograd.grad(swept.lse.sum(), u)[0], expected)
 
 
