@@ -46,6 +46,8 @@ LOSSES: dict[str, LossRow] = {
     "fused_decoupled_loss": LossRow(contrastive_ext.fused_decoupled_loss, baselines.DECOUPLED, 0.1),
     "fused_debiased_loss": LossRow(contrastive_ext.fused_debiased_loss, baselines.DEBIASED, 0.5),
     "fused_hard_negative_loss": LossRow(contrastive_ext.fused_hard_negative_loss, baselines.HARD_NEGATIVE, 0.5),
+    "fused_false_negative_loss": LossRow(contrastive_ext.fused_false_negative_loss, own_losses.FALSE_NEGATIVE, 0.1),
+    "fused_supcon_loss": LossRow(contrastive_ext.fused_supcon_loss, own_losses.SUPCON, 0.1),
     "fused_self_labeling_loss": LossRow(contrastive_ext.fused_self_labeling_loss, own_losses.SELF_LABELING, 0.2),
     "fused_soft_target_loss": LossRow(contrastive_ext.fused_soft_target_loss, own_losses.SOFT_TARGET, 0.1),
 }
@@ -65,17 +67,24 @@ DTYPES = {
 #   recompute  forms it a second time in the backward
 #   triangle   visits the upper triangle of one set only; s and two products per tile in the backward
 #   rows       every row block visits all columns; one set needs s and one product, two sets swap roles and run again
-# The fused paths make a queue's gradient in the forward. Self-labels: the labels of a block and of its partners.
+# The fused paths make a queue's gradient in the forward. Self-labels: the labels of a block and of its partners;
+# views: scores and logits, the fused detection is a sweep of its own.
 FLOPS = {
-    "dense": {"two_view": (2, 4), "symmetric": (2, 4), "queue": (2, 2), "self_labels": (8, 4), "soft_targets": (4, 2)},
+    "dense": {
+        "two_view": (2, 4), "symmetric": (2, 4), "queue": (2, 2), "self_labels": (8, 4), "soft_targets": (4, 2),
+        "views": (4, 4), "labelled": (2, 4),
+    },
     "recompute": {
         "two_view": (2, 6), "symmetric": (4, 12), "queue": (2, 4), "self_labels": (8, 12), "soft_targets": (4, 6),
+        "views": (4, 8), "labelled": (2, 6),
     },
     "triangle": {
         "two_view": (1, 3), "symmetric": (2, 6), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
+        "views": (3, 3), "labelled": (1, 3),
     },
     "rows": {
         "two_view": (2, 4), "symmetric": (2, 8), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
+        "views": (4, 4), "labelled": (2, 4),
     },
 }  # fmt: skip
 ALGORITHMS = {"chunked": "recompute", "torch": "triangle", "cpu": "triangle", "triton": "rows", "cuda": "rows"}
@@ -211,6 +220,8 @@ def cpu_cases(quick: bool) -> list[Case]:
         *others,
         _case("infonce", "symmetric", 4096),
         _case("infonce", "queue", 1024, 16384),
+        _case("false_negative", "views", 4096),
+        _case("supcon", "labelled", 4096),
         _case("self_labeling", "self_labels", 1024, 16384),
         _case("soft_target", "soft_targets", 1024, 16384),
         _case("self_labeling", "self_labels", 256, 65536),
@@ -233,6 +244,10 @@ def cuda_cases(quick: bool) -> list[Case]:
     cases += [_case("infonce", "queue", n, 65536, dtype="bfloat16") for n in (256, 1024, 4096)]
     cases += [_case("self_labeling", "self_labels", n, 65536, dtype="bfloat16") for n in (256, 1024, 4096)]
     cases += [_case("soft_target", "soft_targets", 1024, 65536, dtype="bfloat16")]
+    cases += [
+        _case(loss, layout, 16384, dtype="bfloat16")
+        for loss, layout in (("false_negative", "views"), ("supcon", "labelled"))
+    ]
     cases += [_case("infonce", "symmetric", n, dim=512, dtype="bfloat16") for n in (4096, 16384, 65536)]
     cases += [_case("infonce", "two_view", 65536, dim=dim, dtype="bfloat16") for dim in (256, 512, 768, 1024)]
     cases += [_case("infonce", "symmetric", 65536, dim=768, dtype="bfloat16")]
@@ -244,7 +259,10 @@ def cuda_cases(quick: bool) -> list[Case]:
     return cases
 
 
-_SMOKE_SHAPES = {"two_view": (70, 70, 32), "symmetric": (67, 67, 40), "queue": (33, 129, 32)}
+_SMOKE_SHAPES = {
+    "two_view": (70, 70, 32), "views": (70, 70, 32), "labelled": (70, 70, 32), "symmetric": (67, 67, 40),
+    "queue": (33, 129, 32),
+}  # fmt: skip
 
 
 def smoke_cases() -> list[Case]:

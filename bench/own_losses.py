@@ -1,6 +1,6 @@
 """Losses whose arguments are not a pair (z1, z2): how to make their inputs, call them and compute them densely.
 
-Both compare n rows with constant keys. Their dense form is written once, for a block of rows: `eager` takes all rows at
+The dense form of each is written once, for a block of rows: `eager` takes all rows at
 once, `chunked` block by block with checkpoints, and in float64 that is the truth of the gate.
 """
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LABEL_TEMPERATURE, MU, LAM = 0.8, 1.0, 0.5  # defaults of the public function, which the timed calls leave untouched
 TEACHER_TEMPERATURE = 0.05
+TOP_K, THRESHOLD = 10, 0.7
 
 
 @dataclass(frozen=True)
@@ -114,3 +115,67 @@ SELF_LABELING = OwnLoss(
 SOFT_TARGET = OwnLoss(
     "soft_targets", (1.0, 1.0), _draw_soft_target, _call_soft_target, _prepare_soft_target, _soft_target_rows
 )
+
+
+def _draw_views(case, draw):
+    """Two views of images in groups of four that look alike: false negatives at a cosine of .9, the rest near 0."""
+    images = case.n // 2
+    groups = draw((images + 3) // 4).repeat_interleave(4, 0)[:images]
+    return groups + 0.3 * draw(images), groups + 0.3 * draw(images), None, {}
+
+
+def _call_false_negative(function, case, inputs, options):
+    views = torch.stack([inputs.z1, inputs.z2])
+    loss = function(views, case.temperature, mode="eliminate", **options)
+    return loss.flatten() if options["reduction"] == "none" else loss
+
+
+def _prepare_false_negative(case, units):
+    return {"u": torch.cat([units.z1, units.z2])}
+
+
+def _false_negative_rows(case, x, rows):
+    u, images = x["u"], case.n // 2
+    anchor = torch.arange(case.n, device=u.device)[rows]
+    partner = (anchor + images) % case.n
+    at = torch.arange(len(anchor), device=u.device)
+    similarity = u[anchor] @ u.T
+    with torch.no_grad():
+        score = torch.maximum(similarity, u[partner] @ u.T)
+        score[at, anchor] = score[at, partner] = -torch.inf
+        best = score.topk(min(TOP_K, case.n), 1)
+        false = torch.zeros_like(score, dtype=torch.bool).scatter_(1, best.indices, best.values > THRESHOLD)
+    logits = similarity / case.temperature
+    pos = logits[at, partner]
+    logits = logits.masked_fill(false, -torch.inf)
+    logits[at, anchor] = -torch.inf
+    return logits.logsumexp(1) - pos
+
+
+def _draw_labelled(case, draw):
+    features = draw(case.n)
+    return features, None, None, {"labels": torch.arange(case.n, device=features.device) % (case.n // 8 + 1)}
+
+
+def _call_supcon(function, case, inputs, options):
+    return function(inputs.z1, inputs.constants["labels"], case.temperature, **options)
+
+
+def _prepare_supcon(case, units):
+    return {"u": units.z1, **units.constants}
+
+
+def _supcon_rows(case, x, rows):
+    u, labels = x["u"], x["labels"]
+    anchor = torch.arange(case.n, device=u.device)[rows]
+    own = anchor[:, None] == torch.arange(case.n, device=u.device)
+    positive = (labels[anchor, None] == labels) & ~own
+    logits = u[anchor] @ u.T / case.temperature
+    mean = (logits * positive).sum(1) / positive.sum(1)
+    return logits.masked_fill(own, -torch.inf).logsumexp(1) - mean
+
+
+FALSE_NEGATIVE = OwnLoss(
+    "views", (1.0,), _draw_views, _call_false_negative, _prepare_false_negative, _false_negative_rows
+)
+SUPCON = OwnLoss("labelled", (1.0,), _draw_labelled, _call_supcon, _prepare_supcon, _supcon_rows)
