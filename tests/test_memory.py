@@ -36,6 +36,20 @@ def test_memory_is_linear_in_the_batch(run, function):
     assert growth <= 1.5 * estimate.fused
 
 
+@needs_proc
+@pytest.mark.parametrize("mode", ["eliminate", "attract"])
+@pytest.mark.parametrize("criteria", ["", ", top_k=None, threshold=-1.0"], ids=["lists", "everything detected"])
+def test_memory_of_detected_false_negatives_is_linear(run, criteria, mode):
+    backend, device = run
+    if device.type != "cpu":
+        pytest.skip("measured on the CPU")
+    n = 8192 if criteria else 16384  # a threshold alone visits every tile three times
+    setup = "views = torch.randn(2, n // 2, 128).requires_grad_()"
+    call = f"ce.fused_false_negative_loss(views, mode={mode!r}, backend={backend!r}{criteria}).backward()"
+    growth = peak_growth(setup, call, small=16, large=n)
+    assert growth <= 150 * 2**20, f"{growth / 2**20:.0f} MiB; the matrix alone is {n * n * 4 / 2**20:.0f} MiB"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("function", [ce.fused_infonce_loss, ce.fused_hard_negative_loss])
 def test_peak_on_the_gpu(run, function):
