@@ -61,7 +61,7 @@ def _negatives(options: argparse.Namespace) -> int:
         print("The sweep on digits needs scikit-learn; --features FILE.npz takes features of your own.")
         return 1
     name = "digits" if options.features is None else options.features.stem
-    path = options.out / f"negatives-{name}.json"
+    path, facts = options.out / f"negatives-{name}.json", environment.facts(device)
     if options.features is None:
         sweep = negatives.sweep_digits(device, options.quick)
     else:
@@ -71,7 +71,7 @@ def _negatives(options: argparse.Namespace) -> int:
             print(error)
             return 1
         sweep = negatives.sweep_features(features, options.temperature, name)
-    negatives.write(sweep, environment.facts(device), path)
+    negatives.write(sweep, facts, path)
     print(f"results: {path}")
     if importlib.util.find_spec("matplotlib") is None:
         print("The picture is left out: it needs matplotlib.")

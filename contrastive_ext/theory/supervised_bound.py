@@ -15,6 +15,7 @@ the classes S (A: all, P: those in the batch, which is complete if P = A), the t
     collision_term      ln n_y                           E ln(Col + 1)
     gap                 min(0, <z_i, mu_y - m_i>)/t      d(f), m_i the mean over augmentations of anchor i's image
     1 - collision       [n_y = 1]                        1 - tau_K
+    unique_coverage     [complete] [n_y = 1]
     unique_supervised   l_i(A) [complete] [n_y = 1]
     unique_partial      l_i(P) [not complete] [n_y = 1]
 """
@@ -41,7 +42,8 @@ class BoundTerms:
     accuracy           of the mean classifier, on the first views
     coverage           ups, share of anchors whose batch contains every class
     collision          tau_K, share of anchors with a negative of their class
-    supervised_term, partial_term, collision_term, gap, unique_supervised, unique_partial   see above; gap <= 0
+    supervised_term, partial_term, collision_term, gap, unique_coverage, unique_supervised, unique_partial
+                       see the top of this module; gap <= 0
     """
 
     contrastive_loss: float
@@ -54,6 +56,7 @@ class BoundTerms:
     partial_term: float
     collision_term: float
     gap: float
+    unique_coverage: float
     unique_supervised: float
     unique_partial: float
 
@@ -69,21 +72,24 @@ class BoundTerms:
 
     @property
     def upper_bound(self) -> float:
-        """Of supervised_loss, Nozawa & Sato: [2 (L_Info - d(f)) - (1 - ups) L_sub - E ln(Col + 1)]/ups; inf at ups = 0.
+        """Of the supervised loss, Nozawa & Sato: [2 (L_Info - d(f)) - (1 - ups) L_sub - E ln(Col + 1)]/ups.
 
-        `lower_bound` <= L_Info, solved for L_sup.
+        `lower_bound` <= L_Info, solved for L_sup; inf if no batch was complete. (The notebook released with the paper
+        subtracts half of (1 - ups) L_sub.)
         """
         rest = 2 * (self.contrastive_loss - self.gap) - self.partial_term - self.collision_term
         return rest / self.coverage if self.coverage else math.inf
 
     @property
     def arora_upper_bound(self) -> float:
-        """Of supervised_loss, Arora et al.: [L_Info - d(f) - unique_partial - E ln(Col + 1)]/(1 - tau_K).
+        """Of the supervised loss, Arora et al.: [L_Info - d(f) - unique_partial - E ln(Col + 1)]/unique_coverage.
 
-        `arora_lower_bound` <= L_Info, solved for the supervised loss of complete batches; inf at tau_K = 1.
+        `arora_lower_bound` <= L_Info, solved for the supervised loss of the anchors it contains, those without a
+        collision in a complete batch; inf if there were none. (The notebook released with the paper divides by
+        1 - tau_K, which bounds less than the supervised loss where batches are incomplete.)
         """
         rest = self.contrastive_loss - self.gap - self.unique_partial - self.collision_term
-        return rest / (1 - self.collision) if self.collision < 1 else math.inf
+        return rest / self.unique_coverage if self.unique_coverage else math.inf
 
 
 class SupervisedBound:
@@ -96,7 +102,7 @@ class SupervisedBound:
 
     num_classes   C >= 1
     temperature   t > 0 of the contrastive loss and of the mean classifier
-    Memory        O(B (D + C)) for a batch, 12 numbers between batches; float64
+    Memory        O(B (D + C)) for a batch, 13 numbers between batches; float64
     Paper         Nozawa & Sato, NeurIPS 2021, arXiv:2102.06866
     """
 
@@ -153,6 +159,7 @@ class SupervisedBound:
             "partial_term": (1 - complete) * partial.sum(),
             "collision_term": same.log().sum(),
             "gap": gap.sum(),
+            "unique_coverage": complete * unique.sum(),
             "unique_supervised": complete * (unique * partial).sum(),
             "unique_partial": (1 - complete) * (unique * partial).sum(),
         }
