@@ -47,7 +47,7 @@ def read_counts(path: Path) -> Tensor:
             except ValueError:
                 if number > 1:
                     raise ValueError(f"{path}, line {number}: expected a class count, got {cells[-1]!r}.") from None
-    if not counts:
+    if not any(counts):
         raise ValueError(f"{path} holds no class counts; expected one line per class, the count in the last column.")
     return torch.tensor(counts, dtype=torch.float64)
 
