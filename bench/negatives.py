@@ -8,7 +8,8 @@ For every batch size B the classes of an anchor and its K = B - 1 negatives are 
 (contrastive_ext/theory), and `SupervisedBound` averages over batches. On digits an encoder is trained anew for every
 batch size, loss and seed; a file is measured as it is. The picture is that of Nozawa & Sato, arXiv:2102.06866, fig. 1:
 the supervised loss of the mean classifier beside its upper bounds, and what the bounds are made of. Digits are measured
-on the images they were trained on: the encoder saw no label, the class means did.
+on the images they were trained on: the encoder saw no label, the class means did. The number of steps is fixed, so that
+a larger batch also sees more images.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 2**20  # elements of a temporary
+_BLOCK = 32  # points of a sum at a time, times the different probabilities; of the Fourier sum about 20 count
 _SMALLEST_STEP = 2**-12
 _TOLERANCE = 1e-13  # between two steps of the quadrature, whose error at the second is about the square
 _NEGLIGIBLE = 42.0  # e^-42 is far below an ulp
@@ -63,7 +63,7 @@ def coverage_probability(
                  never drawn: 0
     Raises       ValueError on weights that are negative, not finite or all 0, on negative draws, and unless exactly one
                  of num_classes and prior is given; TypeError on draws that are not integers
-    Cost         O(U sqrt(n)) for U different probabilities
+    Cost         O(U) for U different probabilities, whatever n is
     Paper        Nozawa & Sato, NeurIPS 2021, arXiv:2102.06866
     """
     classes = _classes(num_classes, prior)
@@ -206,8 +206,11 @@ def _probability_of_sum(n: int, r: float, rates: Tensor, log_positive: float, cl
     # x = M is beyond e^-50.
     half = math.ceil(20 + 5 * math.sqrt(min(2 * variance, r)))
     num_points = 2 * half + 1
+    # |phi| falls on [0, pi/2], because sin(theta + x) <= sin theta + x cos theta there, and is below e^log_beyond after
+    # it, because |e^z - 1| <= min(|z|, 2) for Re z <= 0. So the sum may end with a block that ends below e^-50.
+    log_beyond = float(classes.sum(torch.log(rates.clamp(max=2.0) / torch.expm1(rates.clamp(max=700.0)))))
     total = 0.0
-    for k in torch.arange(half + 1, dtype=torch.float64).split(max(1, _BLOCK // len(rates))):
+    for k in torch.arange(half + 1, dtype=torch.float64).split(_BLOCK):
         theta = 2 * math.pi / num_points * k
         # phi_c = e^{lambda (w - 1)} (1 - e^{-lambda w})/(1 - e^{-lambda}), w = e^{i theta}. The first factors are
         # e^{r (w - 1)} together. Where the clamp acts, phi_c is below e^-300.
@@ -221,6 +224,8 @@ def _probability_of_sum(n: int, r: float, rates: Tensor, log_positive: float, cl
         angle = classes.sum(torch.atan2(imaginary, real)) + r * theta.sin() - n * theta
         terms = log_size.exp() * angle.cos()
         total += float(terms.sum()) * 2 - (float(terms[0]) if k[0] == 0 else 0.0)  # phi(-theta) is the conjugate
+        if theta[-1] <= math.pi / 2 and max(float(log_size[-1]), log_beyond) < -50:
+            break
     return total / num_points
 
 
@@ -242,10 +247,9 @@ def _integral_over_log(f: Callable[[Tensor], Tensor], low: float, high: float) -
 
     f must vanish at both ends: then the error falls exponentially in 1/step.
     """
-    block = 2**12
 
     def sum_over(u: Tensor) -> float:
-        return sum(float(f(part.exp()).sum()) for part in u.split(block))
+        return sum(float(f(part.exp()).sum()) for part in u.split(_BLOCK))
 
     step = 0.25
     points = low + step * torch.arange(math.ceil((high - low) / step) + 1, dtype=torch.float64)

@@ -4,20 +4,6 @@ The supervised loss is that of the mean classifier, the cross-entropy of <z, mu_
 Sato (NeurIPS 2021, arXiv:2102.06866) bound it through the probability that a batch covers every class, Arora et al.
 (ICML 2019, arXiv:1902.09229) through the probability 1 - tau_K that no negative shares the anchor's class, which
 vanishes for large batches and takes the bound with it.
-
-With anchor i of class y in a batch of B = K + 1 samples, n_y of them of its class, and l_i(S) its cross-entropy over
-the classes S (A: all, P: those in the batch, which is complete if P = A), the terms are means over the anchors:
-
-    contrastive_loss    InfoNCE, first views against second views
-    coverage            [the batch is complete]
-    supervised_term     l_i(A) [complete]                an estimate of ups L_sup
-    partial_term        l_i(P) [not complete]            (1 - ups) L_sub
-    collision_term      ln n_y                           E ln(Col + 1)
-    gap                 min(0, <z_i, mu_y - m_i>)/t      d(f), m_i the mean over augmentations of anchor i's image
-    1 - collision       [n_y = 1]                        1 - tau_K
-    unique_coverage     [complete] [n_y = 1]
-    unique_supervised   l_i(A) [complete] [n_y = 1]
-    unique_partial      l_i(P) [not complete] [n_y = 1]
 """
 
 from __future__ import annotations
@@ -34,16 +20,24 @@ from ..losses.infonce import fused_infonce_loss
 
 @dataclass(frozen=True)
 class BoundTerms:
-    """Averages over all anchors, in nats; the terms of a bound are weighted by their probability already.
+    """Means over all anchors, in nats; the terms of a bound are weighted by their probability already.
 
-    contrastive_loss   L_Info, first views as anchors against the second views of the batch (B - 1 negatives)
+    Anchor z_i of class y is the first view of one of B = K + 1 images, n_y of them of its class; the batch is complete
+    if it shows all C classes. l_i(S) = ln sum_{c in S} e^{<z_i, mu_c - mu_y>/t} over the class means of the classes S.
+
+    contrastive_loss   InfoNCE against the second views, B - 1 negatives             L_Info
     two_view_loss      SimCLR's loss with 2 B - 2 negatives, for reference
-    supervised_loss    L_sup, mean classifier over all classes, whatever the batch contains
-    accuracy           of the mean classifier, on the first views
-    coverage           ups, share of anchors whose batch contains every class
-    collision          tau_K, share of anchors with a negative of their class
-    supervised_term, partial_term, collision_term, gap, unique_coverage, unique_supervised, unique_partial
-                       see the top of this module; gap <= 0
+    supervised_loss    l_i(all classes), whatever the batch shows                    L_sup
+    accuracy           [mu_y has the largest inner product with z_i]
+    coverage           [complete]                                                    ups
+    collision          [n_y > 1]                                                     tau_K
+    supervised_term    [complete] l_i(all classes)                                   ups L_sup
+    partial_term       [not complete] l_i(classes of the batch)                      (1 - ups) L_sub
+    collision_term     ln n_y                                                        E ln(Col + 1)
+    gap                min(0, <z_i, mu_y - m_i>)/t, m_i the augmentation mean        d(f), <= 0
+    unique_coverage    [complete] [n_y = 1]
+    unique_supervised  [complete] [n_y = 1] l_i(all classes)
+    unique_partial     [not complete] [n_y = 1] l_i(classes of the batch)            both: (1 - tau_K) L_sub
     """
 
     contrastive_loss: float
