@@ -1,6 +1,6 @@
 """How many negatives are enough, measured: losses, bounds and accuracy against the batch size.
 
-    python -m bench negatives                       encoders trained on scikit-learn's digits with every fused loss
+    python -m bench negatives                       encoders trained on scikit-learn's digits with every loss of pairs
     python -m bench negatives --features FILE.npz   features of your own: `views` [V, n, D], V >= 2 augmentations of the
                                                     same n images, and integer `labels` [n]
 
@@ -33,7 +33,7 @@ from contrastive_ext.theory import (
 )
 
 from . import digits, report
-from .cases import LOSSES, short_name
+from .cases import LOSSES, PAIR_LOSSES, short_name
 from .device import Device
 from .plots import BASELINES, OURS, STYLE
 
@@ -103,7 +103,7 @@ def sweep_digits(device: Device, quick: bool) -> dict[str, Any]:
     """Train and measure on digits for every batch size, loss and seed; JSON-ready."""
     images, labels = digits.load(device)
     sizes, seeds, steps = (BATCH_SIZES[1::2], SEEDS[:1], 20) if quick else (BATCH_SIZES, SEEDS, STEPS)
-    jobs = [(loss, batch, seed) for batch in sizes for loss in LOSSES for seed in seeds]
+    jobs = [(loss, batch, seed) for batch in sizes for loss in PAIR_LOSSES for seed in seeds]
     rows = []
     with report.Progress(len(jobs)) as progress:
         for loss, batch, seed in jobs:
@@ -174,7 +174,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     _curve(lower, rows, "arora_lower_bound", BASELINES[1], "lower bound, collisions (Arora et al.)")
     _curve(lower, rows, "contrastive_loss", OURS[1], "measured: InfoNCE")
     lower.set(title="contrastive loss and its lower bounds, nats")
-    for loss, color in zip(dict.fromkeys(row["loss"] for row in results["rows"]), OURS, strict=False):
+    for loss, color in zip(dict.fromkeys(row["loss"] for row in results["rows"]), OURS + BASELINES, strict=False):
         of_loss = [row for row in results["rows"] if row["loss"] == loss]
         _curve(accuracy, of_loss, "accuracy", color, short_name(loss))
     accuracy.set(title="accuracy of the mean classifier")
@@ -199,7 +199,7 @@ def _train(
     images: Tensor, labels: Tensor, function: Callable[..., Tensor], batch: int, steps: int, seed: int
 ) -> Features:
     torch.manual_seed(seed)
-    encoder = digits.make_encoder().to(images.device)
+    encoder = digits.new_encoder().to(images.device)
     optimizer = torch.optim.Adam(encoder.parameters(), digits.LEARNING_RATE)
     for _ in range(steps):
         chosen = images[torch.randint(len(images), (batch,), device=images.device)]

@@ -30,13 +30,16 @@ class Backend:
     why_not: Callable[[torch.device, torch.dtype, torch.dtype, int], str | None]
     forward: Callable[..., Statistics]
     backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
+    top_columns: Callable[..., tuple[Tensor, Tensor]]
     needs_proof: bool = False
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend(triton.NAME, triton.why_not, triton.forward, triton.backward, needs_proof=True),
-    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward),
-    Backend(torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward),
+    Backend(triton.NAME, triton.why_not, triton.forward, triton.backward, triton.top_columns, needs_proof=True),
+    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, cpu.top_columns),
+    Backend(
+        torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward, torch_blocks.top_columns
+    ),
 )
 
 # (backend, architecture, operand dtype) -> file in bench/results that shows it correct and measured on hardware.

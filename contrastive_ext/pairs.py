@@ -6,12 +6,14 @@ A row is an anchor, a column a candidate. A pair is ignored when
     shows image `(j - positive_offset) mod num_images`. This covers the anchor itself and its positives for two views
     (num_images = B), V views, CLIP (num_images = B = rows) and rank shards (positive_offset =
     the shard's first column); num_images = 0 says that the columns show other images altogether, a queue for instance;
-  * both carry the same integer id;
-  * the candidate is padding: its id is UNFILLED.
+  * both carry the same integer id, or with `only_equal_ids` a different one (the positives of a supervised loss);
+  * the candidate is padding: its id is UNFILLED;
+  * the row lists the column: `ignored` holds the columns each image's rows ignore (detected false negatives);
+  * a second similarity, a guide's, exceeds the row's limit: `Gate`.
 
-The last rule makes the mask asymmetric: a padded row is nobody's negative, yet as an anchor it has negatives of its
-own. Hence two questions, `keep` (may j be a negative of i) and `keep_reverse` (may i be a negative of j); answering one
-for the other costs 8 to 72 % of gradient error.
+The last three make the mask asymmetric: a padded row is nobody's negative, yet as an anchor it has negatives of its
+own, and lists and limits belong to the anchor. Hence two questions, `keep` (may j be a negative of i) and
+`keep_reverse` (may i be a negative of j); answering one for the other costs 8 to 72 % of gradient error.
 """
 
 from __future__ import annotations
@@ -24,11 +26,42 @@ from torch import Tensor
 UNFILLED = torch.iinfo(torch.int64).min  # id of padding: nobody's negative
 NO_ROW_ID = UNFILLED + 1  # what a side without ids carries: equal to nothing on the other side
 NO_COLUMN_ID = UNFILLED + 2
+NO_COLUMN = -1  # fills up the lists of `ignored`
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Column j is no negative of row i where max_s <scorers[s, i mod G], features[j]> > row_limit[i].
+
+    scorers    [S, G, E]  G divides the number of rows: rows of one image share their scorers
+    features   [M, E]     of the columns
+    row_limit  [N]
+    col_limit  [M] or None; where columns are anchors too (one set, or statistics of columns), row i is no negative of
+               column j where <scorers[0, i], features[j]> > col_limit[j]; then S = 1 and G = N
+    """
+
+    scorers: Tensor
+    features: Tensor
+    row_limit: Tensor
+    col_limit: Tensor | None = None
+
+    def cancels(self, rows: slice, cols: slice, candidates_are_rows: bool = False) -> Tensor:
+        """Bool [rows, cols], True where the largest score over the scorers exceeds the anchor's limit."""
+        i = torch.arange(rows.start, rows.stop, device=self.scorers.device) % self.scorers.shape[1]
+        scores = (self.scorers[:, i] @ self.features[cols].T).amax(0)
+        if candidates_are_rows:
+            assert self.col_limit is not None  # row_stats asks for one where columns are anchors
+            return scores > self.col_limit[None, cols]
+        return scores > self.row_limit[rows, None]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The classification of an [num_rows, num_columns] problem; ids are int64 vectors or None."""
+    """The classification of an [num_rows, num_columns] problem; ids are int64 vectors or None.
+
+    ignored  [G, k] int64, columns that the rows i with i mod G = g ignore, in any order, NO_COLUMN where there are
+             fewer; with one set that is also what columns, as anchors, ignore
+    """
 
     num_rows: int
     num_columns: int
@@ -36,6 +69,9 @@ class Pairs:
     positive_offset: int = 0
     row_ids: Tensor | None = None
     col_ids: Tensor | None = None
+    only_equal_ids: bool = False
+    ignored: Tensor | None = None
+    gate: Gate | None = None
     device: torch.device | None = None
 
     @property
@@ -51,16 +87,24 @@ class Pairs:
         return self._keep(rows, cols, candidates_are_rows=True)
 
     def _keep(self, rows: slice, cols: slice, candidates_are_rows: bool) -> Tensor | None:
-        keep = None
+        rules = []
         if self._may_share_image(rows, cols):
             i = torch.arange(rows.start, rows.stop, device=self.device)[:, None]
             j = torch.arange(cols.start, cols.stop, device=self.device)[None, :] - self.positive_offset
-            keep = ((j - i) % self.num_images != 0) | (j < 0) | (j >= self.num_rows)
+            rules.append(((j - i) % self.num_images != 0) | (j < 0) | (j >= self.num_rows))
         if self.has_ids:
             row_ids = self._ids(self.row_ids, rows, NO_ROW_ID)[:, None]
             col_ids = self._ids(self.col_ids, cols, NO_COLUMN_ID)[None, :]
-            by_id = (row_ids != col_ids) & ((row_ids if candidates_are_rows else col_ids) != UNFILLED)
-            keep = by_id if keep is None else keep & by_id
+            rules.append((row_ids == col_ids) if self.only_equal_ids else (row_ids != col_ids))
+            rules.append((row_ids if candidates_are_rows else col_ids) != UNFILLED)
+        if self.ignored is not None:
+            listed = _listed(self.ignored, cols, rows).T if candidates_are_rows else _listed(self.ignored, rows, cols)
+            rules.append(~listed)
+        if self.gate is not None:
+            rules.append(~self.gate.cancels(rows, cols, candidates_are_rows))
+        keep = None
+        for rule in rules:
+            keep = rule if keep is None else keep & rule
         return keep
 
     def _ids(self, ids: Tensor | None, block: slice, missing: int) -> Tensor:
@@ -75,3 +119,12 @@ class Pairs:
         highest = cols.stop - 1 - self.positive_offset - rows.start
         next_multiple = -(-lowest // self.num_images) * self.num_images
         return next_multiple <= highest
+
+
+def _listed(ignored: Tensor, anchors: slice, candidates: slice) -> Tensor:
+    """Bool [anchors, candidates], True where the anchor's list holds the candidate."""
+    lists = ignored[torch.arange(anchors.start, anchors.stop, device=ignored.device) % len(ignored)]
+    width = candidates.stop - candidates.start
+    inside = (lists >= candidates.start) & (lists < candidates.stop)
+    listed = torch.zeros(len(lists), width + 1, dtype=torch.bool, device=ignored.device)  # the last: outside
+    return listed.scatter_(1, (lists - candidates.start).where(inside, width), True)[:, :width]

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .pairs import Pairs
+from .pairs import Gate, Pairs
 from .problem import Problem, Statistics, Upstream
 
 _PROBLEM = (
     "Tensor u, Tensor? v, Tensor? scale, float scale_value, float[] exponents, SymInt num_images, "
-    "SymInt positive_offset, Tensor? row_ids, Tensor? col_ids, bool unit, ScalarType operand_dtype, str backend"
+    "SymInt positive_offset, bool only_equal_ids, Tensor? row_ids, Tensor? col_ids, Tensor? ignored, "
+    "Tensor? gate_scorers, Tensor? gate_features, Tensor? gate_row_limit, Tensor? gate_col_limit, "
+    "bool unit, ScalarType operand_dtype, str backend"
 )
+PAIR_NUMBERS = 3  # of the arguments that classify pairs the first are numbers, the others tensors
 _library = torch.library.Library("contrastive_ext", "FRAGMENT")
 _library.define(
-    f"row_stats({_PROBLEM}, bool columns, bool means, bool diagnostics) -> "
+    f"row_stats({_PROBLEM}, bool columns, bool means, bool diagnostics, bool maximum) -> "
     "(Tensor lse, Tensor aux, Tensor col_lse, Tensor col_aux, Tensor mean)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -45,7 +48,12 @@ def row_stats(
     positive_offset: int = 0,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    only_equal_ids: bool = False,
+    ignored: Tensor | None = None,
+    gate: Gate | None = None,
     columns: bool = False,
+    means: bool = False,
+    maximum: bool = False,
     diagnostics: bool = False,
     unit: bool = False,
     operand_dtype: torch.dtype | None = None,
@@ -57,9 +65,11 @@ def row_stats(
     v            [M, D] same dtype, the candidates; None: the anchors themselves (one set, half the work)
     scale        1/temperature > 0, a float or a 0-d tensor of u's dtype and device that may need a gradient
     exponents    one or two beta_k > 0
-    num_images, positive_offset, row_ids, col_ids
+    num_images, positive_offset, row_ids, col_ids, only_equal_ids, ignored, gate
                  which pairs are no negatives, see pairs.py; ids are int64 [N] and [M] (one set: row_ids only)
     columns      also the statistics of every column over the rows, from the same pass (two sets)
+    means        also the mean of the columns weighted by softmax_k, for columns v that need no gradient
+    maximum      also the largest logit of every row
     diagnostics  also the largest logit, the sum of logits and the lse at exponent 2 beta_0 of every row
     unit         promise that |<u_i, v_j>| <= 1 up to rounding
     operand_dtype  dtype whose values u and v hold (see numerics.round_operand); default their own
@@ -68,22 +78,29 @@ def row_stats(
     Cost         2 N M D flops forward (half for one set), 4 to 6 backward. When v needs no gradient (a queue), the
                  gradient of u is made in the forward and the backward costs O(N D).
     """
-    _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, backend)
+    _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend)
+    _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, columns)
     scale_tensor = scale if isinstance(scale, Tensor) else None
     needs_gradient = u.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     frozen = v is not None and not v.requires_grad and not columns
     return Statistics(
         *torch.ops.contrastive_ext.row_stats(
             u, v, scale_tensor, 0.0 if scale_tensor is not None else float(scale), list(exponents),
-            num_images, positive_offset, row_ids, col_ids, unit, operand_dtype or u.dtype, backend,
-            columns, frozen and needs_gradient and torch.is_grad_enabled(), diagnostics,
+            num_images, positive_offset, only_equal_ids, row_ids, col_ids, ignored, *_tensors(gate),
+            unit, operand_dtype or u.dtype, backend,
+            columns, means or (frozen and needs_gradient and torch.is_grad_enabled()), diagnostics, maximum,
         )
     )  # fmt: skip
 
 
+def _tensors(gate: Gate | None) -> tuple[Tensor | None, ...]:
+    return (None,) * 4 if gate is None else (gate.scorers, gate.features, gate.row_limit, gate.col_limit)
+
+
 def _problem(
-    u, v, scale, scale_value, exponents, num_images, positive_offset, row_ids, col_ids, unit, operand_dtype, backend
-) -> tuple[Problem, dispatch.Backend]:
+    u, v, scale, scale_value, exponents, num_images, positive_offset, only_equal_ids, row_ids, col_ids, ignored,
+    scorers, features, row_limit, col_limit, unit, operand_dtype, backend,
+) -> tuple[Problem, dispatch.Backend]:  # fmt: skip
     pairs = Pairs(
         num_rows=u.shape[0],
         num_columns=u.shape[0] if v is None else v.shape[0],
@@ -91,6 +108,9 @@ def _problem(
         positive_offset=positive_offset,
         row_ids=row_ids,
         col_ids=row_ids if v is None else col_ids,
+        only_equal_ids=only_equal_ids,
+        ignored=ignored,
+        gate=None if scorers is None else Gate(scorers, features, row_limit, col_limit),
         device=u.device,
     )
     u, v = u.detach().contiguous(), None if v is None else v.detach().contiguous()
@@ -100,9 +120,9 @@ def _problem(
 
 
 def _forward(*args) -> tuple[Tensor, ...]:
-    *problem_args, columns, means, diagnostics = args
+    *problem_args, columns, means, diagnostics, maximum = args
     problem, backend = _problem(*problem_args)
-    return tuple(backend.forward(problem, columns=columns, means=means, diagnostics=diagnostics))
+    return tuple(backend.forward(problem, columns=columns, means=means, diagnostics=diagnostics, maximum=maximum))
 
 
 def _backward(*args) -> tuple[Tensor, Tensor]:
@@ -112,8 +132,9 @@ def _backward(*args) -> tuple[Tensor, Tensor]:
 
 
 def _forward_shapes(u, v, scale, scale_value, exponents, *rest) -> tuple[Tensor, ...]:
-    columns, means, diagnostics = rest[-3:]
-    n, m, k, parts = u.shape[0], (u if v is None else v).shape[0], len(exponents), 4 if diagnostics else 1
+    columns, means, diagnostics, maximum = rest[-4:]
+    n, m, k = u.shape[0], (u if v is None else v).shape[0], len(exponents)
+    parts = 4 if diagnostics else 2 if maximum else 1
     return (
         u.new_empty(k, n),
         u.new_empty(parts, n),
@@ -136,37 +157,37 @@ class _RowStats(torch.autograd.Function):
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
             lse, aux, col_lse, col_aux, mean = torch.ops.contrastive_ext.row_stats(*args)
-        u, v, scale, scale_value, exponents, num_images, positive_offset, row_ids, col_ids, *rest = args
-        ctx.options = (exponents, num_images, positive_offset, *rest[:3])
-        ctx.scale_value, ctx.columns, ctx.frozen = scale_value, rest[3], rest[4]
-        v_saved = None if ctx.frozen else v  # with the mean at hand v may change in place (a queue does)
-        ctx.save_for_backward(u, v_saved, scale, row_ids, col_ids, lse, col_lse, mean)
+        u, v, scale, scale_value, exponents, *rest = args
+        *pairs, unit, operand_dtype, backend, columns, frozen, _, _ = rest
+        ctx.options = scale_value, exponents, pairs[:PAIR_NUMBERS], (unit, operand_dtype, backend), columns, frozen
+        v_saved = None if frozen else v  # with the mean at hand v may change in place (a queue does)
+        kept = [None] * len(pairs[PAIR_NUMBERS:]) if frozen else pairs[PAIR_NUMBERS:]
+        ctx.save_for_backward(u, v_saved, scale, lse, col_lse, mean, *kept)
         ctx.mark_non_differentiable(aux, col_aux, mean)
         ctx.set_materialize_grads(False)
         return lse, aux, col_lse, col_aux, mean
 
     @staticmethod
     def backward(ctx, grad_lse, _aux, grad_col_lse, *_):
-        u, v, scale, row_ids, col_ids, lse, col_lse, mean = ctx.saved_tensors
-        exponents, num_images, positive_offset, unit, operand_dtype, backend = ctx.options
+        u, v, scale, lse, col_lse, mean, *pair_tensors = ctx.saved_tensors
+        scale_value, exponents, pair_numbers, how, columns, frozen = ctx.options
         need_u, need_v, need_scale = ctx.needs_input_grad[:3]
         grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
         du = dv = dscale = None
-        if ctx.frozen:
-            scale = ctx.scale_value if scale is None else scale
+        if frozen:
+            scale = scale_value if scale is None else scale
             du, dscale = _FirstOrderOnly.apply(_frozen_gradient, u, scale, exponents, grad_lse, mean)
         elif need_u or need_v or need_scale:
-            if ctx.columns:
+            if columns:
                 grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse.contiguous()
             du, dv = torch.ops.contrastive_ext.row_stats_backward(
-                u, v, scale, ctx.scale_value, exponents, num_images, positive_offset, row_ids, col_ids, unit,
-                operand_dtype, backend, lse, grad_lse, col_lse if ctx.columns else None,
-                grad_col_lse if ctx.columns else None, need_u or need_scale, need_v,
+                u, v, scale, scale_value, exponents, *pair_numbers, *pair_tensors, *how, lse, grad_lse,
+                col_lse if columns else None, grad_col_lse if columns else None, need_u or need_scale, need_v,
             )  # fmt: skip
             if need_scale:
                 dscale = (u * du).sum() / (scale if v is not None else 2 * scale)
         gradients = [du if need_u else None, dv if need_v else None, dscale if need_scale else None]
-        return (*gradients, *[None] * 12)
+        return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 def _frozen_gradient(u, scale, exponents, grad_lse, mean) -> tuple[Tensor, Tensor]:
@@ -191,7 +212,7 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
-def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, backend) -> None:
+def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend) -> None:
     if u.dim() != 2 or (v is not None and (v.dim() != 2 or v.shape[1] != u.shape[1])):
         shapes = f"{list(u.shape)}" + ("" if v is None else f" and {list(v.shape)}")
         raise ValueError(f"u must be [N, D] and v [M, D] with the same D; got {shapes}.")
@@ -218,11 +239,45 @@ def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids
             raise ValueError(
                 f"{name} must be int64 [{length}] on {u.device}; got {ids.dtype} {list(ids.shape)} on {ids.device}."
             )
+    if means and (v is None or v.requires_grad or columns):
+        raise ValueError("means are those of a second set v without gradient; detach v, and leave columns=False.")
     if v is None and (columns or col_ids is not None):
         raise ValueError("columns=True and col_ids need a second set v; with one set rows and columns are the same.")
     if backend == dispatch.REFERENCE:
         raise ValueError("row_stats streams; the dense reference is `contrastive_ext.reference.dense_row_stats`.")
     dispatch.check_backend_name(backend)
+
+
+def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, columns) -> None:
+    n, m, one_set = u.shape[0], (u if v is None else v).shape[0], v is None
+    if only_equal_ids and (row_ids is None or (col_ids is None and not one_set)):
+        raise ValueError("only_equal_ids=True compares ids: give row_ids, and col_ids where there is a second set.")
+    if ignored is not None:
+        if ignored.dtype != torch.int64 or ignored.dim() != 2 or ignored.device != u.device or n % max(1, len(ignored)):
+            raise ValueError(
+                f"ignored must be int64 [G, k] on {u.device}, G a divisor of {n} rows; "
+                f"got {ignored.dtype} {list(ignored.shape)} on {ignored.device}."
+            )
+        if columns:
+            raise ValueError("ignored lists belong to rows: with columns=True use ids or a gate.")
+    if gate is None:
+        return
+    scorers, features, row_limit, col_limit = gate.scorers, gate.features, gate.row_limit, gate.col_limit
+    for name, tensor in (("scorers", scorers), ("features", features), ("limits", row_limit)):
+        if tensor.dtype != u.dtype or tensor.device != u.device or tensor.requires_grad:
+            raise TypeError(f"the gate's {name} must be {u.dtype} on {u.device}, without gradient.")
+    both_ways = one_set or columns
+    shapes = [list(t.shape) for t in (scorers, features, row_limit, col_limit) if t is not None]
+    if (
+        scorers.dim() != 3
+        or features.shape != (m, scorers.shape[2])
+        or row_limit.shape != (n,)
+        or n % scorers.shape[1]
+        or (col_limit is not None and col_limit.shape != (m,))
+    ):
+        raise ValueError(f"a gate is [S, G, E], [{m}, E], [{n}] and [{m}] or None, G a divisor of {n}; got {shapes}.")
+    if both_ways and (col_limit is None or scorers.shape[:2] != (1, n)):
+        raise ValueError(f"where columns are anchors too a gate has scorers [1, {n}, E] and a col_limit; got {shapes}.")
 
 
 def _forward_with_autograd(*args):

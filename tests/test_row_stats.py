@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from contrastive_ext import row_stats
 from contrastive_ext.backends import torch_blocks
-from contrastive_ext.pairs import NO_COLUMN_ID, NO_ROW_ID, UNFILLED
+from contrastive_ext.pairs import NO_COLUMN, NO_COLUMN_ID, NO_ROW_ID, UNFILLED, Gate
 
 OP = torch.ops.contrastive_ext.row_stats
 
@@ -34,6 +34,15 @@ PROBLEMS = [
     ("unfilled", 6, 10, {"ids": "columns"}, "a queue that is not full, anchors without ids"),
     ("all_ignored", 8, None, {"num_images": 4, "ids": "equal"}, "every row is empty"),
     ("some_ignored", 8, 6, {"ids": "one class"}, "some rows are empty"),
+    ("equal_ids", 12, None, {"num_images": 12, "ids": "rows", "only_equal_ids": True}, "supervised positives"),
+    ("equal_ids_columns", 9, 8, {"ids": "both", "only_equal_ids": True, "columns": True}, "the same from both sides"),
+    ("lists", 20, None, {"num_images": 10, "lists": (10, 3)}, "detected false negatives, from both sides"),
+    ("lists_of_rows", 70, None, {"num_images": 35, "lists": (70, 4), "ids": "padded rows"}, "lists and ids at once"),
+    ("lists_two_sets", 12, 40, {"num_images": 6, "lists": (6, 5)}, "false negatives among other columns"),
+    ("lists_without_end", 6, 9, {"lists": (2, 12), "exponents": (1.0, 2.0)}, "longer than there are columns"),
+    ("gate", 20, None, {"num_images": 10, "gate": 1}, "a guide for one set"),
+    ("gate_columns", 11, 11, {"num_images": 11, "gate": 1, "columns": True}, "a guide for rows and columns"),
+    ("gate_scorers", 12, 30, {"num_images": 6, "gate": 3, "ids": "columns"}, "several scorers, shared by two rows"),
 ]  # fmt: skip
 IDS = [p[0] for p in PROBLEMS]
 
@@ -55,6 +64,26 @@ def _ids(kind: str | None, n: int, m: int | None, device) -> dict[str, Tensor]:
     return {name: named[name].to(device) for name in keep.get(kind, named)}
 
 
+def _lists(shape: tuple[int, int], m: int) -> Tensor:
+    """Distinct columns in any order, then NO_COLUMN."""
+    groups, length = shape
+    lists = torch.full(shape, NO_COLUMN)
+    for g in range(groups):
+        some = torch.randperm(m)[: torch.randint(0, length + 1, ()).item()]
+        lists[g, : len(some)] = some
+    return lists
+
+
+def _gate(num_scorers: int, n: int, m: int, one_set: bool, columns: bool, dtype, device) -> Gate:
+    groups = n if num_scorers == 1 else n // 2
+    scorers = torch.randn(num_scorers, groups, 3, dtype=torch.float64)
+    features = scorers[0] if one_set else torch.randn(m, 3, dtype=torch.float64)
+    row_limit = torch.randn(n, dtype=torch.float64)
+    col_limit = row_limit if one_set else torch.randn(m, dtype=torch.float64) if columns else None
+    gate = (None if x is None else x.to(device, dtype) for x in (scorers, features, row_limit, col_limit))
+    return Gate(*gate)
+
+
 def _negatives(n: int, m: int, options: dict, one_set: bool) -> tuple[Tensor, Tensor]:
     """keep(i -> j) and keep(j -> i), pair by pair as pairs.py states the rules."""
     images, offset = options.get("num_images", 0), options.get("positive_offset", 0)
@@ -65,9 +94,21 @@ def _negatives(n: int, m: int, options: dict, one_set: bool) -> tuple[Tensor, Te
     for i in range(n):
         for j in range(m):
             same_image = bool(images) and 0 <= j - offset < n and i % images == (j - offset) % images
-            differ = not same_image and row_ids[i] != col_ids[j]
-            forward[i, j] = differ and col_ids[j] != UNFILLED
-            backward[i, j] = differ and row_ids[i] != UNFILLED
+            counts = not same_image and (row_ids[i] == col_ids[j]) == options.get("only_equal_ids", False)
+            forward[i, j] = counts and col_ids[j] != UNFILLED
+            backward[i, j] = counts and row_ids[i] != UNFILLED
+    if "ignored" in options:
+        lists = options["ignored"].tolist()
+        for i in range(n):
+            forward[i, [j for j in lists[i % len(lists)] if j >= 0]] = False
+        for j in range(m if one_set else 0):
+            backward[[i for i in lists[j % len(lists)] if i >= 0], j] = False
+    if "gate" in options:
+        gate = options["gate"]
+        score = torch.stack([s.repeat(n // len(s), 1) @ gate.features.T for s in gate.scorers]).amax(0).cpu()
+        forward &= score <= gate.row_limit.cpu()[:, None]
+        if gate.col_limit is not None:
+            backward &= score <= gate.col_limit.cpu()
     return forward, backward
 
 
@@ -85,6 +126,10 @@ def _problem(problem, device, dtype=torch.float64, unit=True):
     if unit:
         u, v = torch.nn.functional.normalize(u), None if v is None else torch.nn.functional.normalize(v)
     options |= _ids(options.pop("ids", None), n, m, device)
+    if "lists" in options:
+        options["ignored"] = _lists(options.pop("lists"), m or n).to(device)
+    if "gate" in options:
+        options["gate"] = _gate(options["gate"], n, m or n, m is None, "columns" in options, dtype, device)
     scale = torch.tensor(3.0, dtype=dtype, device=device)
     return u.to(device, dtype), None if v is None else v.to(device, dtype), scale, options
 
@@ -147,10 +192,19 @@ def test_frozen_columns_may_change_before_the_backward(run):
     backend, device = run
     u = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
     queue = torch.randn(8, 4, dtype=torch.float64, device=device)
+    ids = torch.full((8,), NO_COLUMN_ID, device=device)
     expected = torch.autograd.grad((u @ queue.T).logsumexp(1).sum(), u)[0]
-    swept = row_stats(u, queue, scale=1.0, backend=backend)
-    queue.zero_()
+    swept = row_stats(u, queue, col_ids=ids, scale=1.0, backend=backend)
+    queue.zero_(), ids.zero_()
     torch.testing.assert_close(torch.autograd.grad(swept.lse.sum(), u)[0], expected)
+
+
+def _pair_arguments(options: dict) -> list:
+    gate = options.get("gate")
+    tensors = [options.get(name) for name in ("row_ids", "col_ids", "ignored")]
+    tensors += [None] * 4 if gate is None else [gate.scorers, gate.features, gate.row_limit, gate.col_limit]
+    numbers = [options.get("num_images", 0), options.get("positive_offset", 0), options.get("only_equal_ids", False)]
+    return numbers + tensors
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
@@ -159,21 +213,20 @@ def test_operator_passes_opcheck(run, problem):
     u, v, scale, options = _problem(problem, device)
     arguments = (
         u.requires_grad_(), v, scale.requires_grad_(), 0.0, list(options.get("exponents", (1.0,))),
-        options.get("num_images", 0), options.get("positive_offset", 0), options.get("row_ids"), options.get("col_ids"),
-        True, u.dtype, backend, options.get("columns", False), False, True,
+        *_pair_arguments(options), True, u.dtype, backend, options.get("columns", False), False, True, False,
     )  # fmt: skip
     opcheck(OP, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
-@pytest.mark.parametrize("name", ["one_set", "clip", "queue", "ids"])
+@pytest.mark.parametrize("name", ["one_set", "clip", "queue", "ids", "lists", "gate"])
 def test_operator_is_traceable_with_dynamic_shapes(run, name):
     backend, device = run
     problem = next(p for p in PROBLEMS if p[0] == name)
     u, v, scale, options = _problem(problem, device)
     v = v if v is None or name == "queue" else v.requires_grad_()
     arguments = (
-        u.requires_grad_(), v, scale.requires_grad_(), 0.0, [1.0], options.get("num_images", 0), 0,
-        options.get("row_ids"), None, True, u.dtype, backend, options.get("columns", False), name == "queue", False,
+        u.requires_grad_(), v, scale.requires_grad_(), 0.0, [1.0], *_pair_arguments(options),
+        True, u.dtype, backend, options.get("columns", False), name == "queue", False, False,
     )  # fmt: skip
     opcheck(OP, arguments, test_utils="test_aot_dispatch_dynamic")
 
@@ -279,6 +332,12 @@ def test_extreme_logits_stay_finite(run, scale_type):
         ({"row_ids": torch.zeros(4)}, ValueError, "float32"),
         ({"col_ids": torch.zeros(4, dtype=torch.int64)}, ValueError, "second set"),
         ({"columns": True}, ValueError, "second set"),
+        ({"only_equal_ids": True}, ValueError, "compares ids"),
+        ({"ignored": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, "divisor of 4 rows"),
+        ({"ignored": torch.zeros(4, 1)}, ValueError, "float32"),
+        ({"gate": Gate(torch.ones(1, 4, 3), torch.ones(4, 3), torch.ones(4))}, ValueError, "col_limit"),
+        ({"gate": Gate(torch.ones(1, 4, 3), torch.ones(4, 2), torch.ones(4), torch.ones(4))}, ValueError, "a gate is"),
+        ({"gate": Gate(torch.ones(1, 4, 3), torch.ones(4, 3).double(), torch.ones(4))}, TypeError, "features"),
         ({"backend": "fastest"}, ValueError, "auto"),
         ({"backend": "reference"}, ValueError, "streams"),
     ],
@@ -286,3 +345,31 @@ def test_extreme_logits_stay_finite(run, scale_type):
 def test_bad_arguments_say_what_to_do(arguments, error, says):
     with pytest.raises(error, match=says):
         row_stats(**({"u": torch.ones(4, 2), "scale": 1.0} | arguments))
+
+
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "free"])
+@pytest.mark.parametrize(
+    "problem", [p for p in PROBLEMS if p[2] is not None and "columns" not in p[3]], ids=lambda p: p[0]
+)
+def test_means_and_maximum_without_a_gradient(run, problem, unit):
+    backend, device = run
+    u, v, scale, options = _problem(problem, device, unit=unit)
+    swept = row_stats(u, v, scale=scale, unit=unit, means=True, maximum=True, backend=backend, **options)
+    on_cpu = {k: x.cpu() if isinstance(x, Tensor) else x for k, x in options.items()}
+    keep = _negatives(len(u), len(v), on_cpu, one_set=False)[0].to(device)
+    s = (scale * (u @ v.T)).masked_fill(~keep, -torch.inf)
+    torch.testing.assert_close(swept.aux, torch.stack([keep.sum(1).double(), s.amax(1)]), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(swept.mean[0], s.softmax(1).nan_to_num(0.0) @ v, rtol=1e-12, atol=1e-13)
+    for k, beta in enumerate(options.get("exponents", (1.0,))):
+        torch.testing.assert_close(swept.lse[k], _lse(s, keep, beta), rtol=1e-13, atol=1e-13)
+
+
+def test_maximum_of_both_sides(run):
+    backend, device = run
+    u, v, scale, options = _problem(next(p for p in PROBLEMS if p[0] == "clip"), device)
+    some, everything = (
+        row_stats(u, v, scale=scale, unit=True, backend=backend, **options, **more)
+        for more in ({"maximum": True}, {"diagnostics": True})
+    )
+    torch.testing.assert_close(some.aux, everything.aux[:2])
+    torch.testing.assert_close(some.col_aux, everything.col_aux[:2])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..pairs import NO_COLUMN, UNFILLED
 from ..problem import Problem, Statistics, Upstream
 
 NAME = "torch"
@@ -29,7 +30,7 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     return None
 
 
-def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
+def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
     u, v, pairs = problem.u * problem.scale, problem.columns, problem.pairs
     rows = _OnlineLse(u, pairs.num_rows, problem.exponents, diagnostics, means)
@@ -43,8 +44,8 @@ def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) 
         if both_sides and not (problem.one_set and i == j):  # a diagonal tile holds both directions already
             reverse = pairs.keep_reverse(i, j)
             cols.add(j, s.T, reverse if reverse is None else reverse.T, u[i])
-    col_lse, col_aux = cols.result() if columns else (u.new_empty(0), u.new_empty(0))
-    return Statistics(*rows.result(), col_lse, col_aux, rows.normalized_mean() if means else u.new_empty(0))
+    col_lse, col_aux = cols.result(maximum) if columns else (u.new_empty(0), u.new_empty(0))
+    return Statistics(*rows.result(maximum), col_lse, col_aux, rows.normalized_mean() if means else u.new_empty(0))
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
@@ -70,6 +71,45 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
         if dv is not None:
             dv[j].addmm_(w.T, u[i])  # u carries the scale already
     return u.new_empty(0) if du is None else du.mul_(problem.scale), u.new_empty(0) if dv is None else dv
+
+
+def top_columns(
+    scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
+    groups, device = scorers.shape[1], scorers.device
+    best = scorers.new_full((groups, k), -torch.inf)
+    columns = torch.full((groups, k), NO_COLUMN, device=device)
+    size = TILE.get(device.type, TILE_ELSEWHERE)
+    for g in (slice(i, min(i + size, groups)) for i in range(0, groups, size)):
+        for j0 in range(0, len(features), size):
+            j = torch.arange(j0, min(j0 + size, len(features)), device=device)
+            scores = (scorers[:, g] @ features[j0 : j0 + size].T).amax(0)
+            ignored = scores.isnan()
+            if num_images:
+                ignored |= j % num_images == torch.arange(g.start, g.stop, device=device)[:, None]
+            if col_ids is not None:
+                ignored |= col_ids[j] == UNFILLED
+            candidates = torch.cat([best[g], scores.masked_fill(ignored, -torch.inf)], 1)
+            at = _first_largest(candidates, k)
+            numbers = torch.cat([columns[g], j.expand(len(scores), -1)], 1).gather(1, at)
+            best[g] = candidates.gather(1, at)
+            columns[g] = numbers.masked_fill(best[g] == -torch.inf, NO_COLUMN)
+    return best, columns
+
+
+def _first_largest(x: Tensor, k: int) -> Tensor:
+    """Positions [R, k] of the k largest of every row of x, descending; of equals the first."""
+    largest = x.topk(k)
+    at = largest.indices.sort(1).values
+    kth = largest.values[:, -1:]
+    # topk takes any of several equal to the k-th
+    ambiguous = ((x >= kth).sum(1) > k) & (kth[:, 0] > -torch.inf)
+    if x.device.type != "cpu" or ambiguous.any():  # looking costs a wait for the device: there always
+        firsts = x.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+        at = torch.where(ambiguous[:, None], firsts, at)
+    order = x.gather(1, at).sort(dim=1, descending=True, stable=True).indices
+    return at.gather(1, order)
 
 
 def _tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:
@@ -112,11 +152,11 @@ class _OnlineLse:
                 self.mean[k, anchors] = torch.addmm(self.mean[k, anchors] * rescale[:, None], e, values)
         self.max[anchors] = new  # last: `old` is a view of it
 
-    def result(self) -> tuple[Tensor, Tensor]:
+    def result(self, maximum: bool) -> tuple[Tensor, Tensor]:
         betas = self.max.new_tensor(self.exponents)[:, None]
         lse = self.max * betas + self.sums.log()
         if self.total is None:
-            return lse, self.count[None]
+            return lse, torch.stack([self.count, self.max] if maximum else [self.count])
         return lse[:-1].clone(), torch.stack([self.count, self.max, self.total, lse[-1]])
 
     def normalized_mean(self) -> Tensor:

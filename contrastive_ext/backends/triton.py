@@ -42,9 +42,16 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     return None
 
 
-def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
+def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
-    return _Forward(problem, columns, means, diagnostics).run()
+    _refuse_cancelled(problem)
+    return _Forward(problem, columns, means, diagnostics, maximum).run()
+
+
+def _refuse_cancelled(problem: Problem) -> None:
+    pairs = problem.pairs
+    if pairs.only_equal_ids or pairs.ignored is not None or pairs.gate is not None:
+        raise NotImplementedError("lists, gates and only_equal_ids")
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
@@ -84,7 +91,7 @@ class _Term(NamedTuple):
 class _Forward:
     """The launches of one forward call."""
 
-    def __init__(self, problem: Problem, columns: bool, means: bool, diagnostics: bool):
+    def __init__(self, problem: Problem, columns: bool, means: bool, diagnostics: bool, maximum: bool):
         self.problem, self.pairs, self.columns, self.means = problem, problem.pairs, columns, means
         self.u, self.v = _operands(problem)
         self.n, self.m, self.d = len(self.u), len(self.v), self.u.shape[1]
@@ -94,11 +101,12 @@ class _Forward:
         self.config = _config("backward" if self.fused_means else "forward", self.u, busy)
         exponents = problem.exponents + ((2 * problem.exponents[0],) if diagnostics else ())
         # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum
-        shift = "online" if self.fused_means else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
+        online = self.fused_means or maximum
+        shift = "online" if online else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
         has_shift, counted = shift != "plain", self.pairs.has_ids
         self.num_parts = has_shift + len(exponents) + counted + 2 * diagnostics
         self.flags: dict[str, Any] = {"EXPONENTS": exponents, "NUM_PARTS": self.num_parts, "DIAGNOSTICS": diagnostics}
-        self.merge_flags = self.flags | {"HAS_SHIFT": has_shift, "COUNTED": counted}
+        self.merge_flags = self.flags | {"HAS_SHIFT": has_shift, "COUNTED": counted, "MAXIMUM": maximum}
         self.flags |= {"SHIFT": shift, "LARGEST": max(exponents), "COLUMNS": columns, "MEANS": self.fused_means}
 
     def run(self) -> Statistics:
@@ -153,7 +161,7 @@ class _Forward:
     def _merge(self, partials: Tensor, begin: int, end: int, candidates, finish: bool) -> tuple[Tensor, Tensor]:
         anchors = partials.shape[-1]
         lse = self._empty(len(self.problem.exponents), anchors)
-        aux = self._empty(4 if self.flags["DIAGNOSTICS"] else 1, anchors)
+        aux = self._empty(4 if self.flags["DIAGNOSTICS"] else 2 if self.merge_flags["MAXIMUM"] else 1, anchors)
         _kernels().merge.merge_kernel[(_cdiv(anchors, MERGE_BLOCK),)](
             partials, lse, aux, begin, end, anchors, *candidates, FINISH=finish, BLOCK=MERGE_BLOCK,
             enable_fp_fusion=True, **self.merge_flags,
@@ -190,6 +198,7 @@ def _weighted_columns(
     times_scale: bool = True,
 ) -> Tensor:
     """[scale] sum_j w_ij cols_j for every row; see triton_kernels/row_stats_backward.py."""
+    _refuse_cancelled(problem)
     exponents = exponents or problem.exponents
     config = _config("backward", rows.x, busy=problem.pairs.has_ids)
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u
@@ -356,3 +365,8 @@ def _interpreted() -> bool:
     import triton
 
     return not isinstance(_kernels().merge.merge_kernel, triton.JITFunction)
+
+
+def top_columns(scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None):
+    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
+    raise NotImplementedError
