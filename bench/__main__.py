@@ -3,6 +3,7 @@
     python -m bench                        the CPU run, under five minutes
     python -m bench --device cuda          the GPU protocol
     python -m bench smoke                  correctness at tiny shapes
+    python -m bench negatives              how many negatives are enough: losses and bounds against the batch size
     python -m bench plot RESULTS.json      draw the picture again
 
 A JSON file named after the device collects the results as they come. Exit status 1 says that a result was wrong.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import re
 import sys
 import time
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from . import digits, environment, plots, report
+from . import digits, environment, negatives, plots, report
 from .cases import PAIR_LOSSES, Case, cpu_cases, cuda_cases
 from .device import Device
 from .harness import Harness
@@ -42,16 +44,44 @@ _MEMORY_SHARE_OF_TIME = 0.2  # of a case: one call of each method
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if anything of ours is wrong."""
     options = _parser().parse_args(arguments)
+    # the benchmark itself reports the clamped rows
+    warnings.filterwarnings("ignore", message=".*on the floor of the debiased loss")
     if options.command == "plot":
         return _plot(options.results)
     if options.command == "smoke":
         return int(smoke(Device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))) > 0)
+    if options.command == "negatives":
+        return _negatives(options)
     return _bench(options)
 
 
+def _negatives(options: argparse.Namespace) -> int:
+    device = Device(options.device or "cpu")
+    if options.features is None and importlib.util.find_spec("sklearn") is None:
+        print("The sweep on digits needs scikit-learn; --features FILE.npz takes features of your own.")
+        return 1
+    name = "digits" if options.features is None else options.features.stem
+    path, facts = options.out / f"negatives-{name}.json", environment.facts(device)
+    if options.features is None:
+        sweep = negatives.sweep_digits(device, options.quick)
+    else:
+        try:
+            features = negatives.load_features(options.features, device)
+        except (OSError, ValueError) as error:
+            print(error)
+            return 1
+        sweep = negatives.sweep_features(features, options.temperature, name)
+    negatives.write(sweep, facts, path)
+    print(f"results: {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("The picture is left out: it needs matplotlib.")
+        return 0
+    negatives.draw(json.loads(path.read_text()), path.with_suffix(".png"))
+    print(f"picture: {path.with_suffix('.png')}")
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
-    # the benchmark itself reports the clamped rows
-    warnings.filterwarnings("ignore", message=".*on the floor of the debiased loss")
     device = Device(options.device or "cpu")
     limit = options.time_limit or _TIME_LIMIT_S[device.kind]
     table = (cuda_cases if device.is_cuda else cpu_cases)(options.quick)
@@ -133,9 +163,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", action="store_true", help="other libraries too, where they are installed")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases and digits jobs whose name matches")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case that would end later")
-    commands = parser.add_subparsers(dest="command", metavar="smoke | plot")
+    commands = parser.add_subparsers(dest="command", metavar="smoke | negatives | plot")
     smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
     smoke_parser.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
+    sweep = commands.add_parser(
+        "negatives", help="contrastive and supervised loss, both bounds and accuracy against the number of negatives"
+    )
+    sweep.add_argument(
+        "--features", type=Path, metavar="FILE.npz",
+        help="views [V, n, D], V >= 2 augmentations of the same n images, and labels [n]; default: train on digits",
+    )  # fmt: skip
+    sweep.add_argument("--temperature", type=float, default=0.5, help="of the losses on --features (0.5)")
+    sweep.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
+    sweep.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
+    sweep.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
     plot_parser = commands.add_parser("plot", help="draw the picture of a results file again")
     plot_parser.add_argument("results", type=Path, metavar="RESULTS.json")
     return parser

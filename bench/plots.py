@@ -9,8 +9,9 @@ from .frontier import duration, frontier, growing_series, rounded
 from .results import Results, Row
 
 # Ours in saturated colours, baselines in greys: the eye separates them before it reads a label.
-_OURS = ("#0b6fb8", "#d1495b", "#2a9d5c", "#8e5bb5")
-_BASELINES = ("#3d3d3d", "#7a7a7a", "#a8a8a8", "#c4a35a", "#9c7a5b")
+OURS = ("#0b6fb8", "#d1495b", "#2a9d5c", "#8e5bb5")
+BASELINES = ("#3d3d3d", "#7a7a7a", "#a8a8a8", "#c4a35a", "#9c7a5b")
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 
 
 def draw(results: Results, path: Path) -> None:
@@ -24,9 +25,7 @@ def draw(results: Results, path: Path) -> None:
     if not series:
         return
     colors = _colors(results.rows)
-    plt.rcParams.update(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
-    )
+    plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
     _draw_time(axes[0, 0], series, colors)
     _draw_memory(axes[0, 1], series, colors, results.environment["available_memory_gib"])
@@ -46,8 +45,8 @@ def draw(results: Results, path: Path) -> None:
 def _colors(rows: list[Row]) -> dict[str, str]:
     ours = list(dict.fromkeys(row.backend for row in rows if row.is_ours))
     others = list(dict.fromkeys(row.backend for row in rows if not row.is_ours))
-    colors = {name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)}
-    return colors | {name: _BASELINES[i % len(_BASELINES)] for i, name in enumerate(others)}
+    colors = {name: OURS[i % len(OURS)] for i, name in enumerate(ours)}
+    return colors | {name: BASELINES[i % len(BASELINES)] for i, name in enumerate(others)}
 
 
 def _label(name: str, is_ours: bool) -> str:

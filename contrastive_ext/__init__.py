@@ -4,12 +4,14 @@
     loss = fused_debiased_loss(z1, z2, temperature=0.5, tau_plus=0.1)     # z1, z2: [B, D]
 
 Losses are functions (`fused_<name>_loss`) and modules (`<Name>Loss`); `fused_row_loss` runs a formula of your own.
-`available_backends`, `explain` and `python -m contrastive_ext doctor` say what computes them and why.
+`available_backends`, `explain` and `python -m contrastive_ext doctor` say what computes them and why; `theory` how many
+negatives are enough.
 """
 
 import sys
 from types import ModuleType
 
+from . import theory
 from ._version import __version__
 from .dispatch import available_backends
 from .explain import Explanation, explain
@@ -82,6 +84,7 @@ __all__ = [
     "momentum_update",
     "mu_schedule",
     "row_stats",
+    "theory",
 ]
 
 

@@ -1,15 +1,23 @@
-"""`python -m contrastive_ext doctor`: what is installed, which backends run here, what hardware has proven."""
+"""Two commands:
+
+python -m contrastive_ext doctor                    what is installed, which backends run, what hardware has proven
+python -m contrastive_ext negatives --classes 100   what a batch size means for a data set of 100 classes
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from . import __version__, dispatch, native
 from .explain import explain_for
+from .theory import report
 
 
 def doctor() -> str:
@@ -51,12 +59,43 @@ def _version(package: str) -> str:
     return version(package)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and print the report."""
-    parser = argparse.ArgumentParser(prog="python -m contrastive_ext", description=__doc__)
-    parser.add_argument("command", choices=["doctor"], help="print the report")
-    parser.parse_args()
-    print(doctor())
+    parser = argparse.ArgumentParser(
+        prog="python -m contrastive_ext", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | negatives")
+    commands.add_parser("doctor", help="versions, devices, backends with their reasons")
+    negatives = commands.add_parser("negatives", help="coverage, collisions, tau_plus and memory by batch size")
+    classes = negatives.add_mutually_exclusive_group(required=True)
+    classes.add_argument("--classes", type=int, metavar="C", help="number of classes, equally frequent")
+    classes.add_argument("--counts", type=Path, metavar="CSV", help="class counts, the last column of every line")
+    negatives.add_argument("--batch-sizes", type=int, nargs="+", metavar="B", help="rows of the table")
+    negatives.add_argument("--dim", type=int, default=128, help="features D, for the memory (128)")
+    negatives.add_argument("--plot", type=Path, metavar="PNG", help="also draw the coverage curve (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        print(doctor())
+    else:
+        _negatives(options, negatives.error)
+
+
+def _negatives(options: argparse.Namespace, fail: Callable[[str], NoReturn]) -> None:
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib, which is not installed: pip install 'contrastive_ext[bench]'.")
+    if options.classes is not None and options.classes < 1:
+        fail(f"--classes must be at least 1; got {options.classes}.")
+    if min(options.batch_sizes or [1]) < 1 or options.dim < 1:
+        fail("--batch-sizes and --dim must be at least 1.")
+    try:
+        prior = torch.ones(options.classes) if options.counts is None else report.read_counts(options.counts)
+        text = report.table(prior, options.batch_sizes, options.dim)
+        if options.plot is not None:
+            report.draw(prior, options.plot)
+            text += f"\n\npicture: {options.plot}"
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    print(text)
 
 
 if __name__ == "__main__":
