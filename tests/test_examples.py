@@ -17,14 +17,15 @@ def _threads():
     torch.set_num_threads(before)
 
 
-def test_moco_digits_trains_both_methods_and_prints_a_table(capsys):
+def test_moco_digits_trains_every_method_and_prints_a_table(capsys):
     outcomes = moco_digits.main(["--seeds", "1", "--steps", "3", "--batch", "16"])
     shown = capsys.readouterr().out
     for method in moco_digits.METHODS:
         assert method in shown
         assert all(0.1 < accuracy <= 1 for accuracy in outcomes[method][0].accuracy.values())
-    plain, sane = (outcomes[method][0].stats for method in moco_digits.METHODS)
+    plain, mixup, sane = (outcomes[method][0].stats for method in moco_digits.METHODS)
     assert plain["mixed_loss"] == 0 and plain["own_weight"] == 1
+    assert mixup["mixed_loss"] > 0 and mixup["own_weight"] == 1
     assert sane["mixed_loss"] > 0 and 0 < sane["alpha"] < 1
     assert sane["keys"] == 16 + 2 * 16  # its own batch, and two earlier ones in the queue
 

@@ -388,6 +388,24 @@ def test_an_image_without_other_keys_costs_nothing(run, monkeypatch):
     assert stats["own_weight"] == 1 and stats["label_entropy"] == 0 and stats["keys"] == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("theta", ["vector", "number"])
+def test_nothing_waits_for_the_gpu(run, theta):
+    backend, device = run
+    if device.type != "cuda":
+        pytest.skip("there is nothing to wait for on the CPU")
+    q, k, _, q_mix, perm, vector = _batch(64, 32, torch.float32, device)
+    queue, temperature = ce.NegativeQueue(64, 32, device=device), torch.tensor(0.2, device=device, requires_grad=True)
+    q.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        weights = vector if theta == "vector" else 0.3
+        loss_of(q, k, queue, q_mix, perm, weights, temperature, backend=backend, return_stats=True)[0].backward()
+        queue.enqueue(k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_it_is_compiled_whole():
     batch = _batch(6, 4, torch.float32)
     compiled = torch.compile(

@@ -136,9 +136,10 @@ def fused_self_labeling_loss(
         if queue is not None:
             keys.append(queue_set(queue, q))
         x, mixing = operand(q, normalize), None
-        if q_mix is not None and perm is not None:
+        if q_mix is not None and perm is not None and theta is not None:
+            weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
+            mixing = Mixing(perm, weight.expand(len(q)))
             x = torch.cat([x, operand(q_mix, normalize)])
-            mixing = Mixing(perm, torch.as_tensor(theta, dtype=dtype, device=q.device).detach().expand(len(q)))
         path = _dense if backend == dispatch.REFERENCE else _streamed
         terms, stats = path(x, keys, mixing, scale, label_scale, mu, q.dtype, return_stats, backend)
         losses = terms[0] if mixing is None else torch.lerp(terms[0], terms[1], lam)
