@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
 import contrastive_ext as ce
 from bench.digits import FEATURES, load, new_encoder
-from examples import moco_digits
+from examples import docstrings, moco_digits
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +42,28 @@ def test_a_step_moves_the_encoder_and_not_its_average():
     assert all(p.grad is not None and p.grad.ne(0).any() for p in encoder.parameters())
     assert all(p.grad is None for p in average.parameters())
     assert criterion.queue.count.item() == 7
+
+
+def test_docstrings_train_every_method_and_draw_a_picture(capsys, tmp_path):
+    picture = tmp_path / "docstrings.png"
+    sources = Path(importlib.__file__).parent
+    arguments = ["--seeds", "1", "--steps", "2", "--batch", "64", "--sources", str(sources), "--picture", str(picture)]
+    outcomes = docstrings.main(arguments)
+    shown = capsys.readouterr().out
+    assert "share their docstring" in shown
+    assert picture.stat().st_size > 10_000
+    for method in docstrings.METHODS:
+        assert method in shown
+        (run,) = outcomes[method]
+        assert 0.05 < run.retrieval <= 1 and 0 < run.few_shot <= 1
+        assert list(run.curve) == list(docstrings.THRESHOLDS)
+
+
+def test_known_false_negatives_change_the_loss_of_a_batch_that_has_some():
+    corpus = docstrings.mine(Path(importlib.__file__).parent)
+    twice = (torch.bincount(corpus.ids) > 1).nonzero()[0, 0]
+    which = [*(corpus.ids == twice).nonzero()[:2, 0].tolist(), 0, 1, 2]
+    encoder = docstrings.TwoTowers(corpus.rarity())
+    z = [encoder(side, [texts[i] for i in which]) for side, texts in enumerate((corpus.docstrings, corpus.codes))]
+    plain, cancelled = (docstrings.loss_of(m, *z, corpus.ids[which]) for m in docstrings.METHODS[:2])
+    assert cancelled < plain
