@@ -99,7 +99,10 @@ class Pairs:
             listed = self._listed(cols, rows).T if candidates_are_rows else self._listed(rows, cols)
             rules.append(~listed)
         if self.gate is not None:
-            limit = self.gate.row_limit[rows, None] if not candidates_are_rows else self.gate.col_limit[None, cols]
+            limit = self.gate.row_limit[rows, None]
+            if candidates_are_rows:
+                assert self.gate.col_limit is not None  # row_stats checks
+                limit = self.gate.col_limit[None, cols]
             rules.append(~(self.gate.scores(rows, cols) > limit))
         keep = None
         for rule in rules:
@@ -113,6 +116,7 @@ class Pairs:
 
     def _listed(self, anchors: slice, candidates: slice) -> Tensor:
         """Bool [anchors, candidates], True where the anchor's list holds the candidate."""
+        assert self.ignored is not None
         lists = self.ignored[torch.arange(anchors.start, anchors.stop, device=self.device) % len(self.ignored)]
         width = candidates.stop - candidates.start
         inside = (lists >= candidates.start) & (lists < candidates.stop)

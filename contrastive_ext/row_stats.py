@@ -255,7 +255,7 @@ def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, colu
             raise ValueError("ignored lists belong to rows: with columns=True use ids or a gate.")
     if gate is None:
         return
-    scorers, features, row_limit, col_limit = _tensors(gate)
+    scorers, features, row_limit, col_limit = gate.scorers, gate.features, gate.row_limit, gate.col_limit
     for name, tensor in (("scorers", scorers), ("features", features), ("limits", row_limit)):
         if tensor.dtype != u.dtype or tensor.device != u.device or tensor.requires_grad:
             raise TypeError(f"the gate's {name} must be {u.dtype} on {u.device}, without gradient.")
