@@ -153,7 +153,7 @@ inline void count_strip(const Tile<T>& tile, int64_t row, const StripClasses& cl
       B pair;
       memcpy(&pair, classes.pair[r] + j, sizeof(pair));
       row_count[r] += pair & kColumnIsNegative;
-      col += (pair & kRowIsNegative) == kRowIsNegative ? B{} + uint8_t{1} : B{};
+      col += pair >> 1;  // kRowIsNegative as a number
     }
     memcpy(col_count + j, &col, sizeof(col));
   }
