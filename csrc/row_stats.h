@@ -108,7 +108,7 @@ class TileBuffer {
       tile.col_limit = gate.col_limit.empty() ? nullptr : gate.col_limit.data() + tile.j0;
     }
     const PairRules& pairs = problem_.pairs;
-    tile.special = gate || pairs.look_up() || pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
+    tile.special = gate || pairs.has_tables() || pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
     return tile;
   }
 
