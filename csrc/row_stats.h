@@ -32,7 +32,7 @@ struct Gate {
   const T* row_limit = nullptr;  // [n]
   std::vector<T> col_limit;      // [m + kColumnPad], empty where columns are no anchors
 
-  explicit operator bool() const { return scorers.scorers != nullptr; }
+  explicit operator bool() const { return scorers.count > 0; }
 };
 
 // The operands of one call. u [n, d], v [m, d], contiguous; one_set: v is u.
