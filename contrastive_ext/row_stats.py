@@ -83,12 +83,12 @@ def row_stats(
     scale_tensor = scale if isinstance(scale, Tensor) else None
     needs_gradient = u.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     frozen = v is not None and not v.requires_grad and not columns
+    means = means or (frozen and needs_gradient and torch.is_grad_enabled())
     return Statistics(
         *torch.ops.contrastive_ext.row_stats(
             u, v, scale_tensor, 0.0 if scale_tensor is not None else float(scale), list(exponents),
             num_images, positive_offset, only_equal_ids, row_ids, col_ids, ignored, *_tensors(gate),
-            unit, operand_dtype or u.dtype, backend,
-            columns, means or (frozen and needs_gradient and torch.is_grad_enabled()), diagnostics, maximum,
+            unit, operand_dtype or u.dtype, backend, columns, means, diagnostics, maximum,
         )
     )  # fmt: skip
 

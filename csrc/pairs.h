@@ -41,7 +41,7 @@ struct PairRules {
   SortedLists ignoring;   // one set: the lists that hold row i, which the columns with j % num_lists in it ignore
 
   // Whether any pair but those of one image may have to be ignored.
-  CE_HOST_DEVICE bool look_up() const { return row_ids || num_lists > 0; }
+  CE_HOST_DEVICE bool has_tables() const { return row_ids || num_lists > 0; }
 
   // Whether rows [i0, i1) x columns [j0, j1) can hold a pair of one image: the difference j - i takes every value of an
   // interval, so the question is whether a multiple of num_images lies in it.

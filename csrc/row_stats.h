@@ -32,7 +32,7 @@ struct Gate {
   const T* row_limit = nullptr;  // [n]
   std::vector<T> col_limit;      // [m + kColumnPad], empty where columns are no anchors
 
-  explicit operator bool() const { return scorers.scorers != nullptr; }
+  explicit operator bool() const { return scorers.count > 0; }
 };
 
 // The operands of one call. u [n, d], v [m, d], contiguous; one_set: v is u.
@@ -108,7 +108,7 @@ class TileBuffer {
       tile.col_limit = gate.col_limit.empty() ? nullptr : gate.col_limit.data() + tile.j0;
     }
     const PairRules& pairs = problem_.pairs;
-    tile.special = gate || pairs.look_up() || pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
+    tile.special = gate || pairs.has_tables() || pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
     return tile;
   }
 

@@ -60,14 +60,10 @@ class ForwardWorker {
     Tile<T> tile = tile_.compute(range);
     if (columns_) std::fill(col_count_, col_count_ + ld_, T(0));
     tile.row_count = row_count_, tile.col_count = columns_ ? col_count_ : nullptr;
-    if (plan_.needs_moments) {
-      add_row_moments(tile);
-      tile.row_count = tile.col_count = nullptr;  // counted
-    }
-    for (size_t p = 0; p < plan_.passes.size(); ++p) {
-      add_exponentials(tile, plan_.passes[p], columns_ ? col_sums(p) : nullptr, range.first);
-      tile.row_count = tile.col_count = nullptr;
-    }
+    const auto counted = [&] { tile.row_count = tile.col_count = nullptr; };  // by the first pass
+    if (plan_.needs_moments) add_row_moments(tile), counted();
+    for (size_t p = 0; p < plan_.passes.size(); ++p)
+      add_exponentials(tile, plan_.passes[p], columns_ ? col_sums(p) : nullptr, range.first), counted();
     for (int64_t i = 0; i < tile.rows; ++i) local_.count[i] += static_cast<int64_t>(row_count_[i]);
   }
 
@@ -96,6 +92,8 @@ class ForwardWorker {
   }
 
  private:
+  static constexpr int64_t kColumnArrays = 4;  // beside the sums of every pass
+
   static int64_t padded(int64_t size) { return (size + kColumnPad - 1) / kColumnPad * kColumnPad; }
   T* col_sums(size_t pass) const { return per_col_.get() + (kColumnArrays + 2 * static_cast<int64_t>(pass)) * ld_; }
 
@@ -183,8 +181,6 @@ class ForwardWorker {
   AnchorState<T>& rows_;
   AnchorState<T>& cols_;
   AnchorState<T> local_;
-  static constexpr int64_t kColumnArrays = 4;  // beside the sums of every pass
-
   TileBuffer<T> tile_;
   int64_t ld_;
   Workspace<T> e_, mean_, per_row_, per_col_;

@@ -10,9 +10,9 @@ namespace contrastive_ext {
 // score_ij = max_s <scorers[s, i % groups], columns[j]>; NaN where one of them is
 template <class T>
 struct Scorers {
-  const T* scorers;  // [count, groups, dim]; null: none
-  const T* columns;  // [m, dim]
-  int64_t count, groups, dim;
+  const T* scorers;            // [count, groups, dim]
+  const T* columns;            // [m, dim]
+  int64_t count, groups, dim;  // count 0: none
 };
 
 // best [i1 - i0, ld] receives the scores of rows [i0, i1) and columns [j0, j1); spare is as large, needed if count > 1.

@@ -74,7 +74,7 @@ struct TileKernels {
   void (*larger_of)(T* x, const T* y, int64_t n);
   // The first j in [begin, end) with x[j] > limit, or end; x is readable up to a multiple of kColumnPad.
   int64_t (*first_above)(const T* x, int64_t begin, int64_t end, T limit);
-  // For the tests: the classes [rows, cols] of a tile's pairs; those of a strip that takes the plain loop are 3.
+  // For the tests: the class of every pair, [rows, cols]; all negatives in a strip that takes the plain loop.
   void (*classes)(const Tile<T>&, uint8_t* pair_class);
   // For the tests: y = exp(x), and y = 2^(factor x - shift2) for arguments in range.
   void (*exp)(const T* x, T* y, int64_t n);

@@ -2,7 +2,8 @@
 //
 // Every pass walks the tile in strips of kRowStep rows: four independent exponentials hide each other's latency and a
 // per-column accumulator is read and written once per four rows. A strip without ignored pairs and without ragged edges
-// takes the plain loop; the others get one class byte per pair. Padding rows and columns have class 0.
+// takes the plain loop; the others get one class byte per pair. Padding rows and columns have class 0. Looking for
+// ignored pairs costs a few percent of the strip's product, so it is done again in every pass and nothing is kept.
 #pragma once
 
 #include "exp2.h"
@@ -143,18 +144,26 @@ inline bool needs_classes(const Tile<T>& tile, int64_t row, StripClasses& classe
 
 template <class T>
 inline void count_strip(const Tile<T>& tile, int64_t row, const StripClasses& classes) {
-  using V = typename Simd<T>::V;
-  const V one = broadcast<T>(1), zero{};
-  V row_count[kRowStep] = {};
-  for (int64_t j = 0; j < tile.cols; j += Simd<T>::kWidth) {
-    V col_count = tile.col_count ? load(tile.col_count + j) : zero;
+  typedef uint8_t B __attribute__((vector_size(CE_VECTOR_BYTES)));
+  static_assert(kMaxTileCols / CE_VECTOR_BYTES < 256 && kColumnPad % CE_VECTOR_BYTES == 0, "a byte counts a lane");
+  B row_count[kRowStep] = {};
+  uint8_t col_count[kMaxTileCols];
+  for (int64_t j = 0; j < tile.cols; j += CE_VECTOR_BYTES) {
+    B col{};
     for (int r = 0; r < kRowStep; ++r) {
-      row_count[r] += keep<T>(classes.pair[r] + j, kColumnIsNegative, one, zero);
-      col_count += keep<T>(classes.pair[r] + j, kRowIsNegative, one, zero);
+      B pair;
+      memcpy(&pair, classes.pair[r] + j, sizeof(pair));
+      row_count[r] += pair & kColumnIsNegative;
+      col += pair >> 1;  // kRowIsNegative as a number
     }
-    if (tile.col_count) store(tile.col_count + j, col_count);
+    memcpy(col_count + j, &col, sizeof(col));
   }
-  for (int r = 0; r < kRowStep; ++r) tile.row_count[row + r] = horizontal_sum<T>(row_count[r]);
+  for (int r = 0; r < kRowStep; ++r) {
+    int count = 0;
+    for (int lane = 0; lane < CE_VECTOR_BYTES; ++lane) count += row_count[r][lane];
+    tile.row_count[row + r] = static_cast<T>(count);
+  }
+  for (int64_t j = 0; tile.col_count && j < tile.cols; ++j) tile.col_count[j] += col_count[j];
 }
 
 // Calls Strip::template run<masked>(tile, row, classes, args) for every strip, and counts negatives where asked to.

@@ -169,7 +169,9 @@ def test_statistics_and_gradients_match_the_definition(run, problem, unit):
 
 @pytest.mark.parametrize("needs", ["u", "v", "scale", "u v", "u scale", "v scale"])
 @pytest.mark.parametrize(
-    "problem", [p for p in PROBLEMS if p[0] in ("one_way", "clip", "ids_two_sets")], ids=lambda p: p[0]
+    "problem",
+    [p for p in PROBLEMS if p[0] in ("one_way", "clip", "ids_two_sets", "lists_two_sets", "gate_scorers")],
+    ids=lambda p: p[0],
 )
 def test_only_what_needs_a_gradient_gets_one(run, problem, needs):
     backend, device = run

@@ -4,14 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "count_negatives.h"
 #include "online_lse.h"
-#include "pairs.h"
+#include "pair_tables.h"
 #include "tile.h"
 
 namespace py = pybind11;
@@ -23,35 +23,15 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 using Ids = std::optional<Array<int64_t>>;
 
-PairRules make_rules(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
-                     const Ids& col_ids) {
-  PairRules rules;
-  rules.num_rows = rows, rules.num_images = num_images, rules.positive_offset = positive_offset;
-  rules.row_ids = row_ids ? row_ids->data() : nullptr;
-  rules.col_ids = col_ids ? col_ids->data() : nullptr;
-  return rules;
-}
-
-py::array_t<uint8_t> classify(int64_t rows, int64_t cols, int64_t num_images, int64_t positive_offset, Ids row_ids,
-                              Ids col_ids) {
-  const PairRules rules = make_rules(rows, num_images, positive_offset, row_ids, col_ids);
-  py::array_t<uint8_t> out({rows, cols});
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) out.mutable_at(i, j) = rules.classify(i, j);
-  return out;
+PairInputs only_images(int64_t rows, int64_t num_images, int64_t positive_offset) {
+  PairInputs in{};
+  in.num_rows = rows, in.num_images = num_images, in.positive_offset = positive_offset;
+  return in;
 }
 
 bool may_share_image(int64_t rows, int64_t num_images, int64_t positive_offset, int64_t i0, int64_t i1, int64_t j0,
                      int64_t j1) {
-  return make_rules(rows, num_images, positive_offset, {}, {}).may_share_image(i0, i1, j0, j1);
-}
-
-std::pair<std::vector<double>, std::vector<double>> count(int64_t rows, int64_t cols, int64_t num_images,
-                                                          int64_t positive_offset, Ids row_ids, Ids col_ids) {
-  std::vector<double> per_row(rows), per_col(cols);
-  count_negatives(make_rules(rows, num_images, positive_offset, row_ids, col_ids), rows, cols, per_row.data(),
-                  per_col.data());
-  return {per_row, per_col};
+  return PairTables(only_images(rows, num_images, positive_offset)).rules().may_share_image(i0, i1, j0, j1);
 }
 
 // lse of all values, each chunk summed at its own maximum, then merged.
@@ -111,21 +91,75 @@ Array<T> exp2_of(const std::string& isa, Array<T> x, T factor, T factor_low, T s
 // A tile of any size at (i0, j0) of a larger problem, in padded storage whose padding is NaN.
 template <class T>
 struct TileFixture {
+  PairTables tables;
   PairRules rules;
   std::vector<T> storage;
   Tile<T> tile;
   int64_t padded_rows;
 
-  TileFixture(const Array<T>& s, const PairRules& rules, int64_t i0, int64_t j0, bool special, bool upper)
-      : rules(rules) {
+  TileFixture(const Array<T>& s, const PairInputs& in, int64_t i0, int64_t j0, bool special, bool upper)
+      : tables(in), rules(tables.rules()) {
     const int64_t rows = s.shape(0), cols = s.shape(1), ld = (cols + kColumnPad - 1) / kColumnPad * kColumnPad;
     padded_rows = (rows + kRowStep - 1) / kRowStep * kRowStep;
     storage.assign(padded_rows * ld, std::numeric_limits<T>::quiet_NaN());
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) storage[i * ld + j] = s.at(i, j);
-    tile = {storage.data(), ld, i0, rows, j0, cols, &this->rules, special, upper};
+    tile = {storage.data(), ld, i0, rows, j0, cols, &rules, special, upper};
   }
 };
+
+// Classes [n, m] of all pairs and every row's and column's number of negatives, tile by tile. `scores`, where given, is
+// the gate's matrix.
+template <class T>
+py::tuple classify(const std::string& isa, int64_t n, int64_t m, int64_t num_images, int64_t positive_offset,
+                   bool one_set, bool only_equal_ids, Ids row_ids, Ids col_ids, Ids ignored,
+                   std::optional<Array<T>> scores, std::vector<T> row_limit, std::vector<T> col_limit,
+                   int64_t block_rows, int64_t tile_cols) {
+  PairInputs in{n, m, num_images, positive_offset, only_equal_ids, nullptr, nullptr, nullptr, 0, 0, one_set};
+  if (row_ids) in.row_ids = row_ids->data();
+  if (col_ids) in.col_ids = col_ids->data();
+  if (ignored) in.ignored = ignored->data(), in.num_lists = ignored->shape(0), in.list_length = ignored->shape(1);
+  const bool both_ways = !col_limit.empty();
+  row_limit.resize(n + kRowStep), col_limit.resize(m + kColumnPad);
+  py::array_t<uint8_t> classes({n, m});
+  std::vector<T> row_count(n), col_count(m);
+  for (int64_t i0 = 0; i0 < n; i0 += block_rows)
+    for (int64_t j0 = 0; j0 < m; j0 += tile_cols) {
+      const int64_t rows = std::min(block_rows, n - i0), cols = std::min(tile_cols, m - j0);
+      Array<T> values({rows, cols});
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) values.mutable_at(i, j) = scores ? scores->at(i0 + i, j0 + j) : T(0);
+      TileFixture<T> f(values, in, i0, j0, /*special=*/true, /*upper=*/false);
+      if (scores) {
+        f.tile.gate = f.tile.s, f.tile.row_limit = row_limit.data() + i0;
+        f.tile.col_limit = both_ways ? col_limit.data() + j0 : nullptr;
+      }
+      std::vector<uint8_t> pairs(rows * cols);
+      kernels<T>(isa).classes(f.tile, pairs.data());
+      std::vector<T> rows_out(3 * f.padded_rows), cols_out(3 * f.tile.ld);
+      f.tile.row_count = rows_out.data(), f.tile.col_count = cols_out.data();
+      kernels<T>(isa).moments(f.tile, {rows_out.data() + f.padded_rows, rows_out.data() + 2 * f.padded_rows,
+                                       cols_out.data() + f.tile.ld, cols_out.data() + 2 * f.tile.ld});
+      for (int64_t i = 0; i < rows; ++i) row_count[i0 + i] += rows_out[i];
+      for (int64_t j = 0; j < cols; ++j) col_count[j0 + j] += cols_out[j];
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) classes.mutable_at(i0 + i, j0 + j) = pairs[i * cols + j];
+    }
+  return py::make_tuple(classes, row_count, col_count);
+}
+
+template <class T>
+Array<T> larger_of(const std::string& isa, Array<T> x, Array<T> y) {
+  Array<T> out(x.size());
+  std::copy(x.data(), x.data() + x.size(), out.mutable_data());
+  kernels<T>(isa).larger_of(out.mutable_data(), y.data(), out.size());
+  return out;
+}
+
+template <class T>
+int64_t first_above(const std::string& isa, Array<T> x, int64_t begin, int64_t end, T limit) {
+  return kernels<T>(isa).first_above(x.data(), begin, end, limit);
+}
 
 template <class T>
 py::list to_lists(const std::vector<std::vector<T>>& parts, int64_t rows, int64_t cols) {
@@ -141,7 +175,7 @@ py::list to_lists(const std::vector<std::vector<T>>& parts, int64_t rows, int64_
 template <class T>
 py::list moments(const std::string& isa, Array<T> s, int64_t num_rows, int64_t num_images, int64_t i0, int64_t j0,
                  bool special, bool upper) {
-  TileFixture<T> f(s, make_rules(num_rows, num_images, 0, {}, {}), i0, j0, special, upper);
+  TileFixture<T> f(s, only_images(num_rows, num_images, 0), i0, j0, special, upper);
   std::vector<T> row_max(f.padded_rows), row_sum(f.padded_rows), col_max(f.tile.ld, -INFINITY), col_sum(f.tile.ld);
   kernels<T>(isa).moments(f.tile, {row_max.data(), row_sum.data(), col_max.data(), col_sum.data()});
   return to_lists<T>({row_max, row_sum, col_max, col_sum}, f.tile.rows, f.tile.cols);
@@ -152,7 +186,7 @@ template <class T>
 py::list exp_sums(const std::string& isa, Array<T> s, int64_t num_rows, int64_t num_images, int64_t i0, int64_t j0,
                   bool special, bool upper, T beta, T factor, T factor_low, T shift2, std::vector<T> row_shift,
                   std::vector<T> col_shift) {
-  TileFixture<T> f(s, make_rules(num_rows, num_images, 0, {}, {}), i0, j0, special, upper);
+  TileFixture<T> f(s, only_images(num_rows, num_images, 0), i0, j0, special, upper);
   const bool online = !row_shift.empty();
   row_shift.resize(f.padded_rows), col_shift.resize(f.tile.ld);
   std::vector<T> row_sum(f.padded_rows), row_square(f.padded_rows), col_sum(f.tile.ld), col_square(f.tile.ld);
@@ -171,7 +205,7 @@ Array<T> weights(const std::string& isa, Array<T> s, int64_t num_rows, int64_t n
                  bool special, bool upper, bool shared, std::vector<T> beta, std::vector<T> factor,
                  std::vector<std::vector<T>> row_coef, std::vector<std::vector<T>> row_shift,
                  std::vector<std::vector<T>> col_coef, std::vector<std::vector<T>> col_shift) {
-  TileFixture<T> f(s, make_rules(num_rows, num_images, 0, {}, {}), i0, j0, special, upper);
+  TileFixture<T> f(s, only_images(num_rows, num_images, 0), i0, j0, special, upper);
   Weights<T> args{};
   args.num_exponents = static_cast<int>(beta.size());
   args.shared = shared, args.square = beta.size() == 2 && beta[1] == 2 * beta[0];
@@ -195,6 +229,9 @@ void define(py::module_& m, const char* suffix) {
   const auto name = [&](const char* base) { return std::string(base) + suffix; };
   m.def(name("exp_").c_str(), exp_of<T>);
   m.def(name("exp2_").c_str(), exp2_of<T>);
+  m.def(name("classify_").c_str(), classify<T>);
+  m.def(name("larger_of_").c_str(), larger_of<T>);
+  m.def(name("first_above_").c_str(), first_above<T>);
   m.def(name("moments_").c_str(), moments<T>);
   m.def(name("exp_sums_").c_str(), exp_sums<T>);
   m.def(name("weights_").c_str(), weights<T>);
@@ -207,9 +244,7 @@ PYBIND11_MODULE(native_headers, m) {
   m.attr("COLUMN_IS_NEGATIVE") = kColumnIsNegative;
   m.attr("ROW_IS_NEGATIVE") = kRowIsNegative;
   m.def("usable_isas", usable_isas);
-  m.def("classify", classify);
   m.def("may_share_image", may_share_image);
-  m.def("count", count);
   m.def("online_lse", online_lse);
   define<float>(m, "f32");
   define<double>(m, "f64");

@@ -18,14 +18,24 @@ torch.ops.load_library(sys.argv[1])
 ops = torch.ops.contrastive_ext
 
 
-def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics):
+def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics, rule=None):
     n, m = u.shape[0], (u if v is None else v).shape[0]
     row_ids = torch.randint(0, 5, (n,)) if ids else None
     col_ids = torch.randint(0, 5, (m,)) if ids and v is not None else None
     for side in (row_ids, col_ids):
         if side is not None:
             side[::3] = UNFILLED
-    request = (u, v, scale, exponents, images, 0, row_ids, col_ids, unit)
+    only_equal_ids = ids and rule == "equal ids"
+    ignored, gate = None, (None,) * 4
+    if rule == "lists" and not columns:
+        ignored = torch.randint(-1, m + 1, (n // 2 if n % 2 == 0 else n, 7))
+    if rule == "gate":
+        scorers = 1 if columns or v is None or n % 2 else 3
+        shape = (scorers, n // 2 if scorers == 3 else n, 5)
+        gate = (torch.randn(shape), torch.randn(m, 5), torch.randn(n), torch.randn(m) if scorers == 1 else None)
+        gate = tuple(None if x is None else x.to(u.dtype) for x in gate)
+    pairs = (images, 0, only_equal_ids, row_ids, col_ids, ignored, *gate)
+    request = (u, v, scale, exponents, *pairs, unit)
     lse, _, col_lse, _, _ = ops.row_stats_forward_cpu(*request, columns, means, diagnostics, means)
     grad, grad_columns = torch.randn_like(lse), torch.randn_like(col_lse) if columns else None
     column_args = (col_lse if columns else None, grad_columns)
@@ -34,17 +44,30 @@ def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics):
         ops.row_stats_backward_cpu(*request, lse, grad, *column_args, False, True)
 
 
+def best(u, v, k):
+    """Columns of v for u as one image each, and as several views of fewer images."""
+    n, m = u.shape[0], v.shape[0]
+    ids = torch.where(torch.rand(m) < 0.3, UNFILLED, 0)
+    ops.top_columns_cpu(u[None], v, k, n, None)
+    views = 3 if n % 3 == 0 else 1
+    ops.top_columns_cpu(u.view(views, n // views, u.shape[1]), v, k, 0, ids)
+
+
 calls = 0
+rules = itertools.cycle((None, "equal ids", "lists", "gate"))
 for threads in (1, 2, 4):
     torch.set_num_threads(threads)
     for (n, m), depth, dtype in itertools.product(SIZES, (1, 3, 65), (torch.float32, torch.float64)):
         u, v = torch.randn(n, depth, dtype=dtype), torch.randn(m, depth, dtype=dtype)
         u, v = torch.nn.functional.normalize(u), torch.nn.functional.normalize(v)
+        best(u, v, 1 + calls % 11)
         for exponents, scale, ids in itertools.product(([1.0], [1.0, 2.0], [0.5, 1.5]), (2.0, 200.0), (False, True)):
-            run(u, v, n if n <= m else 0, exponents, scale, True, ids, True, False, True)
-            run(u, v, 0, exponents, scale, False, ids, False, True, False)
-            run(u, None, max(1, n // 2), exponents, scale, True, ids, False, False, calls % 2 == 0)
+            run(u, v, n if n <= m else 0, exponents, scale, True, ids, True, False, True, next(rules))
+            run(u, v, 0, exponents, scale, False, ids, False, True, False, next(rules))
+            run(u, None, max(1, n // 2), exponents, scale, True, ids, False, False, calls % 2 == 0, next(rules))
             calls += 3
+        next(rules)  # another rule meets the next size's options
     u[0, 0] = float("nan")
     run(u, None, 7, [1.0], 2.0, True, False, False, False, True)
-print(f"{calls} calls of each op, nothing found")
+    best(u, v, 3)
+print(f"{calls} calls of each row_stats op, nothing found")

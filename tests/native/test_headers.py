@@ -6,6 +6,7 @@ test time, without torch, into a temporary folder.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -13,6 +14,8 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -109,19 +112,6 @@ def test_exp_at_the_ends_of_its_range(native: ModuleType, isa: str, kind: str) -
 # ---- pairs
 
 
-def naive_classes(n: int, m: int, images: int, offset: int, row_ids, col_ids, unfilled: int) -> np.ndarray:
-    out = np.zeros((n, m), np.uint8)
-    for i in range(n):
-        for j in range(m):
-            shown = images > 0 and 0 <= j - offset < n and (j - offset) % images == i % images
-            equal = row_ids is not None and col_ids is not None and row_ids[i] == col_ids[j]
-            if not shown and not equal:
-                out[i, j] = (col_ids is None or col_ids[j] != unfilled) + 2 * (
-                    row_ids is None or row_ids[i] != unfilled
-                )
-    return out
-
-
 PAIR_CASES = [  # rows, columns, images, offset: what it stands for
     (8, 8, 4, 0),  # two views
     (9, 9, 3, 0),  # three views
@@ -131,35 +121,136 @@ PAIR_CASES = [  # rows, columns, images, offset: what it stands for
     (7, 7, 1, 0),  # one image: nothing is a negative
     (5, 9, 3, 2),  # images do not divide the rows
     (1, 1, 1, 0),
+    (12, 130, 12, 40),  # several vectors
 ]
+
+
+def same_image(n: int, m: int, images: int, offset: int) -> np.ndarray:
+    i, shown = np.arange(n)[:, None], np.arange(m)[None] - offset
+    return (images > 0) & (shown >= 0) & (shown < n) & ((shown - i) % max(1, images) == 0)
+
+
+@dataclass
+class PairProblem:
+    """Inputs of the pair rules; `expected` states the rules pair by pair, `check` asks the kernels."""
+
+    n: int
+    m: int
+    images: int = 0
+    offset: int = 0
+    one_set: bool = False
+    only_equal_ids: bool = False
+    row_ids: np.ndarray | None = None
+    col_ids: np.ndarray | None = None
+    ignored: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    row_limit: Sequence[float] = ()
+    col_limit: Sequence[float] = ()
+
+    def expected(self, unfilled: int) -> tuple[np.ndarray, np.ndarray]:
+        forward = ~same_image(self.n, self.m, self.images, self.offset)
+        backward = forward.copy()
+        for i, j in np.ndindex(self.n, self.m):
+            row_id = None if self.row_ids is None else self.row_ids[i]
+            col_id = None if self.col_ids is None else self.col_ids[j]
+            equal = row_id is not None and row_id == col_id
+            has_ids = self.row_ids is not None or self.col_ids is not None
+            counts = not has_ids or equal == self.only_equal_ids
+            forward[i, j] &= counts and col_id != unfilled
+            backward[i, j] &= counts and row_id != unfilled
+            if self.ignored is not None:
+                forward[i, j] &= j not in self.ignored[i % len(self.ignored)]
+                backward[i, j] &= not self.one_set or i not in self.ignored[j % len(self.ignored)]
+            if self.scores is not None:
+                forward[i, j] &= not self.scores[i, j] > self.row_limit[i]
+                backward[i, j] &= not (len(self.col_limit) and self.scores[i, j] > self.col_limit[j])
+        return forward, backward
+
+    def check(self, native: ModuleType, isa: str, kind: str) -> None:
+        forward, backward = self.expected(native.UNFILLED)
+        fields = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        for tile in [(4, 64), (8, 16), (3, 5), (self.n, self.m)]:
+            classes, per_row, per_col = getattr(native, f"classify_{kind}")(isa, *fields, *tile)
+            np.testing.assert_array_equal(classes & native.COLUMN_IS_NEGATIVE > 0, forward)
+            np.testing.assert_array_equal(classes & native.ROW_IS_NEGATIVE > 0, backward)
+            np.testing.assert_array_equal(per_row, forward.sum(1))
+            np.testing.assert_array_equal(per_col, backward.sum(0))
+
+
+def random_ids(rng: np.random.Generator, count: int, unfilled: int) -> np.ndarray:
+    return np.where(rng.random(count) < 0.3, unfilled, rng.integers(-2, 2, count) * 2**40)  # not equal in 32 bits
 
 
 @pytest.mark.parametrize("n,m,images,offset", PAIR_CASES)
 @pytest.mark.parametrize("sides", ["none", "rows", "columns", "both"])
-def test_pair_rules_and_counts(native: ModuleType, n: int, m: int, images: int, offset: int, sides: str) -> None:
+def test_images_and_ids(native: ModuleType, isa: str, n: int, m: int, images: int, offset: int, sides: str) -> None:
     rng = np.random.default_rng(n * m + images)
-    ids = lambda count: np.where(rng.random(count) < 0.3, native.UNFILLED, rng.integers(0, 4, count))  # noqa: E731
-    row_ids = ids(n) if sides in ("rows", "both") else None
-    col_ids = ids(m) if sides in ("columns", "both") else None
-    expected = naive_classes(n, m, images, offset, row_ids, col_ids, native.UNFILLED)
-    got = native.classify(n, m, images, offset, row_ids, col_ids)
-    np.testing.assert_array_equal(got, expected)
-    per_row, per_col = native.count(n, m, images, offset, row_ids, col_ids)
-    np.testing.assert_array_equal(per_row, (expected & native.COLUMN_IS_NEGATIVE > 0).sum(1))
-    np.testing.assert_array_equal(per_col, (expected & native.ROW_IS_NEGATIVE > 0).sum(0))
+    row_ids = random_ids(rng, n, native.UNFILLED) if sides in ("rows", "both") else None
+    col_ids = random_ids(rng, m, native.UNFILLED) if sides in ("columns", "both") else None
+    for only_equal in {False, sides == "both"}:
+        PairProblem(n, m, images, offset, False, only_equal, row_ids, col_ids).check(native, isa, "f32")
 
 
-@pytest.mark.parametrize("n,m,images,offset", PAIR_CASES)
-def test_a_tile_is_plain_exactly_where_no_image_is_shared(
-    native: ModuleType, n: int, m: int, images: int, offset: int
-) -> None:
-    classes = native.classify(n, m, images, offset, None, None)
-    for i0 in range(n):
-        for i1 in range(i0 + 1, n + 1):
-            for j0 in range(m):
-                for j1 in range(j0 + 1, m + 1):
-                    shared = bool((classes[i0:i1, j0:j1] == 0).any())
-                    assert native.may_share_image(n, images, offset, i0, i1, j0, j1) == shared, (i0, i1, j0, j1)
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize(
+    "n,m,groups,length", [(8, 8, 4, 3), (70, 70, 70, 5), (70, 70, 2, 9), (6, 150, 3, 40), (5, 7, 5, 0)]
+)
+def test_lists(native: ModuleType, isa: str, kind: str, n: int, m: int, groups: int, length: int) -> None:
+    rng = np.random.default_rng(n + length)
+    lists = rng.integers(-1, m + 2, (groups, length))  # in any order, with repeats, gaps and numbers out of range
+    lists[0] = -1  # nothing: its strips are plain
+    for images, ids in ((0, None), (n // 2, random_ids(rng, n, native.UNFILLED) if n == m else None)):
+        PairProblem(n, m, images, 0, n == m, False, ids, ids, lists).check(native, isa, kind)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_gates(native: ModuleType, isa: str, kind: str, both_ways: bool) -> None:
+    n, m = 22, 150
+    rng = np.random.default_rng(4)
+    scores = rng.integers(-3, 4, (n, m)).astype(DTYPES[kind])  # often equal to the limit: not ignored
+    scores[3, 5], scores[4, 6], scores[5, 7] = np.nan, np.inf, -np.inf
+    row_limit, col_limit = rng.integers(0, 3, n) * 1.0, rng.integers(0, 3, m) * 1.0
+    row_limit[8:12] = np.inf  # rows that ignore nothing
+    row_limit[2], col_limit[9] = np.nan, np.nan
+    ids = random_ids(rng, n, native.UNFILLED), random_ids(rng, m, native.UNFILLED)
+    limits = (row_limit, col_limit if both_ways else ())
+    PairProblem(n, m, scores=scores, row_limit=limits[0], col_limit=limits[1]).check(native, isa, kind)
+    PairProblem(n, m, 11, 30, False, True, *ids, None, scores, *limits).check(native, isa, kind)
+
+
+def test_a_tile_is_plain_exactly_where_no_image_is_shared(native: ModuleType) -> None:
+    for n, m, images, offset in PAIR_CASES[:-1]:
+        shows = same_image(n, m, images, offset)
+        for i0, j0 in np.ndindex(n, m):
+            for i1, j1 in ((i, j) for i in range(i0 + 1, n + 1) for j in range(j0 + 1, m + 1)):
+                shared = bool(shows[i0:i1, j0:j1].any())
+                assert native.may_share_image(n, images, offset, i0, i1, j0, j1) == shared, (i0, i1, j0, j1)
+
+
+# ---- the best columns
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_larger_of_two_and_nan_of_either(native: ModuleType, isa: str, kind: str) -> None:
+    special = np.array([0.0, 1.0, -2.0, math.inf, -math.inf, math.nan], DTYPES[kind])
+    x, y = (np.resize(side, 64) for side in np.meshgrid(special, special))
+    np.testing.assert_array_equal(getattr(native, f"larger_of_{kind}")(isa, x, y), np.maximum(x, y))
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_first_above_finds_every_place_in_order(native: ModuleType, isa: str, kind: str) -> None:
+    rng = np.random.default_rng(5)
+    first_above = getattr(native, f"first_above_{kind}")
+    for end in (0, 1, 15, 64, 130, 192):
+        x = np.where(rng.random(192) < 0.1, rng.integers(0, 3, 192), -1.0).astype(DTYPES[kind])
+        x[rng.integers(0, 192, 5)] = np.nan
+        x[end:] = 7.0  # beyond the end: never found
+        found, j = [], -1
+        while (j := first_above(isa, x, j + 1, end, 0.0)) < end:
+            found.append(j)
+        assert j == end
+        assert found == np.flatnonzero(x[:end] > 0).tolist()
 
 
 # ---- online log-sum-exp
