@@ -13,6 +13,7 @@ DIRECTIONS = ("forward", "backward")
 FEATURES = (64, 128, 256, 1024)  # the largest number of features of a line; the last stands for all above 256
 ARCHITECTURES = (80, 86, 90, 100)
 BUSY_COLUMNS = 32  # ids and diagnostics keep masks and counters beside the tile: 64 columns spill, 32 do not
+GUIDE_FEATURES = 32  # a guide's features always come in chunks, beside the resident ones
 
 
 class Config(NamedTuple):
@@ -89,6 +90,10 @@ _TABLE = {
     ("backward", "fp64"): _everywhere(
         _tile("32x32", 8, 1), _tile("16x16", 4, 1), _tile("16x16", 4, 1), _tile("32x32x32", 8, 2),
     ),
+    # a list of up to 128 columns stays beside the tile; features always come in chunks
+    ("top_columns", "tf32"): _everywhere(*[_tile("64x64x32", 8, 3)] * 4),
+    ("top_columns", "ieee"): _everywhere(*[_tile("64x64x32", 8, 2)] * 4),
+    ("top_columns", "fp64"): _everywhere(*[_tile("32x32x32", 4, 2)] * 4),
 }
 # fmt: on
 
