@@ -12,7 +12,14 @@ RESIDENT_FEATURES = 256  # up to here a row tile is loaded once and all its feat
 DIRECTIONS = ("forward", "backward")
 FEATURES = (64, 128, 256, 1024)  # the largest number of features of a line; the last stands for all above 256
 ARCHITECTURES = (80, 86, 90, 100)
-BUSY_COLUMNS = 32  # ids and diagnostics keep masks and counters beside the tile: 64 columns spill, 32 do not
+# What keeps masks and counters beside every tile spills in larger ones: ids and diagnostics need 32 columns, lists and
+# gates, which carry cursors or a second score, also half the rows where there is a gradient to accumulate.
+LARGEST_MASKED = {
+    ("forward", "ids"): (128, 32),
+    ("backward", "ids"): (128, 32),
+    ("forward", "lists"): (128, 32),
+    ("backward", "lists"): (64, 32),
+}
 GUIDE_FEATURES = 32  # a guide's features always come in chunks, beside the resident ones
 
 
@@ -101,14 +108,20 @@ _TABLE = {
 _INTERPRETER = {False: _tile("32x32", 1, 1), True: _tile("32x32x64", 1, 1)}
 
 
-def choose(direction: str, products: str, features: int, architecture: int, busy: bool = False) -> Config:
-    """The tile for a call. products: 16-bit, tf32, ieee or fp64; architecture: 10 major + minor, 0 interpreted."""
+def choose(direction: str, products: str, features: int, architecture: int, mask: str = "images") -> Config:
+    """The tile for a call.
+
+    products      16-bit, tf32, ieee or fp64
+    architecture  10 major + minor, 0 interpreted
+    mask          what is made for every tile: nothing (images), masks of ids, masks of lists and gates
+    """
     if architecture == 0:
         return _INTERPRETER[features > RESIDENT_FEATURES]
     line = next((f for f in FEATURES if features <= f), FEATURES[-1])
     line = FEATURES[-1] if features > RESIDENT_FEATURES else line
     config = _TABLE[direction, products][line, nearest(architecture)]
-    return config._replace(block_n=min(config.block_n, BUSY_COLUMNS)) if busy else config
+    rows, columns = LARGEST_MASKED.get((direction, mask), config[:2])
+    return config._replace(block_m=min(config.block_m, rows), block_n=min(config.block_n, columns))
 
 
 def nearest(architecture: int) -> int:

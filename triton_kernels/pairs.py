@@ -69,10 +69,10 @@ def keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES: tl.constexp
 def load_anchors(o_i, num_rows, j_begin, rules):
     """What the rules keep about the rows of a sweep from column j_begin on: (ids, limit, cursors)."""
     ids, guide, listed, listing = rules
-    b_ids = load_ids(ids[0], o_i, num_rows) if ids[0] is not None else None
-    b_limit = load_limit(guide[2], o_i, num_rows) if guide[2] is not None else None
-    cursor = first_entry(listed, o_i, num_rows, j_begin) if listed[0] is not None else None
-    reverse_cursor = first_entry(listing, o_i, num_rows, j_begin) if listing[0] is not None else None
+    b_ids = load_ids(ids[0], o_i, num_rows) if ids[0] is not None else ()
+    b_limit = load_limit(guide[2], o_i, num_rows) if guide[2] is not None else ()
+    cursor = first_entry(listed, o_i, num_rows, j_begin) if listed[0] is not None else ()
+    reverse_cursor = first_entry(listing, o_i, num_rows, j_begin) if listing[0] is not None else ()
     return b_ids, b_limit, cursor, reverse_cursor
 
 
@@ -88,13 +88,13 @@ def keep_tile(
         ids, guide, listed, listing = rules
         b_row_ids, b_row_limit, cursor, reverse_cursor = anchors
         b_col_ids = load_ids(ids[1], o_j, num_columns) if ids[1] is not None else None
-        if b_row_ids is not None and b_col_ids is not None:
+        if ids[0] is not None and ids[1] is not None:
             m_equal = b_row_ids[:, None] == b_col_ids[None, :]
             m_keep = m_keep & (m_equal if RULES[0] else ~m_equal)
             m_reverse = m_keep
-        if b_row_ids is not None:
+        if ids[0] is not None:
             m_reverse = m_reverse & (b_row_ids != UNFILLED)[:, None]
-        if b_col_ids is not None:
+        if ids[1] is not None:
             m_keep = m_keep & (b_col_ids != UNFILLED)[None, :]
         if listed[0] is not None:
             m_listed, cursor = listed_tile(listed[1], cursor, o_j, j_stop, BLOCK_M, BLOCK_N)
@@ -103,10 +103,10 @@ def keep_tile(
             m_listed, reverse_cursor = listed_tile(listing[1], reverse_cursor, o_j, j_stop, BLOCK_M, BLOCK_N)
             m_reverse = m_reverse & ~m_listed
         if guide[0] is not None:
-            p_row_guide, p_col_guide, _, p_col_limit, groups, num_scorers = guide
+            p_row_guide, p_col_guide, p_row_limit, p_col_limit, groups, num_scorers = guide
             b_score = largest_scores(p_row_guide, p_col_guide, o_i, o_j, num_rows, num_columns, groups, num_scorers,
                                      RULES[1], BLOCK_M, BLOCK_N, RULES[2], "ieee", RULES[3])  # fmt: skip
-            if b_row_limit is not None:
+            if p_row_limit is not None:
                 m_keep = m_keep & ~(b_score > b_row_limit[:, None])
             if p_col_limit is not None:
                 m_reverse = m_reverse & ~(b_score > load_limit(p_col_limit, o_j, num_columns)[None, :])

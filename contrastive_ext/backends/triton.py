@@ -90,9 +90,11 @@ def _sides(problem: Problem, u: Tensor, v: Tensor) -> tuple[_Side, _Side]:
     return rows, _Side(v, pairs.positive_offset, pairs.col_ids, ignored if problem.one_set else None, features, col_limit)
 
 
-def _has_rules(pairs: Pairs) -> bool:
-    """Whether any rule but the images' holds: then masks are made for every tile and negatives are counted."""
-    return pairs.has_ids or pairs.ignored is not None or pairs.gate is not None
+def _mask(pairs: Pairs) -> str:
+    """The rules that hold beside the images': with any, masks are made for every tile and negatives are counted."""
+    if pairs.ignored is not None or pairs.gate is not None:
+        return "lists"
+    return "ids" if pairs.has_ids else "images"
 
 
 def _rules(pairs: Pairs, rows: _Side, cols: _Side, row_anchors: bool, col_anchors: bool) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _rules(pairs: Pairs, rows: _Side, cols: _Side, row_anchors: bool, col_anchor
         "first_row": rows.first,
         "first_column": cols.first,
         "HAS_IMAGES": pairs.num_images > 0,
-        "RULES": (pairs.only_equal_ids, features, chunk, swapped) if _has_rules(pairs) else None,
+        "RULES": (pairs.only_equal_ids, features, chunk, swapped) if _mask(pairs) != "images" else None,
     }
 
 
@@ -161,9 +163,9 @@ class _Forward:
         self.n, self.m, self.d = len(self.u), len(self.v), self.u.shape[1]
         self.fused_means = means and len(problem.exponents) == 1 and self.d <= _kernels().configs.RESIDENT_FEATURES
         # the mean costs a second product and an accumulator like those of the backward
-        counted = _has_rules(self.pairs)
-        busy = counted or diagnostics
-        self.config = _config("backward" if self.fused_means else "forward", self.u, busy)
+        mask = _mask(self.pairs)
+        counted = mask != "images"
+        self.config = _config("backward" if self.fused_means else "forward", self.u, "ids" if diagnostics and not counted else mask)
         exponents = problem.exponents + ((2 * problem.exponents[0],) if diagnostics else ())
         # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum
         shift = "online" if self.fused_means else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
@@ -259,7 +261,7 @@ def top_columns(
     if k > _kernels().top_columns.MAX_LISTED:
         return torch_blocks.top_columns(scorers, features, k, num_images, col_ids)
     num_scorers, groups, dim = scorers.shape
-    config = _config("top_columns", features, busy=False)
+    config = _config("top_columns", features, "images")
     tiles = _cdiv(groups, config.block_m)
     splits, span = _split(tiles, len(features), config.block_n, 2 * _processors(scorers.device))
     length = max(2, 1 << (k - 1).bit_length())
@@ -288,7 +290,7 @@ def _weighted_columns(
 ) -> Tensor:
     """[scale] sum_j w_ij cols_j for every row; see triton_kernels/row_stats_backward.py."""
     exponents = exponents or problem.exponents
-    config = _config("backward", rows.x, busy=_has_rules(problem.pairs))
+    config = _config("backward", rows.x, _mask(problem.pairs))
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u
     both = row_term is not None and col_term is not None
     scale, scale_is_tensor = _scale(problem)
@@ -388,9 +390,9 @@ def _kind(operand: Tensor) -> str:
     return "tf32" if allowed == "tf32" and operand.is_cuda else "ieee"
 
 
-def _config(direction: str, operand: Tensor, busy: bool):
+def _config(direction: str, operand: Tensor, mask: str):
     architecture = _architecture(operand.device)
-    return _kernels().configs.choose(direction, _kind(operand), operand.shape[1], architecture, busy)
+    return _kernels().configs.choose(direction, _kind(operand), operand.shape[1], architecture, mask)
 
 
 def _feature_block(features: int) -> int:
