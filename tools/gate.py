@@ -138,8 +138,8 @@ def rule_arguments(case: Case, accumulator: str) -> tuple[dict, dict]:
     lists, guide, ids = case.variant == "lists", case.variant == "guide", case.variant in ("busy", "lists")
     types = dict.fromkeys(("p_row_ids", "p_col_ids"), "*i64" if ids else None)
     reverse = lists and case.direction == "backward"
-    types |= {"p_listed_starts": "*i64" if lists else None, "p_listed": "*i32" if lists else None}
-    types |= {"p_listing_starts": "*i64" if reverse else None, "p_listing": "*i32" if reverse else None}
+    types |= {"p_listed_starts": "*i32" if lists else None, "p_listed": "*i32" if lists else None}
+    types |= {"p_listing_starts": "*i32" if reverse else None, "p_listing": "*i32" if reverse else None}
     guides = ("p_row_guide", "p_col_guide", "p_row_limit", "p_col_limit")
     types |= dict.fromkeys(guides, accumulator if guide else None)
     rules = (False, GUIDE if guide else 0, configs.GUIDE_FEATURES, False)

@@ -20,7 +20,7 @@ LARGEST_MASKED = {
     ("forward", "lists"): (128, 32),
     ("backward", "lists"): (64, 32),
 }
-GUIDE_FEATURES = 32  # a guide's features always come in chunks, beside the resident ones
+GUIDE_FEATURES = 16  # a guide's features always come in chunks, beside the resident ones
 
 
 class Config(NamedTuple):

@@ -9,7 +9,6 @@ A rule that a call lacks costs nothing: its pointers are None, and RULES is None
 that ignore it; RULES = (only_equal_ids, features of the guide, features of its chunks, whether columns have scorers).
 """
 
-# ruff: noqa: RUF005
 # Triton has no starred tuples
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import triton.language as tl
 from .scores import largest_scores
 
 UNFILLED = tl.constexpr(-(2**63))  # contrastive_ext.pairs.UNFILLED: padding, nobody's negative
-NO_COLUMN = tl.constexpr(2**31 - 1)  # after the end of a list
+NO_COLUMN = tl.constexpr(2**31 - 1)  # ends a list
 
 
 @triton.jit
@@ -67,12 +66,12 @@ def keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES: tl.constexp
 
 @triton.jit
 def load_anchors(o_i, num_rows, j_begin, rules):
-    """What the rules keep about the rows of a sweep from column j_begin on: (ids, limit, cursors)."""
+    """What the rules know about the rows of a sweep from column j_begin on: (ids, limit, cursors)."""
     ids, guide, listed, listing = rules
     b_ids = load_ids(ids[0], o_i, num_rows) if ids[0] is not None else ()
     b_limit = load_limit(guide[2], o_i, num_rows) if guide[2] is not None else ()
-    cursor = first_entry(listed, o_i, num_rows, j_begin) if listed[0] is not None else ()
-    reverse_cursor = first_entry(listing, o_i, num_rows, j_begin) if listing[0] is not None else ()
+    cursor = first_entry(listed, o_i, j_begin) if listed[0] is not None else ()
+    reverse_cursor = first_entry(listing, o_i, j_begin) if listing[0] is not None else ()
     return b_ids, b_limit, cursor, reverse_cursor
 
 
@@ -81,7 +80,7 @@ def keep_tile(
     o_i, o_j, j_stop, num_rows, num_columns, images, rules, anchors,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr,
 ):  # fmt: skip
-    """(keep, keep_reverse, anchors): the column is a negative of the row, the row one of the column; cursors moved on."""
+    """(keep, keep_reverse, anchors): is the column a negative of the row, the row one of the column; cursors moved."""
     m_keep = keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES)
     m_reverse = m_keep
     if RULES is not None:
@@ -121,23 +120,21 @@ def load_limit(p_limit, o_anchors, num_anchors):
 
 
 @triton.jit
-def first_entry(lists, o_rows, num_rows, j_begin):
-    """A cursor on the first column >= j_begin in the sorted list of every row: (place, end, column, lowest column).
+def first_entry(lists, o_rows, j_begin):
+    """A cursor on the first column >= j_begin in the list of every row: (place, column, lowest column of all rows).
 
-    lists = (p_starts, p_columns, groups): row i has the columns starts[i mod groups] up to the next list's.
+    lists = (p_starts, p_columns, groups): from starts[i mod groups] on the columns of row i, ascending, then NO_COLUMN.
     """
     p_starts, p_columns, groups = lists
-    m_rows = o_rows < num_rows
-    b_low = tl.load(p_starts + o_rows % groups, mask=m_rows, other=0)
-    b_end = tl.load(p_starts + o_rows % groups + 1, mask=m_rows, other=0)
-    b_high = b_end
-    while tl.max(b_high - b_low, 0) > 0:
-        b_middle = (b_low + b_high) // 2
-        b_column = tl.load(p_columns + b_middle, mask=b_low < b_high, other=NO_COLUMN)
-        b_low = tl.where(b_column < j_begin, b_middle + 1, b_low)
-        b_high = tl.where(b_column < j_begin, b_high, b_middle)
-    b_column = tl.load(p_columns + b_low, mask=b_low < b_end, other=NO_COLUMN)
-    return b_low, b_end, b_column, tl.min(b_column, 0)
+    b_place = tl.load(p_starts + o_rows % groups)
+    b_after = tl.load(p_starts + o_rows % groups + 1) - 1
+    while tl.max(b_after - b_place, 0) > 0:
+        b_middle = (b_place + b_after) // 2
+        m_before = tl.load(p_columns + b_middle) < j_begin  # never at the end: that is NO_COLUMN
+        b_place = tl.where(m_before, b_middle + 1, b_place)
+        b_after = tl.where(m_before, b_after, b_middle)
+    b_column = tl.load(p_columns + b_place)
+    return b_place, b_column, tl.min(b_column, 0)
 
 
 @triton.jit
@@ -146,11 +143,11 @@ def listed_tile(p_columns, cursor, o_j, j_stop, BLOCK_M: tl.constexpr, BLOCK_N: 
 
     A tile that no list reaches costs one comparison; otherwise as many rounds as the busiest row has entries in it.
     """
-    b_place, b_end, b_column, lowest = cursor
+    b_place, b_column, lowest = cursor
     m_listed = tl.zeros((BLOCK_M, BLOCK_N), tl.int1)
     while lowest < j_stop:
         m_listed = m_listed | (b_column[:, None] == o_j[None, :])
         b_place += (b_column < j_stop).to(b_place.dtype)
-        b_column = tl.load(p_columns + b_place, mask=b_place < b_end, other=NO_COLUMN)
+        b_column = tl.load(p_columns + b_place)
         lowest = tl.min(b_column, 0)
-    return m_listed, (b_place, b_end, b_column, lowest)
+    return m_listed, (b_place, b_column, lowest)

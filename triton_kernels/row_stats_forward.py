@@ -146,4 +146,5 @@ def row_stats_forward_kernel(
                   True, True, HAS_IMAGES, RULES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
     else:
         sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-              SHIFT == "online", SHIFT == "online", HAS_IMAGES, RULES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+              SHIFT == "online", SHIFT == "online", HAS_IMAGES, RULES, COLUMNS, MEANS, DIAGNOSTICS,
+              PRECISION)  # fmt: skip

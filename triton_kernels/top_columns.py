@@ -24,7 +24,7 @@ def top_columns_kernel(
 ):  # fmt: skip
     """Program (i, split): BLOCK_M images from i * BLOCK_M on, columns split * span up to the next split.
 
-    Writes scores and columns [splits, groups, K] in no order; -inf beside numbers past the columns where there are fewer.
+    Writes scores and columns [splits, groups, K] in no order; where there are fewer, -inf and no column's number.
     """
     i_split = tl.program_id(1)
     o_g = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

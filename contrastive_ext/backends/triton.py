@@ -87,7 +87,9 @@ def _sides(problem: Problem, u: Tensor, v: Tensor) -> tuple[_Side, _Side]:
     guides = (None,) * 4 if gate is None else (gate.scorers, gate.row_limit, gate.features, gate.col_limit)
     scorers, row_limit, features, col_limit = (x if x is None else x.contiguous() for x in guides)
     rows = _Side(u, 0, pairs.row_ids, ignored, scorers, row_limit)
-    return rows, _Side(v, pairs.positive_offset, pairs.col_ids, ignored if problem.one_set else None, features, col_limit)
+    return rows, _Side(
+        v, pairs.positive_offset, pairs.col_ids, ignored if problem.one_set else None, features, col_limit
+    )
 
 
 def _mask(pairs: Pairs) -> str:
@@ -99,8 +101,9 @@ def _mask(pairs: Pairs) -> str:
 
 def _rules(pairs: Pairs, rows: _Side, cols: _Side, row_anchors: bool, col_anchors: bool) -> dict[str, Any]:
     """The kernels' arguments about pairs of a sweep over `rows`; which sides are anchors in it."""
-    listed = _listed(rows.ignored, len(cols.x)) if rows.ignored is not None and row_anchors else (None, None)
-    listing = (None, None)
+    listed = listing = (None, None)  # type: tuple[Tensor | None, Tensor | None]
+    if rows.ignored is not None and row_anchors:
+        listed = _listed(rows.ignored, len(cols.x))
     if cols.ignored is not None and col_anchors:
         listing = _listing(cols.ignored, len(cols.x), len(rows.x))
     num_scorers, groups, features = (0, 0, 0) if pairs.gate is None else pairs.gate.scorers.shape
@@ -130,20 +133,25 @@ def _rules(pairs: Pairs, rows: _Side, cols: _Side, row_anchors: bool, col_anchor
 
 
 def _listed(ignored: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Where each list begins, and the lists [G k], sorted, what is no column at their ends."""
-    groups, length = ignored.shape
-    starts = torch.arange(groups + 1, device=ignored.device) * length
+    """(starts, lists): the lists [G, k] one after the other, each sorted and ended by NO_COLUMN."""
+    no_column, (groups, length) = _kernels().pairs.NO_COLUMN.value, ignored.shape
     inside = (ignored >= 0) & (ignored < columns)
-    return starts, ignored.where(inside, _kernels().pairs.NO_COLUMN.value).sort(1).values.int().flatten()
+    lists = torch.nn.functional.pad(ignored.where(inside, no_column).sort(1).values, (0, 1), value=no_column)
+    return _starts(torch.arange(groups + 1, device=ignored.device) * (length + 1), lists), lists.int().flatten()
 
 
 def _listing(ignored: Tensor, anchors: int, candidates: int) -> tuple[Tensor, Tensor]:
-    """The lists the other way round: for each candidate which anchors list it, ascending."""
-    groups, length = ignored.shape
+    """The lists the other way round: for each candidate the anchors that list it, ascending, ended by NO_COLUMN."""
+    (groups, length), every = ignored.shape, torch.arange(candidates + 1, device=ignored.device)
     lists = ignored.repeat(anchors // groups, 1).flatten()
-    by_candidate, order = lists.where((lists >= 0) & (lists < candidates), candidates).sort(stable=True)
-    starts = torch.searchsorted(by_candidate, torch.arange(candidates + 1, device=ignored.device))
-    return starts, (order // length).int()
+    listed = torch.cat([lists.where((lists >= 0) & (lists < candidates), candidates), every[:-1]])
+    listed, order = listed.sort(stable=True)
+    by_candidate = torch.where(order < len(lists), order // length, _kernels().pairs.NO_COLUMN.value)
+    return _starts(torch.searchsorted(listed, every), by_candidate), by_candidate.int()
+
+
+def _starts(starts: Tensor, entries: Tensor) -> Tensor:
+    return starts.int() if entries.numel() < 2**31 else starts
 
 
 class _Term(NamedTuple):
@@ -165,7 +173,9 @@ class _Forward:
         # the mean costs a second product and an accumulator like those of the backward
         mask = _mask(self.pairs)
         counted = mask != "images"
-        self.config = _config("backward" if self.fused_means else "forward", self.u, "ids" if diagnostics and not counted else mask)
+        self.config = _config(
+            "backward" if self.fused_means else "forward", self.u, "ids" if diagnostics and not counted else mask
+        )
         exponents = problem.exponents + ((2 * problem.exponents[0],) if diagnostics else ())
         # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum
         shift = "online" if self.fused_means else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
@@ -260,7 +270,7 @@ def top_columns(
     """
     if k > _kernels().top_columns.MAX_LISTED:
         return torch_blocks.top_columns(scorers, features, k, num_images, col_ids)
-    num_scorers, groups, dim = scorers.shape
+    num_scorers, groups, _ = scorers.shape
     config = _config("top_columns", features, "images")
     tiles = _cdiv(groups, config.block_m)
     splits, span = _split(tiles, len(features), config.block_n, 2 * _processors(scorers.device))
