@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from . import digits, environment, plots, report
-from .cases import LOSSES, Case, cpu_cases, cuda_cases
+from .cases import PAIR_LOSSES, Case, cpu_cases, cuda_cases
 from .device import Device
 from .harness import Harness
 from .memory import HostMemory
@@ -56,7 +56,7 @@ def _bench(options: argparse.Namespace) -> int:
     limit = options.time_limit or _TIME_LIMIT_S[device.kind]
     table = (cuda_cases if device.is_cuda else cpu_cases)(options.quick)
     cases = [replace(case, peers=options.peers) for case in table if re.search(options.only, case.name)]
-    jobs = [name for name in LOSSES if re.search(options.only, f"digits {name}")]
+    jobs = [name for name in PAIR_LOSSES if re.search(options.only, f"digits {name}")]
     path = options.out / f"{environment.slug(device)}.json"
     results, began = Results(environment.facts(device)), time.monotonic()
     with contextlib.ExitStack() as stack:

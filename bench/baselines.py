@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from .own_losses import OwnLoss
 
 if TYPE_CHECKING:
     from .cases import Case, Inputs
@@ -68,6 +70,8 @@ HARD_NEGATIVE = DenseLoss((BETA, 1.0 + BETA), _hard_negative)
 
 def eager(case: Case, inputs: Inputs) -> Tensor:
     """[R] loss of every row through the whole matrix of logits."""
+    if isinstance(case.dense, OwnLoss):
+        return case.dense.rows(case, case.dense.prepare(case, _unit_inputs(case, inputs)), slice(0, case.n))
     u1, u2 = _unit(case, inputs)
     pos = (u1 * u2).sum(1) / case.temperature
     if case.layout == "two_view":
@@ -84,6 +88,11 @@ def chunked(case: Case, inputs: Inputs, *, operand_dtype: torch.dtype | None = N
 
     operand_dtype  round unit vectors to it first, gradients passing through: what 16-bit operands compute exactly
     """
+    size = max(1, CHUNK_ELEMENTS // case.m)
+    if isinstance(case.dense, OwnLoss):
+        tensors = case.dense.prepare(case, _unit_inputs(case, inputs, operand_dtype))
+        blocks = [slice(i, min(i + size, case.n)) for i in range(0, case.n, size)]
+        return torch.cat([checkpoint(case.dense.rows, case, tensors, rows, use_reentrant=False) for rows in blocks])
     u1, u2 = _unit(case, inputs, operand_dtype)
     pos = (u1 * u2).sum(1) / case.temperature
     if case.layout == "two_view":
@@ -93,7 +102,6 @@ def chunked(case: Case, inputs: Inputs, *, operand_dtype: torch.dtype | None = N
         sweeps = [(u1, inputs.queue.to(u1.dtype), pos)]
     else:
         sweeps = [(u1, u2, pos), (u2, u1, pos)]
-    size = max(1, CHUNK_ELEMENTS // case.m)
 
     def block(u: Tensor, v: Tensor, pos: Tensor, first: int) -> Tensor:
         return _row_losses(case, _masked_logits(case, u, v, first), pos)
@@ -125,11 +133,20 @@ def _compiled(case: Case) -> Callable[[Inputs], Tensor]:
 
 
 def _unit(case: Case, inputs: Inputs, operand_dtype: torch.dtype | None = None) -> list[Tensor]:
-    units = []
-    for z in (inputs.z1, inputs.z2):
-        u = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
-        units.append(u if operand_dtype is None else u + (u.to(operand_dtype).to(u.dtype) - u).detach())
-    return units
+    return [_unit_rows(z, operand_dtype) for z in inputs.leaves]
+
+
+def _unit_rows(z: Tensor, operand_dtype: torch.dtype | None) -> Tensor:
+    u = F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+    return u if operand_dtype is None else u + (u.to(operand_dtype).to(u.dtype) - u).detach()
+
+
+def _unit_inputs(case: Case, inputs: Inputs, operand_dtype: torch.dtype | None = None) -> Inputs:
+    """Unit vectors throughout, the queue as given, all in one dtype."""
+    z1, *z2 = _unit(case, inputs, operand_dtype)
+    constants = {n: _unit_rows(x, operand_dtype) if x.dim() == 2 else x for n, x in inputs.constants.items()}
+    queue = None if inputs.queue is None else inputs.queue.to(z1.dtype)
+    return replace(inputs, z1=z1, z2=z2[0] if z2 else None, queue=queue, constants=constants)
 
 
 def _masked_logits(case: Case, u: Tensor, v: Tensor, first: int) -> Tensor:

@@ -4,13 +4,15 @@
     symmetric  N = B rows against M = B columns and back (CLIP)
     queue      N = B anchors, each with its partner as positive, against M frozen keys (MoCo)
 
+and one layout of its own for each loss that is no loss of pairs (own_losses.py).
+
 A new loss is one row of LOSSES: cases, smoke test, digits job, table and picture follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,11 @@ from torch import Tensor
 
 import contrastive_ext
 
-from . import baselines
+from . import baselines, own_losses
 from .baselines import DenseLoss
+from .own_losses import OwnLoss
+
+PAIR_LAYOUTS = ("two_view", "symmetric", "queue")
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,13 @@ class LossRow:
     """A public loss and its dense formula; temperature is where it is used, and where a debiased row still learns."""
 
     function: Callable[..., Tensor]
-    dense: DenseLoss
+    dense: DenseLoss | OwnLoss
     temperature: float
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts it is defined in."""
+        return (self.dense.layout,) if isinstance(self.dense, OwnLoss) else PAIR_LAYOUTS
 
 
 LOSSES: dict[str, LossRow] = {
@@ -36,8 +46,12 @@ LOSSES: dict[str, LossRow] = {
     "fused_decoupled_loss": LossRow(contrastive_ext.fused_decoupled_loss, baselines.DECOUPLED, 0.1),
     "fused_debiased_loss": LossRow(contrastive_ext.fused_debiased_loss, baselines.DEBIASED, 0.5),
     "fused_hard_negative_loss": LossRow(contrastive_ext.fused_hard_negative_loss, baselines.HARD_NEGATIVE, 0.5),
+    "fused_false_negative_loss": LossRow(contrastive_ext.fused_false_negative_loss, own_losses.FALSE_NEGATIVE, 0.1),
+    "fused_supcon_loss": LossRow(contrastive_ext.fused_supcon_loss, own_losses.SUPCON, 0.1),
+    "fused_self_labeling_loss": LossRow(contrastive_ext.fused_self_labeling_loss, own_losses.SELF_LABELING, 0.2),
+    "fused_soft_target_loss": LossRow(contrastive_ext.fused_soft_target_loss, own_losses.SOFT_TARGET, 0.1),
 }
-LAYOUTS = ("two_view", "symmetric", "queue")
+PAIR_LOSSES = [name for name, row in LOSSES.items() if row.layouts == PAIR_LAYOUTS]
 
 # name -> (dtype of the inputs, TF32 products allowed)
 DTYPES = {
@@ -53,28 +67,51 @@ DTYPES = {
 #   recompute  forms it a second time in the backward
 #   triangle   visits the upper triangle of one set only; s and two products per tile in the backward
 #   rows       every row block visits all columns; one set needs s and one product, two sets swap roles and run again
-# The fused paths make a queue's gradient in the forward.
+# The fused paths make a queue's gradient in the forward. Self-labels: the labels of a block and of its partners;
+# views: scores and logits, the fused detection is a sweep of its own.
 FLOPS = {
-    "dense": {"two_view": (2, 4), "symmetric": (2, 4), "queue": (2, 2)},
-    "recompute": {"two_view": (2, 6), "symmetric": (4, 12), "queue": (2, 4)},
-    "triangle": {"two_view": (1, 3), "symmetric": (2, 6), "queue": (4, 0)},
-    "rows": {"two_view": (2, 4), "symmetric": (2, 8), "queue": (4, 0)},
-}
+    "dense": {
+        "two_view": (2, 4), "symmetric": (2, 4), "queue": (2, 2), "self_labels": (8, 4), "soft_targets": (4, 2),
+        "views": (4, 4), "labelled": (2, 4),
+    },
+    "recompute": {
+        "two_view": (2, 6), "symmetric": (4, 12), "queue": (2, 4), "self_labels": (8, 12), "soft_targets": (4, 6),
+        "views": (4, 8), "labelled": (2, 6),
+    },
+    "triangle": {
+        "two_view": (1, 3), "symmetric": (2, 6), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
+        "views": (3, 3), "labelled": (1, 3),
+    },
+    "rows": {
+        "two_view": (2, 4), "symmetric": (2, 8), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
+        "views": (4, 4), "labelled": (2, 4),
+    },
+}  # fmt: skip
 ALGORITHMS = {"chunked": "recompute", "torch": "triangle", "cpu": "triangle", "triton": "rows", "cuda": "rows"}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of one call; z1 and z2 need gradients, the queue does not."""
+    """Tensors of one call; z1 and z2 need gradients (a loss may have z1 only), the others do not.
+
+    constants   what else a loss takes: matrices are vectors of the case's dtype, the rest is used as it is
+    """
 
     z1: Tensor
-    z2: Tensor
+    z2: Tensor | None
     queue: Tensor | None = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What gradients are taken for."""
+        return (self.z1,) if self.z2 is None else (self.z1, self.z2)
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values as leaves of another dtype."""
-        z1, z2 = (z.detach().to(dtype).requires_grad_() for z in (self.z1, self.z2))
-        return Inputs(z1, z2, None if self.queue is None else self.queue.to(dtype))
+        z1, *z2 = (z.detach().to(dtype).requires_grad_() for z in self.leaves)
+        constants = {name: x.to(dtype) if x.dim() == 2 else x for name, x in self.constants.items()}
+        return Inputs(z1, z2[0] if z2 else None, None if self.queue is None else self.queue.to(dtype), constants)
 
 
 @dataclass(frozen=True)
@@ -93,14 +130,19 @@ class Case:
     peers: bool = False  # other libraries too, where installed; some need N^3 memory: only where asked for
 
     @property
-    def dense(self) -> DenseLoss:
+    def dense(self) -> DenseLoss | OwnLoss:
         """The loss's dense formula."""
         return LOSSES[self.loss].dense
 
     @property
     def negatives(self) -> int:
-        """Negatives of every anchor."""
+        """Negatives of every anchor of a loss over pairs."""
         return self.m - {"two_view": 2, "symmetric": 1, "queue": 0}[self.layout]
+
+    @property
+    def columns(self) -> int:
+        """Candidates of every anchor: the m given ones, and the batch's own keys where the loss has such."""
+        return self.m + (self.n if isinstance(self.dense, OwnLoss) and self.dense.batch_keys else 0)
 
     @property
     def tf32(self) -> bool:
@@ -126,6 +168,8 @@ class Case:
         def draw(rows: int) -> Tensor:
             return torch.randn(rows, self.dim, generator=generator, device=device)
 
+        if isinstance(self.dense, OwnLoss):
+            return Inputs(*self.dense.draw(self, draw)).to(self.torch_dtype)
         z1 = draw(pairs)
         z2 = z1 + 0.5 * draw(pairs)
         queue = F.normalize(draw(self.m), dim=1).to(self.torch_dtype) if self.layout == "queue" else None
@@ -140,13 +184,15 @@ def short_name(loss: str) -> str:
 def executed_flops(method: str, case: Case) -> tuple[float, float]:
     """Matrix flops of forward and backward as `method` executes them; methods without a row are dense."""
     forward, backward = FLOPS[ALGORITHMS.get(method, "dense")][case.layout]
-    elements = float(case.n) * case.m * case.dim
+    elements = float(case.n) * case.columns * case.dim
     return forward * elements, backward * elements
 
 
 def fused(case: Case, inputs: Inputs, backend: str, reduction: str) -> Tensor:
     """The public function on `inputs`."""
     function = LOSSES[case.loss].function
+    if isinstance(case.dense, OwnLoss):
+        return case.dense.call(function, case, inputs, {"backend": backend, "reduction": reduction})
     options = {"layout": case.layout}
     if case.layout == "queue":
         options = {"layout": "one_way", "queue": inputs.queue, "in_batch_negatives": False}
@@ -159,7 +205,7 @@ def _case(loss: str, layout: str, n: int, m: int | None = None, dim: int = 128, 
 
 
 def _other_losses() -> list[str]:
-    return [short_name(name) for name in LOSSES if name != "fused_infonce_loss"]
+    return [short_name(name) for name in PAIR_LOSSES if name != "fused_infonce_loss"]
 
 
 def cpu_cases(quick: bool) -> list[Case]:
@@ -174,6 +220,11 @@ def cpu_cases(quick: bool) -> list[Case]:
         *others,
         _case("infonce", "symmetric", 4096),
         _case("infonce", "queue", 1024, 16384),
+        _case("false_negative", "views", 4096),
+        _case("supcon", "labelled", 4096),
+        _case("self_labeling", "self_labels", 1024, 16384),
+        _case("soft_target", "soft_targets", 1024, 16384),
+        _case("self_labeling", "self_labels", 256, 65536),
         _case("infonce", "two_view", 4096, dtype="bfloat16"),
         _case("infonce", "two_view", 16384),
     ]
@@ -191,6 +242,12 @@ def cuda_cases(quick: bool) -> list[Case]:
     ]
     cases += [_case("infonce", "two_view", 16384, dim=dim, dtype="bfloat16") for dim in (256, 512, 768, 1024)]
     cases += [_case("infonce", "queue", n, 65536, dtype="bfloat16") for n in (256, 1024, 4096)]
+    cases += [_case("self_labeling", "self_labels", n, 65536, dtype="bfloat16") for n in (256, 1024, 4096)]
+    cases += [_case("soft_target", "soft_targets", 1024, 65536, dtype="bfloat16")]
+    cases += [
+        _case(loss, layout, 16384, dtype="bfloat16")
+        for loss, layout in (("false_negative", "views"), ("supcon", "labelled"))
+    ]
     cases += [_case("infonce", "symmetric", n, dim=512, dtype="bfloat16") for n in (4096, 16384, 65536)]
     cases += [_case("infonce", "two_view", 65536, dim=dim, dtype="bfloat16") for dim in (256, 512, 768, 1024)]
     cases += [_case("infonce", "symmetric", 65536, dim=768, dtype="bfloat16")]
@@ -202,11 +259,18 @@ def cuda_cases(quick: bool) -> list[Case]:
     return cases
 
 
+_SMOKE_SHAPES = {
+    "two_view": (70, 70, 32), "views": (70, 70, 32), "labelled": (70, 70, 32), "symmetric": (67, 67, 40),
+    "queue": (33, 129, 32),
+}  # fmt: skip
+
+
 def smoke_cases() -> list[Case]:
     """Every loss and layout at sizes that no tile divides, small enough for compute-sanitizer."""
     return [
         _case(short_name(name), layout, n, m, dim, dtype=dtype)
-        for name in LOSSES
-        for layout, n, m, dim in (("two_view", 70, 70, 32), ("symmetric", 67, 67, 40), ("queue", 33, 129, 32))
+        for name, row in LOSSES.items()
+        for layout in row.layouts
+        for n, m, dim in (_SMOKE_SHAPES.get(layout, _SMOKE_SHAPES["queue"]),)
         for dtype in ("float32", "bfloat16", "float16", "float64")
     ]

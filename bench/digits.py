@@ -51,9 +51,9 @@ class Agreement:
 
 def train(loss_name: str, steps: int, device: Device, step_done: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Train with one loss and every backend beside it; a JSON-ready record whose `agrees` is the verdict."""
-    images, labels = _load(device)
+    images, labels = load(device)
     torch.manual_seed(0)
-    encoder = _encoder().to(device.torch)
+    encoder = new_encoder().to(device.torch)
     before = probe(encoder, images, labels)
     optimizer = torch.optim.Adam(encoder.parameters(), LEARNING_RATE)
     function = LOSSES[loss_name].function
@@ -112,29 +112,32 @@ def augment(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def probe(encoder: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
-    """[mean, standard deviation] over random draws of the accuracy of one-shot nearest-centroid classification."""
+def probe(encoder: nn.Module, images: Tensor, labels: Tensor, shots: int = 1) -> list[float]:
+    """[mean, standard deviation] over random draws of the accuracy of few-shot nearest-centroid classification."""
     features = F.normalize(encoder(images), dim=1)
     generator = torch.Generator().manual_seed(0)
     accuracies = []
     for _ in range(PROBE_DRAWS):
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        shots = torch.stack([order[labels[order] == c][0] for c in range(10)])
+        examples = torch.stack([order[labels[order] == c][:shots] for c in range(10)])  # [10, shots]
         wrong_to_count = torch.ones_like(labels, dtype=torch.bool)
-        wrong_to_count[shots] = False  # the shots themselves are no test
-        guess = (features @ features[shots].T).argmax(1)
+        wrong_to_count[examples.flatten()] = False  # the examples themselves are no test
+        centroids = F.normalize(features[examples].mean(1), dim=1)
+        guess = (features @ centroids.T).argmax(1)
         accuracies.append((guess == labels)[wrong_to_count].double().mean())
     values = torch.stack(accuracies)
     return [float(values.mean()), float(values.std())]
 
 
-def _encoder() -> nn.Module:
+def new_encoder() -> nn.Module:
+    """A fresh encoder of [n, 1, 8, 8] images to [n, FEATURES]."""
     return nn.Sequential(
         nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, FEATURES)
     )
 
 
-def _load(device: Device) -> tuple[Tensor, Tensor]:
+def load(device: Device) -> tuple[Tensor, Tensor]:
+    """Images [1797, 1, 8, 8] in [0, 1] and their classes."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

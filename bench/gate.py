@@ -34,7 +34,7 @@ class Truth:
 
     losses: Tensor
     upstream: Tensor
-    gradients: tuple[Tensor, Tensor]
+    gradients: tuple[Tensor, ...]
     dense_errors: tuple[float, ...] | None
 
 
@@ -45,7 +45,7 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     losses = baselines.chunked(case, exact, operand_dtype=operand_dtype)
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(len(losses), generator=generator, dtype=torch.float64).to(losses.device)
-    gradients = torch.autograd.grad(losses, (exact.z1, exact.z2), upstream)
+    gradients = torch.autograd.grad(losses, exact.leaves, upstream)
     truth = Truth(losses.detach(), upstream, gradients, None)
     if case.torch_dtype in RELATIVE_L2:
         return truth
@@ -81,7 +81,7 @@ def _results(
     row_losses: Callable[[Case, Inputs], Tensor], case: Case, inputs: Inputs, upstream: Tensor
 ) -> tuple[Tensor, ...]:
     losses = row_losses(case, inputs)
-    gradients = torch.autograd.grad(losses, (inputs.z1, inputs.z2), upstream.to(losses.dtype))
+    gradients = torch.autograd.grad(losses, inputs.leaves, upstream.to(losses.dtype))
     return (losses.detach(), *gradients)
 
 

@@ -128,7 +128,7 @@ class Harness:
 
     def _replay(self, call: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> float | None:
         """Median ms of forward + backward as a CUDA graph; None where the call cannot be captured."""
-        leaves = (inputs.z1, inputs.z2)
+        leaves = inputs.leaves
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         try:

@@ -64,7 +64,7 @@ def peak_mib_cuda(method: Method, case: Case, device: Device) -> float:
 
 
 def _run(method: Method, case: Case, inputs) -> None:
-    torch.autograd.grad(method.mean_loss(case, inputs), (inputs.z1, inputs.z2))
+    torch.autograd.grad(method.mean_loss(case, inputs), inputs.leaves)
 
 
 def _serve() -> None:
@@ -86,7 +86,7 @@ def _measure(request: dict) -> float:
     device, case = Device("cpu"), Case(**request["case"])
     method = find_method(request["method"], case, device)
     inputs = case.inputs(device.torch)
-    n, m = _TINY[case.layout]
+    n, m = _TINY.get(case.layout, _TINY["queue"])
     tiny = replace(case, n=n, m=m)
     _run(method, tiny, tiny.inputs(device.torch))
     with contextlib.suppress(OSError):  # where the peak cannot be reset it can only be overstated

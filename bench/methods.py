@@ -17,7 +17,7 @@ from .device import Device
 
 # Peak bytes per element of the N x M matrix in eager PyTorch, measured at N = 8192 on the CPU: 16.3 with one exponent
 # (logits, softmax, gradient, a temporary), 20.3 with two. Only decides what is not even tried.
-EAGER_BYTES_PER_ELEMENT = {1: 16.3, 2: 20.3}
+EAGER_BYTES_PER_ELEMENT = {1: 16.3, 2: 20.3, 3: 33.0}
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,15 @@ def _timed_call(device: Device, call: Callable[[Inputs], Tensor], inputs: Inputs
     start = device.mark()
     loss = call(inputs)
     middle = device.mark()
-    torch.autograd.grad(loss, (inputs.z1, inputs.z2))
+    torch.autograd.grad(loss, inputs.leaves)
     return start, middle, device.mark()
 
 
 def rotation(device: Device, make_inputs: Callable[[int], Inputs], most: int = 32) -> list[Inputs]:
     """Copies of a case's inputs with different seeds that together are twice the last cache."""
     first = make_inputs(0)
-    size = sum(z.numel() * z.element_size() for z in (first.z1, first.z2, first.queue) if z is not None)
+    size = sum(
+        z.numel() * z.element_size() for z in (*first.leaves, first.queue, *first.constants.values()) if z is not None
+    )
     copies = min(most, max(2, -(-2 * device.cache_bytes() // size)))
     return [first, *(make_inputs(seed) for seed in range(1, copies))]

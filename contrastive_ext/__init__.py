@@ -16,10 +16,26 @@ from .explain import Explanation, explain
 from .losses.base import RowLoss, RowStatistics, fused_row_loss
 from .losses.debiased import Debiased, fused_debiased_loss
 from .losses.decoupled import Decoupled, fused_decoupled_loss
+from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
+from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
+from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
+from .losses.supcon import SupConStats, fused_supcon_loss
 from .memory import MemoryEstimate, estimate_memory
-from .modules import DebiasedLoss, DecoupledLoss, HardNegativeLoss, InfoNCELoss, LogitScale, RowLossModule
+from .modules import (
+    DebiasedLoss,
+    DecoupledLoss,
+    FalseNegativeLoss,
+    HardNegativeLoss,
+    InfoNCELoss,
+    LogitScale,
+    RowLossModule,
+    SelfLabelingLoss,
+    SoftTargetLoss,
+    SupConLoss,
+)
+from .momentum import momentum_mixup, momentum_update, mu_schedule
 from .queue import NegativeQueue
 from .row_stats import row_stats
 from .stats import LossStats
@@ -30,6 +46,8 @@ __all__ = [
     "Decoupled",
     "DecoupledLoss",
     "Explanation",
+    "FalseNegativeLoss",
+    "FalseNegativeStats",
     "HardNegative",
     "HardNegativeLoss",
     "InfoNCE",
@@ -41,15 +59,28 @@ __all__ = [
     "RowLoss",
     "RowLossModule",
     "RowStatistics",
+    "SelfLabelingLoss",
+    "SelfLabelingStats",
+    "SoftTargetLoss",
+    "SoftTargetStats",
+    "SupConLoss",
+    "SupConStats",
     "__version__",
     "available_backends",
     "estimate_memory",
     "explain",
     "fused_debiased_loss",
     "fused_decoupled_loss",
+    "fused_false_negative_loss",
     "fused_hard_negative_loss",
     "fused_infonce_loss",
     "fused_row_loss",
+    "fused_self_labeling_loss",
+    "fused_soft_target_loss",
+    "fused_supcon_loss",
+    "momentum_mixup",
+    "momentum_update",
+    "mu_schedule",
     "row_stats",
 ]
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from . import numerics
+from .cancellation import Cancellation
+from .pairs import Gate
 from .queue import NegativeQueue
 
 Layout = Literal["two_view", "one_way", "symmetric"]
@@ -30,7 +32,8 @@ class ColumnSet:
 
     v: Tensor | None
     num_images: int = 0  # > 0: the leading columns show the anchors' images, view by view (pairs.py)
-    ids: Tensor | None = None
+    ids: Tensor | None = None  # of the columns
+    gate: Gate | None = None
     unit: bool = False
 
 
@@ -46,6 +49,7 @@ class Arrangement:
     correction: Tensor  # [R] log-mean-exp of the logits of the debiasing positives; pos unless `positives` is given
     symmetric: bool  # R = 2A: the columns of the one set are anchors too
     operand_dtype: torch.dtype
+    anchor_ids: Tensor | None = None
 
 
 def arrange(
@@ -61,13 +65,17 @@ def arrange(
     in_batch_negatives: bool,
     positives: Tensor | None,
     normalize: bool,
+    cancellation: Cancellation | None = None,
 ) -> Arrangement:
     """Check the arguments of a loss over pairs and arrange them; raises before anything is computed."""
-    keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+    cancellation = cancellation or Cancellation()
+    has_ids = isinstance(queue, NegativeQueue)
+    keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, cancellation.queue_ids)
     _check_pairs(z1, z2, layout)
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
+    cancellation.check(z1, z2, keys, has_ids)
     dtype, operand_dtype = numerics.stats_dtype(z1.dtype), z1.dtype
-    scale = _scale(temperature, logit_scale, default_temperature, dtype, z1.device)
+    scale = scale_from(temperature, logit_scale, default_temperature, dtype, z1.device)
 
     def operand(z: Tensor) -> Tensor:
         z = z.to(dtype)
@@ -81,10 +89,16 @@ def arrange(
         u2 = operand(z2)
     batch, views = z1.shape[0], 1 if layout == "one_way" else 2
     column_sets, row_negatives = [], None
+    two_view = layout == "two_view"
+    ids = None if cancellation.ids is None else cancellation.ids.long()
+    column_ids = torch.cat([ids, ids]) if two_view and ids is not None else ids
+    gate, key_gate = cancellation.gates(two_view, dtype, both_ways=layout != "one_way")
     if in_batch_negatives:
-        column_sets.append(ColumnSet(None if layout == "two_view" else u2, num_images=batch, unit=normalize))
+        v = None if two_view else u2
+        column_sets.append(ColumnSet(v, num_images=batch, ids=column_ids, gate=gate, unit=normalize))
     if keys is not None:
-        column_sets.append(ColumnSet(numerics.round_operand(keys.detach().to(dtype), operand_dtype), ids=key_ids))
+        keys = numerics.round_operand(keys.detach().to(dtype), operand_dtype)
+        column_sets.append(ColumnSet(keys, ids=None if key_ids is None else key_ids.long(), gate=key_gate))
     if negatives is not None and negatives.dim() == 2:
         column_sets.append(ColumnSet(operand(negatives), unit=normalize))
     elif negatives is not None:
@@ -105,16 +119,18 @@ def arrange(
         correction=correction,
         symmetric=layout == "symmetric",
         operand_dtype=operand_dtype,
+        anchor_ids=None if column_ids is None else column_ids[: len(anchors)],
     )
 
 
-def _scale(
+def scale_from(
     temperature: float | Tensor | None,
     logit_scale: float | Tensor | None,
     default_temperature: float,
     dtype: torch.dtype,
     device: torch.device,
 ) -> float | Tensor:
+    """1/temperature from whichever of the two a call was given, checked."""
     if temperature is not None and logit_scale is not None:
         raise ValueError("give temperature or logit_scale (= 1/temperature), not both.")
     name, value = ("logit_scale", logit_scale) if logit_scale is not None else ("temperature", temperature)
@@ -169,14 +185,7 @@ def _check_extras(
     if keys is not None:
         if layout == "symmetric":
             raise ValueError("layout='symmetric' takes no queue: it is undefined which side it would belong to.")
-        if (
-            keys.dim() != 2
-            or keys.shape[1] != dim
-            or not len(keys)
-            or not keys.is_floating_point()
-            or keys.device != z1.device
-        ):
-            raise ValueError(f"queue must be floating-point [K, {dim}], K >= 1, on {z1.device}; got {_describe(keys)}.")
+        check_queue(keys, dim, z1.device)
     if negatives is not None:
         if layout != "one_way":
             raise ValueError(f"explicit negatives need layout='one_way'; got layout={layout!r}.")
@@ -184,24 +193,32 @@ def _check_extras(
         own = negatives.dim() == 3 and negatives.shape[0] == batch
         if not (shared or own) or negatives.shape[-1] != dim or negatives.shape[-2] == 0:
             raise ValueError(
-                f"negatives must be [K, {dim}] or [{batch}, n, {dim}] with K, n >= 1; got {_describe(negatives)}."
+                f"negatives must be [K, {dim}] or [{batch}, n, {dim}] with K, n >= 1; got {describe(negatives)}."
             )
         _check_like(negatives, z1, "negatives")
     if positives is not None:
         if positives.dim() != 3 or positives.shape[1:] != z1.shape or not len(positives):
-            raise ValueError(f"positives must be [M, {batch}, {dim}] with M >= 1; got {_describe(positives)}.")
+            raise ValueError(f"positives must be [M, {batch}, {dim}] with M >= 1; got {describe(positives)}.")
         _check_like(positives, z1, "positives")
     if not in_batch_negatives:
         if layout != "one_way" or (keys is None and negatives is None):
             raise ValueError("in_batch_negatives=False needs layout='one_way' and a queue or explicit negatives.")
         if z2.shape[0] != batch:
-            raise ValueError(f"with in_batch_negatives=False z2 must be [{batch}, {dim}]; got {_describe(z2)}.")
+            raise ValueError(f"with in_batch_negatives=False z2 must be [{batch}, {dim}]; got {describe(z2)}.")
+
+
+def check_queue(keys: Tensor, dim: int, device: torch.device, name: str = "queue") -> None:
+    """ValueError unless keys are floating-point [K, dim] on `device`."""
+    is_matrix = keys.dim() == 2 and keys.shape[1] == dim and len(keys) > 0
+    if not is_matrix or not keys.is_floating_point() or keys.device != device:
+        raise ValueError(f"{name} must be floating-point [K, {dim}], K >= 1, on {device}; got {describe(keys)}.")
 
 
 def _check_like(tensor: Tensor, z1: Tensor, name: str) -> None:
     if tensor.dtype != z1.dtype or tensor.device != z1.device:
-        raise TypeError(f"{name} must be {z1.dtype} on {z1.device} like z1; got {_describe(tensor)}.")
+        raise TypeError(f"{name} must be {z1.dtype} on {z1.device} like z1; got {describe(tensor)}.")
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+def describe(x: object) -> str:
+    """dtype, shape and device of a tensor, or what else it is, for an error message."""
+    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__

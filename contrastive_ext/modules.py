@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +14,15 @@ from typing_extensions import Unpack
 from .losses.base import LossOptions, RowLoss, fused_row_loss
 from .losses.debiased import Debiased
 from .losses.decoupled import Decoupled, fused_decoupled_loss
+from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
+from .losses.self_labeling import DEFAULT_TEMPERATURE as SELF_LABELING_TEMPERATURE
+from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
+from .losses.soft_target import DEFAULT_TEMPERATURE as SOFT_TARGET_TEMPERATURE
+from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
+from .losses.supcon import SupConStats, fused_supcon_loss
+from .queue import NegativeQueue
 from .stats import LossStats
 
 
@@ -89,6 +99,110 @@ class HardNegativeLoss(RowLossModule):
         **options: Unpack[LossOptions],
     ):
         super().__init__(HardNegative(tau_plus, beta, detach_weights), temperature, **options)
+
+
+class _LossModule(nn.Module):
+    """A loss with a signature of its own: keywords given here are defaults, those given to the call override them."""
+
+    def __init__(self, function: Callable, *inputs: str, **options):
+        super().__init__()
+        inspect.signature(function).bind(**dict.fromkeys(inputs), **options)  # a TypeError names a typo
+        if "queue" in options:
+            self.queue = options.pop(
+                "queue"
+            )  # a NegativeQueue becomes a submodule: it moves and is saved with the loss
+        self.options = options
+
+    def _with_defaults(self, call: dict) -> dict:
+        queue = {"queue": self.queue} if hasattr(self, "queue") else {}
+        temperature = {"temperature": None} if "logit_scale" in call else {}
+        return {**self.options, **queue, **temperature, **call}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class FalseNegativeLoss(_LossModule):
+    """Module of `fused_false_negative_loss`: `FalseNegativeLoss(mode="eliminate", top_k=8)(views, support=support)`."""
+
+    def __init__(self, temperature: float | None = None, queue: Tensor | NegativeQueue | None = None, **options):
+        super().__init__(fused_false_negative_loss, "views", temperature=temperature, queue=queue, **options)
+
+    def forward(self, views: Tensor, **call) -> Tensor | tuple[Tensor, FalseNegativeStats]:
+        """Loss of views [V, B, D]; call-time keywords as in the function."""
+        return fused_false_negative_loss(views, **self._with_defaults(call))
+
+
+class SupConLoss(_LossModule):
+    """Module of `fused_supcon_loss`: `SupConLoss(positives="in")(features, labels)`."""
+
+    def __init__(self, temperature: float | None = None, positives: Literal["out", "in"] = "out", **options):
+        super().__init__(
+            fused_supcon_loss, "features", "labels", temperature=temperature, positives=positives, **options
+        )  # fmt: skip
+
+    def forward(self, features: Tensor, labels: Tensor, **call) -> Tensor | tuple[Tensor, SupConStats]:
+        """Loss of features [N, D] or [V, B, D] with labels [N] or [B]; call-time keywords as in the function."""
+        return fused_supcon_loss(features, labels, **self._with_defaults(call))
+
+
+class SelfLabelingLoss(_LossModule):
+    """Module of `fused_self_labeling_loss`: SANE; `mu` of `mu_schedule` is given to the call."""
+
+    def __init__(
+        self,
+        temperature: float = SELF_LABELING_TEMPERATURE,
+        *,
+        label_temperature: float = 0.8,
+        mu: float = 1.0,
+        lam: float = 0.5,
+        queue: Tensor | NegativeQueue | None = None,
+        normalize: bool = True,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(
+            fused_self_labeling_loss, "q", "k", queue=queue, temperature=temperature,
+            label_temperature=label_temperature, mu=mu, lam=lam, normalize=normalize, reduction=reduction,
+            backend=backend,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_mix: Tensor | None = None,
+        perm: Tensor | None = None,
+        theta: Tensor | float | None = None,
+        **call,
+    ) -> Tensor | tuple[Tensor, SelfLabelingStats]:
+        """Loss of q, k [s, D] and of q_mix [s, D], mixed by `momentum_mixup`; call-time keywords as in the function."""
+        return fused_self_labeling_loss(q, k, q_mix=q_mix, perm=perm, theta=theta, **self._with_defaults(call))
+
+
+class SoftTargetLoss(_LossModule):
+    """Module of `fused_soft_target_loss`: a student's distribution over keys against a teacher's."""
+
+    def __init__(
+        self,
+        temperature: float = SOFT_TARGET_TEMPERATURE,
+        *,
+        teacher_temperature: float,
+        queue: Tensor | NegativeQueue | None = None,
+        normalize: bool = True,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__(
+            fused_soft_target_loss, "queries", "keys", "teacher", queue=queue, temperature=temperature,
+            teacher_temperature=teacher_temperature, normalize=normalize, reduction=reduction, backend=backend,
+        )  # fmt: skip
+
+    def forward(
+        self, queries: Tensor, keys: Tensor | NegativeQueue, teacher: Tensor, **call
+    ) -> Tensor | tuple[Tensor, SoftTargetStats]:
+        """Loss of queries [N, D] against the teacher's [N, D] over keys [M, D] and the queue."""
+        return fused_soft_target_loss(queries, keys, teacher, **self._with_defaults(call))
 
 
 class LogitScale(nn.Module):

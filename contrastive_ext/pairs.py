@@ -45,12 +45,14 @@ class Gate:
     row_limit: Tensor
     col_limit: Tensor | None = None
 
-    def scores(self, rows: slice, cols: slice) -> Tensor:
-        """[rows, cols] largest score over the scorers."""
-        scorers = self.scorers[
-            :, torch.arange(rows.start, rows.stop, device=self.scorers.device) % len(self.scorers[0])
-        ]
-        return (scorers @ self.features[cols].T).amax(0)
+    def cancels(self, rows: slice, cols: slice, candidates_are_rows: bool = False) -> Tensor:
+        """Bool [rows, cols], True where the largest score over the scorers exceeds the anchor's limit."""
+        i = torch.arange(rows.start, rows.stop, device=self.scorers.device) % self.scorers.shape[1]
+        scores = (self.scorers[:, i] @ self.features[cols].T).amax(0)
+        if candidates_are_rows:
+            assert self.col_limit is not None  # row_stats asks for one where columns are anchors
+            return scores > self.col_limit[None, cols]
+        return scores > self.row_limit[rows, None]
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,10 @@ class Pairs:
             rules.append((row_ids == col_ids) if self.only_equal_ids else (row_ids != col_ids))
             rules.append((row_ids if candidates_are_rows else col_ids) != UNFILLED)
         if self.ignored is not None:
-            listed = self._listed(cols, rows).T if candidates_are_rows else self._listed(rows, cols)
+            listed = _listed(self.ignored, cols, rows).T if candidates_are_rows else _listed(self.ignored, rows, cols)
             rules.append(~listed)
         if self.gate is not None:
-            limit = self.gate.row_limit[rows, None] if not candidates_are_rows else self.gate.col_limit[None, cols]
-            rules.append(~(self.gate.scores(rows, cols) > limit))
+            rules.append(~self.gate.cancels(rows, cols, candidates_are_rows))
         keep = None
         for rule in rules:
             keep = rule if keep is None else keep & rule
@@ -111,14 +112,6 @@ class Pairs:
             return torch.full((block.stop - block.start,), missing, device=self.device)
         return ids[block]
 
-    def _listed(self, anchors: slice, candidates: slice) -> Tensor:
-        """Bool [anchors, candidates], True where the anchor's list holds the candidate."""
-        lists = self.ignored[torch.arange(anchors.start, anchors.stop, device=self.device) % len(self.ignored)]
-        width = candidates.stop - candidates.start
-        inside = (lists >= candidates.start) & (lists < candidates.stop)
-        listed = torch.zeros(len(lists), width + 1, dtype=torch.bool, device=self.device)  # one more for those outside
-        return listed.scatter_(1, (lists - candidates.start).where(inside, width), True)[:, :width]
-
     def _may_share_image(self, rows: slice, cols: slice) -> bool:
         if not self.num_images:
             return False
@@ -126,3 +119,12 @@ class Pairs:
         highest = cols.stop - 1 - self.positive_offset - rows.start
         next_multiple = -(-lowest // self.num_images) * self.num_images
         return next_multiple <= highest
+
+
+def _listed(ignored: Tensor, anchors: slice, candidates: slice) -> Tensor:
+    """Bool [anchors, candidates], True where the anchor's list holds the candidate."""
+    lists = ignored[torch.arange(anchors.start, anchors.stop, device=ignored.device) % len(ignored)]
+    width = candidates.stop - candidates.start
+    inside = (lists >= candidates.start) & (lists < candidates.stop)
+    listed = torch.zeros(len(lists), width + 1, dtype=torch.bool, device=ignored.device)  # the last: outside
+    return listed.scatter_(1, (lists - candidates.start).where(inside, width), True)[:, :width]

@@ -39,9 +39,10 @@ class Statistics(NamedTuple):
     """What the forward returns; parts that were not asked for are empty [0] tensors.
 
     lse      [K, N]    log sum over the row's negatives of exp(beta_k s_ij); -inf for a row without any
-    aux      [1, N]    count of negatives; with diagnostics [4, N]: count, largest, sum of logits, lse at 2 beta_0
+    aux      [1, N]    count of negatives; with maximum [2, N]: count, largest logit; with diagnostics [4, N]: count,
+                       largest, sum of logits, lse at 2 beta_0
     col_lse  [K, M]    the same for every column as anchor over the rows, from the same pass
-    col_aux  [1|4, M]
+    col_aux  [1|2|4, M]
     mean     [K, N, D] softmax_k-weighted mean of the columns: d lse_k / d u = beta_k scale mean_k
     """
 

@@ -58,9 +58,9 @@ def dense_logits(batch: Arrangement) -> DenseLogits:
     """The whole problem of `batch` as one matrix."""
     logits, negative = [], []
     for columns in batch.column_sets:
-        block, mask = _block(batch.anchors, columns, batch.scale)
+        block, kept, kept_reverse = _block(batch, columns)
         logits.append(torch.cat([block, block.T]) if batch.symmetric else block)
-        negative.append(torch.cat([mask, mask.T]) if batch.symmetric else mask)
+        negative.append(torch.cat([kept, kept_reverse.T]) if batch.symmetric else kept)
     if batch.row_negatives is not None:
         own = batch.scale * torch.einsum("ad,and->an", batch.anchors, batch.row_negatives)
         logits.append(own)
@@ -68,15 +68,23 @@ def dense_logits(batch: Arrangement) -> DenseLogits:
     return DenseLogits(torch.cat(logits, 1), torch.cat(negative, 1), batch.pos, batch.correction, batch.scale)
 
 
-def _block(anchors: Tensor, columns: ColumnSet, scale: float | Tensor) -> tuple[Tensor, Tensor]:
-    v = anchors if columns.v is None else columns.v
-    logits = scale * (anchors @ v.T)
-    negative = torch.ones_like(logits, dtype=torch.bool)
+def _block(batch: Arrangement, columns: ColumnSet) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, which columns are negatives of which rows, and which rows are negatives of which columns."""
+    anchors, v = batch.anchors, batch.anchors if columns.v is None else columns.v
+    logits = batch.scale * (anchors @ v.T)
+    kept = torch.ones_like(logits, dtype=torch.bool)
     if columns.num_images:
         image = torch.arange(len(anchors), device=anchors.device) % columns.num_images
         image_of_column = torch.full((len(v),), -1, device=anchors.device)
         image_of_column[: len(anchors)] = image
-        negative &= image[:, None] != image_of_column[None, :]
+        kept &= image[:, None] != image_of_column[None, :]
     if columns.ids is not None:
-        negative &= columns.ids[None, :] != UNFILLED
-    return logits, negative
+        kept &= columns.ids[None, :] != UNFILLED
+        if batch.anchor_ids is not None:
+            kept &= batch.anchor_ids[:, None] != columns.ids[None, :]
+    if columns.gate is None:
+        return logits, kept, kept
+    gate = columns.gate
+    score = (gate.scorers @ gate.features.T).amax(0)
+    kept_reverse = kept if gate.col_limit is None else kept & ~(score > gate.col_limit[None, :])
+    return logits, kept & ~(score > gate.row_limit[:, None]), kept_reverse

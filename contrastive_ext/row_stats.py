@@ -27,7 +27,7 @@ _PROBLEM = (
 PAIR_NUMBERS = 3  # of the arguments that classify pairs the first are numbers, the others tensors
 _library = torch.library.Library("contrastive_ext", "FRAGMENT")
 _library.define(
-    f"row_stats({_PROBLEM}, bool columns, bool means, bool diagnostics) -> "
+    f"row_stats({_PROBLEM}, bool columns, bool means, bool diagnostics, bool maximum) -> "
     "(Tensor lse, Tensor aux, Tensor col_lse, Tensor col_aux, Tensor mean)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -52,6 +52,8 @@ def row_stats(
     ignored: Tensor | None = None,
     gate: Gate | None = None,
     columns: bool = False,
+    means: bool = False,
+    maximum: bool = False,
     diagnostics: bool = False,
     unit: bool = False,
     operand_dtype: torch.dtype | None = None,
@@ -66,6 +68,8 @@ def row_stats(
     num_images, positive_offset, row_ids, col_ids, only_equal_ids, ignored, gate
                  which pairs are no negatives, see pairs.py; ids are int64 [N] and [M] (one set: row_ids only)
     columns      also the statistics of every column over the rows, from the same pass (two sets)
+    means        also the mean of the columns weighted by softmax_k, for columns v that need no gradient
+    maximum      also the largest logit of every row
     diagnostics  also the largest logit, the sum of logits and the lse at exponent 2 beta_0 of every row
     unit         promise that |<u_i, v_j>| <= 1 up to rounding
     operand_dtype  dtype whose values u and v hold (see numerics.round_operand); default their own
@@ -74,7 +78,7 @@ def row_stats(
     Cost         2 N M D flops forward (half for one set), 4 to 6 backward. When v needs no gradient (a queue), the
                  gradient of u is made in the forward and the backward costs O(N D).
     """
-    _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, backend)
+    _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend)
     _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, columns)
     scale_tensor = scale if isinstance(scale, Tensor) else None
     needs_gradient = u.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
@@ -83,7 +87,8 @@ def row_stats(
         *torch.ops.contrastive_ext.row_stats(
             u, v, scale_tensor, 0.0 if scale_tensor is not None else float(scale), list(exponents),
             num_images, positive_offset, only_equal_ids, row_ids, col_ids, ignored, *_tensors(gate),
-            unit, operand_dtype or u.dtype, backend, columns, frozen and needs_gradient and torch.is_grad_enabled(), diagnostics,
+            unit, operand_dtype or u.dtype, backend,
+            columns, means or (frozen and needs_gradient and torch.is_grad_enabled()), diagnostics, maximum,
         )
     )  # fmt: skip
 
@@ -115,9 +120,9 @@ def _problem(
 
 
 def _forward(*args) -> tuple[Tensor, ...]:
-    *problem_args, columns, means, diagnostics = args
+    *problem_args, columns, means, diagnostics, maximum = args
     problem, backend = _problem(*problem_args)
-    return tuple(backend.forward(problem, columns=columns, means=means, diagnostics=diagnostics))
+    return tuple(backend.forward(problem, columns=columns, means=means, diagnostics=diagnostics, maximum=maximum))
 
 
 def _backward(*args) -> tuple[Tensor, Tensor]:
@@ -127,8 +132,9 @@ def _backward(*args) -> tuple[Tensor, Tensor]:
 
 
 def _forward_shapes(u, v, scale, scale_value, exponents, *rest) -> tuple[Tensor, ...]:
-    columns, means, diagnostics = rest[-3:]
-    n, m, k, parts = u.shape[0], (u if v is None else v).shape[0], len(exponents), 4 if diagnostics else 1
+    columns, means, diagnostics, maximum = rest[-4:]
+    n, m, k = u.shape[0], (u if v is None else v).shape[0], len(exponents)
+    parts = 4 if diagnostics else 2 if maximum else 1
     return (
         u.new_empty(k, n),
         u.new_empty(parts, n),
@@ -152,7 +158,7 @@ class _RowStats(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             lse, aux, col_lse, col_aux, mean = torch.ops.contrastive_ext.row_stats(*args)
         u, v, scale, scale_value, exponents, *rest = args
-        *pairs, unit, operand_dtype, backend, columns, frozen, _ = rest
+        *pairs, unit, operand_dtype, backend, columns, frozen, _, _ = rest
         ctx.options = scale_value, exponents, pairs[:PAIR_NUMBERS], (unit, operand_dtype, backend), columns, frozen
         v_saved = None if frozen else v  # with the mean at hand v may change in place (a queue does)
         kept = [None] * len(pairs[PAIR_NUMBERS:]) if frozen else pairs[PAIR_NUMBERS:]
@@ -206,7 +212,7 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
-def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, backend) -> None:
+def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend) -> None:
     if u.dim() != 2 or (v is not None and (v.dim() != 2 or v.shape[1] != u.shape[1])):
         shapes = f"{list(u.shape)}" + ("" if v is None else f" and {list(v.shape)}")
         raise ValueError(f"u must be [N, D] and v [M, D] with the same D; got {shapes}.")
@@ -233,6 +239,8 @@ def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids
             raise ValueError(
                 f"{name} must be int64 [{length}] on {u.device}; got {ids.dtype} {list(ids.shape)} on {ids.device}."
             )
+    if means and (v is None or v.requires_grad or columns):
+        raise ValueError("means are those of a second set v without gradient; detach v, and leave columns=False.")
     if v is None and (columns or col_ids is not None):
         raise ValueError("columns=True and col_ids need a second set v; with one set rows and columns are the same.")
     if backend == dispatch.REFERENCE:
@@ -254,7 +262,7 @@ def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, colu
             raise ValueError("ignored lists belong to rows: with columns=True use ids or a gate.")
     if gate is None:
         return
-    scorers, features, row_limit, col_limit = _tensors(gate)
+    scorers, features, row_limit, col_limit = gate.scorers, gate.features, gate.row_limit, gate.col_limit
     for name, tensor in (("scorers", scorers), ("features", features), ("limits", row_limit)):
         if tensor.dtype != u.dtype or tensor.device != u.device or tensor.requires_grad:
             raise TypeError(f"the gate's {name} must be {u.dtype} on {u.device}, without gradient.")

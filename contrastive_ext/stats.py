@@ -30,8 +30,16 @@ class Diagnostics(NamedTuple):
     candidates: int
 
 
+class Record:
+    """Base of the records: 0-d tensors by name."""
+
+    def to_dict(self) -> dict[str, float]:
+        """The fields as floats, for a logger; waits for the device."""
+        return {f.name: float(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class LossStats:
+class LossStats(Record):
     """Averages over the anchors that have negatives; 0-d tensors, cosine similarities when inputs are normalised.
 
     accuracy             share of anchors whose positive is more similar than their hardest negative
@@ -56,7 +64,7 @@ class LossStats:
 
     def to_dict(self) -> dict[str, float]:
         """The fields as floats, for a logger; waits for the device; warns once about rows on the debiasing floor."""
-        values = {f.name: float(getattr(self, f.name)) for f in fields(self)}
+        values = super().to_dict()
         _warn_about(values["clamped_fraction"])
         return values
 

@@ -36,7 +36,7 @@ inline bool choose_static_shift(Pass& pass, double reach) {
 }
 
 template <class T>
-Plan make_plan(const Problem<T>& problem, bool diagnostics) {
+Plan make_plan(const Problem<T>& problem, bool diagnostics, bool maximum) {
   Plan plan;
   std::vector<double> beta = problem.exponents;
   if (diagnostics) {
@@ -62,31 +62,33 @@ Plan make_plan(const Problem<T>& problem, bool diagnostics) {
   plan.is_static = problem.unit;
   for (Pass& pass : plan.passes)
     plan.is_static = choose_static_shift<T>(pass, problem.reach(pass.beta)) && plan.is_static;
-  plan.needs_moments = diagnostics || !plan.is_static;
+  plan.needs_moments = diagnostics || maximum || !plan.is_static;
   return plan;
 }
 
 // What the sweep leaves for one side's anchors.
 template <class T>
 struct AnchorState {
-  std::vector<OnlineLse<double>> lse;  // [streams, count]; double: partial sums of thousands of tiles meet here
-  std::vector<T> max;                  // diagnostics
+  std::vector<OnlineLse<double>> lse;  // [streams, anchors]; double: partial sums of thousands of tiles meet here
+  std::vector<int64_t> count;          // negatives
+  std::vector<T> max;                  // maximum, diagnostics
   std::vector<double> sum;
-  int64_t count;
+  int64_t anchors;
 
-  AnchorState(const Plan& plan, int64_t count, bool diagnostics)
-      : lse(static_cast<size_t>(plan.num_streams * count)),
-        max(diagnostics ? count : 0, -INFINITY),
-        sum(diagnostics ? count : 0),
-        count(count) {
+  AnchorState(const Plan& plan, int64_t anchors, bool moments)
+      : lse(static_cast<size_t>(plan.num_streams * anchors)),
+        count(static_cast<size_t>(anchors)),
+        max(moments ? anchors : 0, -INFINITY),
+        sum(moments ? anchors : 0),
+        anchors(anchors) {
     if (!plan.is_static) return;
     for (const Pass& pass : plan.passes) {
       set_shift(pass.stream, kLn2 * pass.shift2);
       if (pass.square_stream >= 0) set_shift(pass.square_stream, 2.0 * kLn2 * pass.shift2);
     }
   }
-  OnlineLse<double>* stream(int k) { return lse.data() + k * count; }
-  bool diagnostics() const { return !max.empty(); }
+  OnlineLse<double>* stream(int k) { return lse.data() + k * anchors; }
+  bool moments() const { return !max.empty(); }
   void add_moments(int64_t at, T other_max, double other_sum) {
     if (other_max > max[at]) max[at] = other_max;
     sum[at] += other_sum;
@@ -94,7 +96,7 @@ struct AnchorState {
 
  private:
   void set_shift(int k, double shift) {
-    for (int64_t i = 0; i < count; ++i) stream(k)[i].shift = shift;
+    for (int64_t i = 0; i < anchors; ++i) stream(k)[i].shift = shift;
   }
 };
 

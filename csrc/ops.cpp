@@ -1,11 +1,14 @@
 // The operators: schema, checks, allocation. Python owns autograd, the kernels own the mathematics.
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "compat.h"
+#include "pair_tables.h"
 #include "row_stats_backward.h"
 #include "row_stats_forward.h"
+#include "top_columns.h"
 
 namespace contrastive_ext {
 namespace {
@@ -43,14 +46,18 @@ void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::init
   STD_TORCH_CHECK(same, name, " has the wrong shape.");
 }
 
+using MaybeTensor = std::optional<Tensor>;
+
 // The operands both directions share, checked.
 struct Request {
   const Tensor& u;
-  const std::optional<Tensor>& v;
+  const MaybeTensor& v;
   double scale;
   const std::vector<double>& exponents;
   int64_t num_images, positive_offset;
-  const std::optional<Tensor>&row_ids, &col_ids;
+  bool only_equal_ids;
+  const MaybeTensor &row_ids, &col_ids, &ignored;
+  const MaybeTensor &gate_scorers, &gate_features, &gate_row_limit, &gate_col_limit;
   bool unit;
 
   int64_t n() const { return u.size(0); }
@@ -72,39 +79,89 @@ struct Request {
     STD_TORCH_CHECK(num_images >= 0 && positive_offset >= 0, "num_images and positive_offset must not be negative.");
     STD_TORCH_CHECK(num_images == 0 || positive_offset + n() <= m(), "positive_offset + N must be at most M; got ",
                     positive_offset, " + ", n(), " > ", m(), ".");
+    if (ignored) {
+      STD_TORCH_CHECK(ignored->dim() == 2 && n() % std::max<int64_t>(1, ignored->size(0)) == 0,
+                      "ignored must be [G, k], G a divisor of N.");
+      check_tensor(*ignored, "ignored", ScalarType::Long, {ignored->size(0), ignored->size(1)});
+    }
+    if (gate_scorers) check_gate();
   }
 
+  void check_gate() const {
+    const Tensor& scorers = *gate_scorers;
+    const ScalarType dtype = u.scalar_type();
+    STD_TORCH_CHECK(scorers.dim() == 3 && scorers.size(0) > 0 && n() % std::max<int64_t>(1, scorers.size(1)) == 0,
+                    "gate_scorers must be [S, G, E], G a divisor of N.");
+    check_tensor(scorers, "gate_scorers", dtype, {scorers.size(0), scorers.size(1), scorers.size(2)});
+    STD_TORCH_CHECK(gate_features && gate_row_limit && (v || gate_col_limit),
+                    "a gate has scorers, features, row_limit and, with one set, col_limit.");
+    check_tensor(*gate_features, "gate_features", dtype, {m(), scorers.size(2)});
+    check_tensor(*gate_row_limit, "gate_row_limit", dtype, {n()});
+    if (gate_col_limit) check_tensor(*gate_col_limit, "gate_col_limit", dtype, {m()});
+  }
+
+  PairInputs pairs() const {
+    const int64_t* rows = data<int64_t>(row_ids);
+    return {n(),
+            m(),
+            num_images,
+            positive_offset,
+            only_equal_ids,
+            rows,
+            v ? data<int64_t>(col_ids) : rows,
+            data<int64_t>(ignored),
+            ignored ? ignored->size(0) : 0,
+            ignored ? ignored->size(1) : 0,
+            /*one_set=*/!v};
+  }
+
+  // `tables` must outlive it.
   template <class T>
-  Problem<T> problem() const {
-    Problem<T> p{data<T>(u), v ? data<T>(*v) : data<T>(u), n(), m(), u.size(1), /*one_set=*/!v, unit, scale, exponents,
+  Problem<T> problem(const PairTables& tables) const {
+    Problem<T> p{data<T>(u), v ? data<T>(*v) : data<T>(u),
+                 n(),        m(),
+                 u.size(1),  /*one_set=*/!v,
+                 unit,       scale,
+                 exponents,  tables.rules(),
                  {}};
     for (double& beta : p.exponents)
       beta = static_cast<double>(static_cast<T>(beta));  // as the dense formula rounds it
-    p.pairs.num_rows = n(), p.pairs.num_images = num_images, p.pairs.positive_offset = positive_offset;
-    p.pairs.row_ids = data<int64_t>(row_ids);
-    p.pairs.col_ids = v ? data<int64_t>(col_ids) : p.pairs.row_ids;
+    if (!gate_scorers) return p;
+    p.gate.scorers = {data<T>(*gate_scorers), data<T>(*gate_features), gate_scorers->size(0), gate_scorers->size(1),
+                      gate_scorers->size(2)};
+    p.gate.row_limit = data<T>(*gate_row_limit);
+    if (gate_col_limit) {
+      p.gate.col_limit.assign(data<T>(*gate_col_limit), data<T>(*gate_col_limit) + m());
+      p.gate.col_limit.resize(static_cast<size_t>(m() + kColumnPad));
+    }
     return p;
   }
 };
 
 using ForwardTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-ForwardTuple forward_cpu(const Tensor& u, std::optional<Tensor> v, double scale, std::vector<double> exponents,
-                         int64_t num_images, int64_t positive_offset, std::optional<Tensor> row_ids,
-                         std::optional<Tensor> col_ids, bool unit, bool columns, bool means, bool diagnostics) {
-  const Request request{u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, unit};
+ForwardTuple forward_cpu(const Tensor& u, MaybeTensor v, double scale, std::vector<double> exponents,
+                         int64_t num_images, int64_t positive_offset, bool only_equal_ids, MaybeTensor row_ids,
+                         MaybeTensor col_ids, MaybeTensor ignored, MaybeTensor gate_scorers, MaybeTensor gate_features,
+                         MaybeTensor gate_row_limit, MaybeTensor gate_col_limit, bool unit, bool columns, bool means,
+                         bool diagnostics, bool maximum) {
+  const Request request{u,       v,       scale,   exponents,    num_images,    positive_offset, only_equal_ids,
+                        row_ids, col_ids, ignored, gate_scorers, gate_features, gate_row_limit,  gate_col_limit,
+                        unit};
   request.check();
   STD_TORCH_CHECK(v || !columns, "one set has no column statistics of its own: its columns are its rows.");
-  const int64_t k = request.k(), n = request.n(), m = request.m(), aux_rows = diagnostics ? 4 : 1;
+  const int64_t k = request.k(), n = request.n(), m = request.m(), aux_rows = diagnostics ? 4 : maximum ? 2 : 1;
   const auto nothing = [&] { return empty(u, {0}); };  // its own tensor each time: outputs must not alias
   const Tensor lse = empty(u, {k, n}), aux = empty(u, {aux_rows, n});
   const Tensor col_lse = columns ? empty(u, {k, m}) : nothing(),
                col_aux = columns ? empty(u, {aux_rows, m}) : nothing();
   const Tensor mean = means ? empty(u, {k, n, u.size(1)}) : nothing();
+  const PairTables tables(request.pairs());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    row_stats_forward<T>(request.problem<T>(), {data<T>(lse), data<T>(aux), data_if<T>(col_lse, columns),
-                                                data_if<T>(col_aux, columns), data_if<T>(mean, means), diagnostics});
+    row_stats_forward<T>(request.problem<T>(tables),
+                         {data<T>(lse), data<T>(aux), data_if<T>(col_lse, columns), data_if<T>(col_aux, columns),
+                          data_if<T>(mean, means), diagnostics, maximum});
   };
   if (u.scalar_type() == ScalarType::Float)
     run(0.0f);
@@ -113,12 +170,16 @@ ForwardTuple forward_cpu(const Tensor& u, std::optional<Tensor> v, double scale,
   return {lse, aux, col_lse, col_aux, mean};
 }
 
-std::tuple<Tensor, Tensor> backward_cpu(const Tensor& u, std::optional<Tensor> v, double scale,
-                                        std::vector<double> exponents, int64_t num_images, int64_t positive_offset,
-                                        std::optional<Tensor> row_ids, std::optional<Tensor> col_ids, bool unit,
-                                        const Tensor& lse, const Tensor& grad_lse, std::optional<Tensor> col_lse,
-                                        std::optional<Tensor> grad_col_lse, bool need_u, bool need_v) {
-  const Request request{u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, unit};
+std::tuple<Tensor, Tensor> backward_cpu(const Tensor& u, MaybeTensor v, double scale, std::vector<double> exponents,
+                                        int64_t num_images, int64_t positive_offset, bool only_equal_ids,
+                                        MaybeTensor row_ids, MaybeTensor col_ids, MaybeTensor ignored,
+                                        MaybeTensor gate_scorers, MaybeTensor gate_features, MaybeTensor gate_row_limit,
+                                        MaybeTensor gate_col_limit, bool unit, const Tensor& lse,
+                                        const Tensor& grad_lse, MaybeTensor col_lse, MaybeTensor grad_col_lse,
+                                        bool need_u, bool need_v) {
+  const Request request{u,       v,       scale,   exponents,    num_images,    positive_offset, only_equal_ids,
+                        row_ids, col_ids, ignored, gate_scorers, gate_features, gate_row_limit,  gate_col_limit,
+                        unit};
   request.check();
   const int64_t k = request.k(), n = request.n(), m = request.m();
   const ScalarType dtype = u.scalar_type();
@@ -133,10 +194,11 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& u, std::optional<Tensor> v
   const auto nothing = [&] { return empty(u, {0}); };
   const Tensor du = need_u ? empty(u, {n, u.size(1)}) : nothing(), dv = need_v ? empty(u, {m, u.size(1)}) : nothing();
   if (!need_u && !need_v) return {du, dv};
+  const PairTables tables(request.pairs());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     row_stats_backward<T>(
-        request.problem<T>(),
+        request.problem<T>(tables),
         {data<T>(lse), data<T>(grad_lse), grad_col_lse ? data<T>(col_lse) : nullptr, data<T>(grad_col_lse)},
         data_if<T>(du, need_u), data_if<T>(dv, need_v));
   };
@@ -145,6 +207,37 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& u, std::optional<Tensor> v
   else
     run(0.0);
   return {du, dv};
+}
+
+std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& features, int64_t k, int64_t num_images,
+                                           MaybeTensor col_ids) {
+  const ScalarType dtype = scorers.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "scorers must be float32 or float64.");
+  STD_TORCH_CHECK(scorers.dim() == 3 && scorers.size(0) > 0 && features.dim() == 2,
+                  "scorers must be [S, G, E] and features [M, E].");
+  const int64_t views = scorers.size(0), groups = scorers.size(1), dim = scorers.size(2), m = features.size(0);
+  check_tensor(scorers, "scorers", dtype, {views, groups, dim});
+  check_tensor(features, "features", dtype, {m, dim});
+  if (col_ids) check_tensor(*col_ids, "col_ids", ScalarType::Long, {m});
+  STD_TORCH_CHECK(k > 0 && (num_images == 0 || num_images == groups), "k must be positive, num_images 0 or G.");
+  const Tensor scores = empty(scorers, {groups, k});
+  const int64_t sizes[] = {groups, k};
+  const Tensor columns = torch::stable::new_empty(scorers, {sizes, 2}, ScalarType::Long);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    top_columns<T>({{data<T>(scorers), data<T>(features), views, groups, dim},
+                    m,
+                    k,
+                    num_images,
+                    data<int64_t>(col_ids),
+                    data<T>(scores),
+                    data<int64_t>(columns)});
+  };
+  if (dtype == ScalarType::Float)
+    run(0.0f);
+  else
+    run(0.0);
+  return {scores, columns};
 }
 
 // One line of JSON: what was built and what runs on this CPU.
@@ -167,24 +260,27 @@ std::string native_build_info() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
+#define CE_PROBLEM                                                                                                  \
+  "Tensor u, Tensor? v, float scale, float[] exponents, int num_images, int positive_offset, bool only_equal_ids, " \
+  "Tensor? row_ids, Tensor? col_ids, Tensor? ignored, Tensor? gate_scorers, Tensor? gate_features, "                \
+  "Tensor? gate_row_limit, Tensor? gate_col_limit, bool unit"
+  m.def("row_stats_forward_cpu(" CE_PROBLEM
+        ", bool columns, bool means, bool diagnostics, bool maximum) -> "
+        "(Tensor lse, Tensor aux, Tensor col_lse, Tensor col_aux, Tensor mean)");
+  m.def("row_stats_backward_cpu(" CE_PROBLEM
+        ", Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, bool need_u, bool need_v) -> "
+        "(Tensor du, Tensor dv)");
+#undef CE_PROBLEM
   m.def(
-      "row_stats_forward_cpu(Tensor u, Tensor? v, float scale, float[] exponents, int num_images, int positive_offset, "
-      "Tensor? row_ids, "
-      "Tensor? col_ids, bool unit, bool columns, bool means, bool diagnostics) -> (Tensor lse, Tensor aux, Tensor "
-      "col_lse, Tensor col_aux, "
-      "Tensor mean)");
-  m.def(
-      "row_stats_backward_cpu(Tensor u, Tensor? v, float scale, float[] exponents, int num_images, int "
-      "positive_offset, Tensor? row_ids, "
-      "Tensor? col_ids, bool unit, Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, bool need_u, "
-      "bool need_v) -> "
-      "(Tensor du, Tensor dv)");
+      "top_columns_cpu(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids) -> "
+      "(Tensor scores, Tensor columns)");
   m.def("native_build_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(contrastive_ext, CPU, m) {
   m.impl("row_stats_forward_cpu", TORCH_BOX(&forward_cpu));
   m.impl("row_stats_backward_cpu", TORCH_BOX(&backward_cpu));
+  m.impl("top_columns_cpu", TORCH_BOX(&top_columns_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(contrastive_ext, CompositeExplicitAutograd, m) {

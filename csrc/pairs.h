@@ -1,9 +1,12 @@
-// The pair functor: which column is a negative of which row, asked in both directions.
+// The pair rules: which column is a negative of which row, asked in both directions (contrastive_ext/pairs.py).
 //
 // Row i shows image i % num_images; column j with 0 <= j - positive_offset < num_rows shows image
 // (j - positive_offset) % num_images. A pair of one image (self, positives) is never a negative. Integer ids
-// cancel further pairs: equal ids in both directions, an UNFILLED candidate in the direction that would use it.
+// cancel further pairs: equal (or different) ids in both directions, an unfilled candidate in the direction that would
+// use it; lists cancel in the direction of the anchor they belong to.
 // The logits may be symmetric, the classification is not: a padded row is nobody's negative but still an anchor.
+//
+// Plain data: pair_tables.h builds what it points to, tile_kernels.h applies it strip by strip.
 #pragma once
 
 #include <cstdint>
@@ -12,39 +15,36 @@
 
 namespace contrastive_ext {
 
-constexpr int64_t kUnfilled = INT64_MIN;
-
 // A pair's class is a bit set, so that one byte serves both directions.
 constexpr uint8_t kColumnIsNegative = 1;  // keep(i -> j): column j counts for anchor i
 constexpr uint8_t kRowIsNegative = 2;     // keep(j -> i): row i counts for anchor j
 constexpr uint8_t kBothNegative = kColumnIsNegative | kRowIsNegative;
 
+// Ids are compared as 32-bit numbers of the distinct ones; these stand for padding and for a side without ids.
+constexpr int32_t kUnfilledId = 0, kNoRowId = -1, kNoColumnId = -2;
+
+// Lists of numbers behind one another: list k is item[begin[k]] to item[begin[k + 1]], ascending, without repeats.
+struct SortedLists {
+  const int64_t* begin = nullptr;
+  const int64_t* item = nullptr;
+};
+
 struct PairRules {
   int64_t num_rows = 0;
-  int64_t num_images = 0;            // 0: no pair shows the same image (a queue)
-  int64_t positive_offset = 0;       // first column that shows an image
-  const int64_t* row_ids = nullptr;  // null: this side compares equal to nothing
-  const int64_t* col_ids = nullptr;
+  int64_t num_images = 0;       // 0: no pair shows the same image (a queue)
+  int64_t positive_offset = 0;  // first column that shows an image
+  bool only_equal_ids = false;
+  const int32_t* row_ids = nullptr;  // null: no ids on either side; readable kColumnPad beyond the last column
+  const int32_t* col_ids = nullptr;
+  int64_t num_lists = 0;  // 0: none
+  SortedLists ignored;    // row i ignores the columns in list i % num_lists
+  SortedLists ignoring;   // one set: the lists that hold row i, which the columns with j % num_lists in it ignore
 
-  CE_HOST_DEVICE bool has_ids() const { return row_ids != nullptr || col_ids != nullptr; }
-
-  CE_HOST_DEVICE bool same_image(int64_t i, int64_t j) const {
-    const int64_t shown = j - positive_offset;
-    return num_images > 0 && shown >= 0 && shown < num_rows && (shown - i) % num_images == 0;
-  }
-
-  CE_HOST_DEVICE uint8_t id_class(int64_t i, int64_t j) const {
-    if (row_ids && col_ids && row_ids[i] == col_ids[j]) return 0;
-    uint8_t pair = kBothNegative;
-    if (col_ids && col_ids[j] == kUnfilled) pair &= static_cast<uint8_t>(~kColumnIsNegative);
-    if (row_ids && row_ids[i] == kUnfilled) pair &= static_cast<uint8_t>(~kRowIsNegative);
-    return pair;
-  }
-
-  CE_HOST_DEVICE uint8_t classify(int64_t i, int64_t j) const { return same_image(i, j) ? uint8_t{0} : id_class(i, j); }
+  // Whether any pair but those of one image may have to be ignored.
+  CE_HOST_DEVICE bool look_up() const { return row_ids || num_lists > 0; }
 
   // Whether rows [i0, i1) x columns [j0, j1) can hold a pair of one image: the difference j - i takes every value of an
-  // interval, so the question is whether a multiple of num_images lies in it. Ids are not looked at.
+  // interval, so the question is whether a multiple of num_images lies in it.
   CE_HOST_DEVICE bool may_share_image(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
     if (num_images <= 0) return false;
     int64_t first = j0 - positive_offset, last = j1 - 1 - positive_offset;

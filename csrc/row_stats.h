@@ -7,6 +7,7 @@
 
 #include "compat.h"
 #include "pairs.h"
+#include "scorers.h"
 #include "scores.h"
 #include "sweep.h"
 #include "tile.h"
@@ -24,6 +25,16 @@ inline void split_factor(double beta, T* high, T* low) {
   *low = static_cast<T>((product - static_cast<double>(*high)) + std::fma(beta, kLog2E, -product) + beta * kLog2ERest);
 }
 
+// A guide that ignores pairs: column j where score_ij > row_limit_i, and as anchor row i where score_ij > col_limit_j.
+template <class T>
+struct Gate {
+  Scorers<T> scorers{};
+  const T* row_limit = nullptr;  // [n]
+  std::vector<T> col_limit;      // [m + kColumnPad], empty where columns are no anchors
+
+  explicit operator bool() const { return scorers.scorers != nullptr; }
+};
+
 // The operands of one call. u [n, d], v [m, d], contiguous; one_set: v is u.
 template <class T>
 struct Problem {
@@ -34,6 +45,7 @@ struct Problem {
   double scale;
   std::vector<double> exponents;  // numbers of T
   PairRules pairs;
+  Gate<T> gate;
 
   // exp(beta s_ij) for unit rows lies between 2^-reach and 2^reach.
   double reach(double beta) const { return beta * scale * kLog2E; }
@@ -66,19 +78,44 @@ inline void choose_tile_sizes(TileGrid& grid) {
   while (grid.block_rows > 32 && grid.block_rows * blocks > grid.rows) grid.block_rows /= 2;
 }
 
-// Computes the logits of `range` into s; its pairs are tested only if one of them may have to be ignored.
+// One thread's tile: its logits, and the guide's scores where there is a gate.
 template <class T>
-Tile<T> compute_tile(const Problem<T>& problem, const TileRange& range, T* s, int64_t ld) {
-  Tile<T> tile;
-  tile.s = s, tile.ld = ld;
-  tile.i0 = range.i0, tile.rows = range.i1 - range.i0;
-  tile.j0 = range.j0, tile.cols = range.j1 - range.j0;
-  tile.pairs = &problem.pairs;
-  tile.special = problem.pairs.has_ids() || problem.pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
-  tile.upper = range.upper;
-  score_tile(s, ld, problem.scale, problem.u + range.i0 * problem.d, tile.rows, problem.v + range.j0 * problem.d,
-             tile.cols, problem.d);
-  return tile;
-}
+class TileBuffer {
+ public:
+  TileBuffer(const Problem<T>& problem, const TileGrid& grid)
+      : problem_(problem),
+        ld_((grid.tile_cols + kColumnPad - 1) / kColumnPad * kColumnPad),
+        size_(grid.block_rows * ld_),
+        s_(size_),
+        gate_(problem.gate ? (problem.gate.scorers.count > 1 ? 2 : 1) * size_ : 0) {}
+
+  int64_t ld() const { return ld_; }
+  T* logits() const { return s_.get(); }
+
+  // Its pairs are tested only if one of them may have to be ignored.
+  Tile<T> compute(const TileRange& range) const {
+    const int64_t d = problem_.d;
+    Tile<T> tile{s_.get(),         ld_,        range.i0, range.i1 - range.i0, range.j0, range.j1 - range.j0,
+                 &problem_.pairs,
+                 /*special=*/true, range.upper};
+    score_tile(tile.s, ld_, problem_.scale, problem_.u + tile.i0 * d, tile.rows, problem_.v + tile.j0 * d, tile.cols,
+               d);
+    const Gate<T>& gate = problem_.gate;
+    if (gate) {
+      best_score_tile(gate.scorers, range.i0, range.i1, range.j0, range.j1, gate_.get(), gate_.get() + size_, ld_);
+      tile.gate = gate_.get();
+      tile.row_limit = gate.row_limit + tile.i0;
+      tile.col_limit = gate.col_limit.empty() ? nullptr : gate.col_limit.data() + tile.j0;
+    }
+    const PairRules& pairs = problem_.pairs;
+    tile.special = gate || pairs.look_up() || pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
+    return tile;
+  }
+
+ private:
+  const Problem<T>& problem_;
+  int64_t ld_, size_;
+  Workspace<T> s_, gate_;
+};
 
 }  // namespace contrastive_ext

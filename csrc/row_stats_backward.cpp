@@ -63,20 +63,13 @@ class BackwardWorker {
         triangle_(grid.triangle),
         du_(du),
         dv_(dv),
-        ld_(grid.tile_cols),
-        s_(grid.block_rows * ld_),
+        tile_(problem, grid),
         block_du_(grid.triangle ? grid.block_rows * problem.d : 0) {}
 
   void begin(int64_t, int64_t) {}
 
   void compute(const TileRange& range) {
-    const int64_t d = problem_.d;
-    Tile<T> tile{s_.get(),         ld_,        range.i0, range.i1 - range.i0, range.j0, range.j1 - range.j0,
-                 &problem_.pairs,
-                 /*special=*/true, range.upper};
-    tile.special = problem_.pairs.has_ids() || problem_.pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
-    score_tile(tile.s, ld_, problem_.scale, problem_.u + range.i0 * d, tile.rows, problem_.v + range.j0 * d, tile.cols,
-               d);
+    const Tile<T> tile = tile_.compute(range);
     Weights<T> weights = exponents_;
     for (int k = 0; k < weights.num_exponents; ++k) {
       weights.row_coef[k] = rows_.coef(k) + range.i0, weights.row_shift[k] = rows_.shift(k) + range.i0;
@@ -85,15 +78,15 @@ class BackwardWorker {
     }
     tile_kernels<T>().weights(tile, weights);
     if (du_)
-      combine_columns(block_du(range.i0), tile.s, ld_, tile.rows, problem_.v + range.j0 * d, tile.cols, d,
-                      /*accumulate=*/!range.first);
+      combine_columns(block_du(range.i0), tile.s, tile.ld, tile.rows, problem_.v + range.j0 * problem_.d, tile.cols,
+                      problem_.d, /*accumulate=*/!range.first);
   }
 
   // The first block sees every column first: it writes, the others add.
   void add_columns(const TileRange& range) {
     const int64_t d = problem_.d;
-    combine_rows((triangle_ ? du_ : dv_) + range.j0 * d, s_.get(), ld_, range.i1 - range.i0, problem_.u + range.i0 * d,
-                 range.j1 - range.j0, d,
+    combine_rows((triangle_ ? du_ : dv_) + range.j0 * d, tile_.logits(), tile_.ld(), range.i1 - range.i0,
+                 problem_.u + range.i0 * d, range.j1 - range.j0, d,
                  /*accumulate=*/range.i0 > 0);
   }
 
@@ -114,8 +107,8 @@ class BackwardWorker {
   const AnchorWeights<T>&rows_, &cols_;
   bool triangle_;
   T *du_, *dv_;
-  int64_t ld_;
-  Workspace<T> s_, block_du_;
+  TileBuffer<T> tile_;
+  Workspace<T> block_du_;
 };
 
 }  // namespace

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "count_negatives.h"
 #include "forward_plan.h"
 
 namespace contrastive_ext {
@@ -38,28 +37,38 @@ class ForwardWorker {
         results_(results),
         rows_(rows),
         cols_(cols),
-        local_(plan, grid.block_rows, rows.diagnostics()),
-        ld_(padded(grid.tile_cols)),
-        s_(grid.block_rows * ld_),
+        local_(plan, grid.block_rows, rows.moments()),
+        tile_(problem, grid),
+        ld_(tile_.ld()),
         e_(results.mean ? 2 * grid.block_rows * ld_ : 0),
         mean_(results.mean ? static_cast<int64_t>(problem.exponents.size()) * grid.block_rows * problem.d : 0),
-        per_row_(5 * padded(grid.block_rows)),
-        per_col_((3 + 2 * static_cast<int64_t>(plan.passes.size())) * ld_),
+        per_row_(6 * padded(grid.block_rows)),
+        per_col_((kColumnArrays + 2 * static_cast<int64_t>(plan.passes.size())) * ld_),
         block_rows_(grid.block_rows),
         columns_(grid.column_results) {
     const int64_t rp = padded(grid.block_rows);
     T* r = per_row_.get();
     row_max_ = r, row_moment_ = r + rp, row_shift_ = r + 2 * rp, row_sum_ = r + 3 * rp, row_square_ = r + 4 * rp;
-    col_max_ = per_col_.get(), col_moment_ = col_max_ + ld_, col_shift_ = col_max_ + 2 * ld_;
+    row_count_ = r + 5 * rp;
+    T* c = per_col_.get();
+    col_max_ = c, col_moment_ = c + ld_, col_shift_ = c + 2 * ld_, col_count_ = c + 3 * ld_;
   }
 
-  void begin(int64_t, int64_t) { local_ = AnchorState<T>(plan_, block_rows_, rows_.diagnostics()); }
+  void begin(int64_t, int64_t) { local_ = AnchorState<T>(plan_, block_rows_, rows_.moments()); }
 
   void compute(const TileRange& range) {
-    const Tile<T> tile = compute_tile(problem_, range, s_.get(), ld_);
-    if (plan_.needs_moments) add_row_moments(tile);
-    for (size_t p = 0; p < plan_.passes.size(); ++p)
+    Tile<T> tile = tile_.compute(range);
+    if (columns_) std::fill(col_count_, col_count_ + ld_, T(0));
+    tile.row_count = row_count_, tile.col_count = columns_ ? col_count_ : nullptr;
+    if (plan_.needs_moments) {
+      add_row_moments(tile);
+      tile.row_count = tile.col_count = nullptr;  // counted
+    }
+    for (size_t p = 0; p < plan_.passes.size(); ++p) {
       add_exponentials(tile, plan_.passes[p], columns_ ? col_sums(p) : nullptr, range.first);
+      tile.row_count = tile.col_count = nullptr;
+    }
+    for (int64_t i = 0; i < tile.rows; ++i) local_.count[i] += static_cast<int64_t>(row_count_[i]);
   }
 
   void add_columns(const TileRange& range) {
@@ -72,21 +81,23 @@ class ForwardWorker {
         cols_.stream(pass.stream)[at].add(shift, sums[j]);
         if (pass.square_stream >= 0) cols_.stream(pass.square_stream)[at].add(2 * shift, sums[ld_ + j]);
       }
-      if (cols_.diagnostics()) cols_.add_moments(at, col_max_[j], col_moment_[j]);
+      cols_.count[at] += static_cast<int64_t>(col_count_[j]);
+      if (cols_.moments()) cols_.add_moments(at, col_max_[j], col_moment_[j]);
     }
   }
 
   void end(int64_t i0, int64_t i1) {
     for (int64_t i = i0; i < i1; ++i) {
       for (int k = 0; k < plan_.num_streams; ++k) rows_.stream(k)[i].merge(local_.stream(k)[i - i0]);
-      if (rows_.diagnostics()) rows_.add_moments(i, local_.max[i - i0], local_.sum[i - i0]);
+      rows_.count[i] += local_.count[i - i0];
+      if (rows_.moments()) rows_.add_moments(i, local_.max[i - i0], local_.sum[i - i0]);
     }
     if (results_.mean) store_means(i0, i1);
   }
 
  private:
   static int64_t padded(int64_t size) { return (size + kColumnPad - 1) / kColumnPad * kColumnPad; }
-  T* col_sums(size_t pass) const { return per_col_.get() + (3 + 2 * static_cast<int64_t>(pass)) * ld_; }
+  T* col_sums(size_t pass) const { return per_col_.get() + (kColumnArrays + 2 * static_cast<int64_t>(pass)) * ld_; }
 
   void add_row_moments(const Tile<T>& tile) {
     if (columns_) {
@@ -95,7 +106,7 @@ class ForwardWorker {
     }
     tile_kernels<T>().moments(tile,
                               {row_max_, row_moment_, columns_ ? col_max_ : nullptr, columns_ ? col_moment_ : nullptr});
-    if (!rows_.diagnostics()) return;
+    if (!rows_.moments()) return;
     for (int64_t i = 0; i < tile.rows; ++i) local_.add_moments(i, row_max_[i], row_moment_[i]);
   }
 
@@ -172,12 +183,15 @@ class ForwardWorker {
   AnchorState<T>& rows_;
   AnchorState<T>& cols_;
   AnchorState<T> local_;
+  static constexpr int64_t kColumnArrays = 4;  // beside the sums of every pass
+
+  TileBuffer<T> tile_;
   int64_t ld_;
-  Workspace<T> s_, e_, mean_, per_row_, per_col_;
+  Workspace<T> e_, mean_, per_row_, per_col_;
   int64_t block_rows_;
   bool columns_;
-  T *row_max_, *row_moment_, *row_shift_, *row_sum_, *row_square_;
-  T *col_max_, *col_moment_, *col_shift_;
+  T *row_max_, *row_moment_, *row_shift_, *row_sum_, *row_square_, *row_count_;
+  T *col_max_, *col_moment_, *col_shift_, *col_count_;
 };
 
 template <class T>
@@ -192,15 +206,17 @@ void sweep_forward(const Problem<T>& problem, const Plan& plan, const ForwardRes
 }
 
 template <class T>
-void store_anchor_results(size_t num_exponents, const Plan& plan, AnchorState<T>& state, T* lse, T* aux) {
+void store_anchor_results(size_t num_exponents, const Plan& plan, AnchorState<T>& state, bool diagnostics, T* lse,
+                          T* aux) {
   for (size_t k = 0; k < num_exponents; ++k)
-    for (int64_t i = 0; i < state.count; ++i)
-      lse[static_cast<int64_t>(k) * state.count + i] = static_cast<T>(state.stream(static_cast<int>(k))[i].lse());
-  if (!state.diagnostics()) return;
-  for (int64_t i = 0; i < state.count; ++i) {
-    aux[state.count + i] = state.max[i];
-    aux[2 * state.count + i] = static_cast<T>(state.sum[i]);
-    aux[3 * state.count + i] = static_cast<T>(state.stream(plan.diagnostic_stream)[i].lse());
+    for (int64_t i = 0; i < state.anchors; ++i)
+      lse[static_cast<int64_t>(k) * state.anchors + i] = static_cast<T>(state.stream(static_cast<int>(k))[i].lse());
+  for (int64_t i = 0; i < state.anchors; ++i) aux[i] = static_cast<T>(state.count[i]);
+  if (state.moments()) std::copy(state.max.begin(), state.max.end(), aux + state.anchors);
+  if (!diagnostics) return;
+  for (int64_t i = 0; i < state.anchors; ++i) {
+    aux[2 * state.anchors + i] = static_cast<T>(state.sum[i]);
+    aux[3 * state.anchors + i] = static_cast<T>(state.stream(plan.diagnostic_stream)[i].lse());
   }
 }
 
@@ -208,14 +224,14 @@ void store_anchor_results(size_t num_exponents, const Plan& plan, AnchorState<T>
 
 template <class T>
 void row_stats_forward(const Problem<T>& problem, const ForwardResults<T>& results) {
-  const Plan plan = make_plan(problem, results.diagnostics);
-  AnchorState<T> rows(plan, problem.n, results.diagnostics);
-  AnchorState<T> cols(plan, results.col_lse ? problem.m : 0, results.col_lse && results.diagnostics);
+  const Plan plan = make_plan(problem, results.diagnostics, results.maximum);
+  AnchorState<T> rows(plan, problem.n, results.moments());
+  AnchorState<T> cols(plan, results.col_lse ? problem.m : 0, results.col_lse && results.moments());
   if (problem.one_set) {
     // The means need every row's whole sweep in one place. The statistics still come from the triangle: s_ij and s_ji
     // may differ in the last bit, and the backward visits the triangle.
     if (results.mean) {
-      AnchorState<T> unused(plan, problem.n, results.diagnostics);
+      AnchorState<T> unused(plan, problem.n, results.moments());
       sweep_forward(problem, plan, results, /*triangle=*/false, unused, unused);
     }
     ForwardResults<T> statistics = results;
@@ -225,9 +241,9 @@ void row_stats_forward(const Problem<T>& problem, const ForwardResults<T>& resul
     sweep_forward(problem, plan, results, /*triangle=*/false, rows, cols);
   }
 
-  count_negatives(problem.pairs, problem.n, problem.m, results.aux, results.col_aux);
-  store_anchor_results(problem.exponents.size(), plan, rows, results.lse, results.aux);
-  if (results.col_lse) store_anchor_results(problem.exponents.size(), plan, cols, results.col_lse, results.col_aux);
+  store_anchor_results(problem.exponents.size(), plan, rows, results.diagnostics, results.lse, results.aux);
+  if (results.col_lse)
+    store_anchor_results(problem.exponents.size(), plan, cols, results.diagnostics, results.col_lse, results.col_aux);
 }
 
 template void row_stats_forward<float>(const Problem<float>&, const ForwardResults<float>&);

@@ -9,11 +9,14 @@ namespace contrastive_ext {
 template <class T>
 struct ForwardResults {
   T* lse;      // [K, n]
-  T* aux;      // [1, n] count, or with diagnostics [4, n] count, max s, sum of s, lse at twice the first exponent
+  T* aux;      // [1, n] count; with maximum [2, n] count, max s; with diagnostics [4, n] count, max s, sum of s, lse at
+               // twice the first exponent
   T* col_lse;  // [K, m], every column as anchor
   T* col_aux;
   T* mean;  // [K, n, d]
-  bool diagnostics;
+  bool diagnostics, maximum;
+
+  bool moments() const { return diagnostics || maximum; }
 };
 
 template <class T>

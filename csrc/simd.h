@@ -57,6 +57,15 @@ inline typename Simd<T>::V keep(const uint8_t* pair_class, uint8_t bit, typename
   return (lanes & bit) != 0 ? x : other;
 }
 
+// Whether a lane is not 0.
+template <class I>
+inline bool any(I lanes) {
+  uint64_t words[sizeof(I) / 8], all = 0;
+  memcpy(words, &lanes, sizeof(lanes));
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+}
+
 // The larger of the two; a NaN in x is ignored.
 template <class T>
 inline typename Simd<T>::V larger(typename Simd<T>::V x, typename Simd<T>::V than) {

@@ -22,6 +22,11 @@ struct Tile {
   const PairRules* pairs;
   bool special;  // whether any pair in it may be ignored; otherwise no pair is tested
   bool upper;    // it meets the diagonal of one set: only pairs j >= i count, j == i only in the row direction
+  const T* gate = nullptr;       // a second similarity, in s's layout; a pair is ignored where it exceeds
+  const T* row_limit = nullptr;  // the row's limit as an anchor,
+  const T* col_limit = nullptr;  // the column's; null where columns are no anchors
+  T* row_count = nullptr;        // null, or receive how many negatives every row has in the tile,
+  T* col_count = nullptr;        // and every column
 };
 
 // Maximum and sum of the kept logits, per row and (when col_max is set) per column as anchor.
@@ -65,6 +70,12 @@ struct TileKernels {
   void (*moments)(const Tile<T>&, const Moments<T>&);
   void (*exp_sums)(const Tile<T>&, const ExpSums<T>&);
   void (*weights)(const Tile<T>&, const Weights<T>&);
+  // x[i] = the larger of x[i] and y[i], NaN if one of them is; n a multiple of kColumnPad.
+  void (*larger_of)(T* x, const T* y, int64_t n);
+  // The first j in [begin, end) with x[j] > limit, or end; x is readable up to a multiple of kColumnPad.
+  int64_t (*first_above)(const T* x, int64_t begin, int64_t end, T limit);
+  // For the tests: the classes [rows, cols] of a tile's pairs; those of a strip that takes the plain loop are 3.
+  void (*classes)(const Tile<T>&, uint8_t* pair_class);
   // For the tests: y = exp(x), and y = 2^(factor x - shift2) for arguments in range.
   void (*exp)(const T* x, T* y, int64_t n);
   void (*exp2_in_range)(const T* x, T* y, int64_t n, T factor, T factor_low, T shift2);

@@ -17,53 +17,162 @@ struct StripClasses {
 
 inline int64_t padded_columns(int64_t cols, int64_t width) { return (cols + width - 1) / width * width; }
 
-inline void classify_row(const PairRules& rules, int64_t i, int64_t j0, int64_t cols, uint8_t* pair) {
-  if (rules.has_ids()) {
-    for (int64_t j = 0; j < cols; ++j) pair[j] = rules.id_class(i, j0 + j);
-  } else {
-    memset(pair, kBothNegative, static_cast<size_t>(cols));
+// Every rule works on one row of a tile, clears bits of its classes and returns whether a pair lost one.
+
+inline bool apply_ids(const PairRules& rules, int64_t i, int64_t j0, int64_t cols, uint8_t* pair) {
+  using I = Simd<float>::I;
+  const int32_t row_bits = rules.row_ids[i] == kUnfilledId ? kColumnIsNegative : kBothNegative;
+  const I row = I{} + rules.row_ids[i], both = I{} + row_bits, padding = both & kRowIsNegative, none{};
+  I lost{};
+  for (int64_t j = 0; j < cols; j += Simd<float>::kWidth) {
+    I col;
+    memcpy(&col, rules.col_ids + j0 + j, sizeof(col));
+    I bits = col == kUnfilledId ? padding : both;
+    bits = (rules.only_equal_ids ? col != row : col == row) ? none : bits;
+    const Simd<float>::Bytes bytes = __builtin_convertvector(bits, Simd<float>::Bytes);
+    memcpy(pair + j, &bytes, sizeof(bytes));
+    lost |= bits ^ kBothNegative;
   }
-  if (rules.num_images <= 0) return;
+  return any(lost);
+}
+
+template <class T>
+inline bool apply_gate(const Tile<T>& tile, int64_t row, uint8_t* pair) {
+  using V = typename Simd<T>::V;
+  using I = typename Simd<T>::I;
+  using Bytes = typename Simd<T>::Bytes;
+  const T* gate = tile.gate + row * tile.ld;
+  const V row_limit = broadcast<T>(tile.row_limit[row]);
+  const I column_lost = I{} + kColumnIsNegative, row_lost = I{} + kRowIsNegative, none{};
+  I lost{};
+  for (int64_t j = 0; j < tile.cols; j += Simd<T>::kWidth) {
+    const V score = load(gate + j);
+    I bits = score > row_limit ? column_lost : none;  // false for NaN: the pair stays
+    if (tile.col_limit) bits |= score > load(tile.col_limit + j) ? row_lost : none;
+    Bytes bytes;
+    memcpy(&bytes, pair + j, sizeof(bytes));
+    bytes &= ~__builtin_convertvector(bits, Bytes);
+    memcpy(pair + j, &bytes, sizeof(bytes));
+    lost |= bits;
+  }
+  return any(lost);
+}
+
+inline bool apply_images(const PairRules& rules, int64_t i, int64_t j0, int64_t cols, uint8_t* pair) {
   const int64_t begin = j0 > rules.positive_offset ? j0 : rules.positive_offset;
   const int64_t shown_end = rules.positive_offset + rules.num_rows;
   const int64_t end = j0 + cols < shown_end ? j0 + cols : shown_end;
   int64_t to_match = (i - (begin - rules.positive_offset)) % rules.num_images;
   if (to_match < 0) to_match += rules.num_images;
   for (int64_t j = begin + to_match; j < end; j += rules.num_images) pair[j - j0] = 0;
+  return begin + to_match < end;
+}
+
+// Clears `bit` of pair[x] for every x in [0, count) with first + x in the list.
+inline bool apply_list(const SortedLists& lists, int64_t list, int64_t first, int64_t count, uint8_t bit,
+                       uint8_t* pair) {
+  int64_t low = lists.begin[list], end = lists.begin[list + 1];
+  for (int64_t high = end; low < high;) {
+    const int64_t middle = (low + high) / 2;
+    if (lists.item[middle] < first)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  const int64_t begin = low;
+  for (; low < end && lists.item[low] < first + count; ++low)
+    pair[lists.item[low] - first] &= static_cast<uint8_t>(~bit);
+  return low > begin;
+}
+
+inline bool apply_lists(const PairRules& rules, int64_t i, int64_t j0, int64_t cols, uint8_t* pair) {
+  const int64_t lists = rules.num_lists;
+  bool lost = apply_list(rules.ignored, i % lists, j0, cols, kColumnIsNegative, pair);
+  if (!rules.ignoring.begin) return lost;
+  for (int64_t first = j0 / lists * lists; first < j0 + cols; first += lists)  // column j shows list j - first
+    lost |= apply_list(rules.ignoring, i, j0 - first, cols, kRowIsNegative, pair);
+  return lost;
+}
+
+// Returns whether a pair is ignored; if not, the strip may as well take the plain loop.
+template <class T>
+inline bool classify_row(const Tile<T>& tile, int64_t row, uint8_t* pair) {
+  const PairRules& rules = *tile.pairs;
+  const int64_t i = tile.i0 + row;
+  bool lost = false;
+  if (rules.row_ids)
+    lost = apply_ids(rules, i, tile.j0, tile.cols, pair);
+  else
+    memset(pair, kBothNegative, static_cast<size_t>(tile.cols));
+  if (tile.gate) lost |= apply_gate(tile, row, pair);
+  if (rules.num_images > 0) lost |= apply_images(rules, i, tile.j0, tile.cols, pair);
+  if (rules.num_lists > 0) lost |= apply_lists(rules, i, tile.j0, tile.cols, pair);
+  return lost;
 }
 
 template <class T>
-inline void classify_strip(const Tile<T>& tile, int64_t row, StripClasses& classes) {
-  const int64_t padded = padded_columns(tile.cols, Simd<T>::kWidth);
+inline bool classify_strip(const Tile<T>& tile, int64_t row, StripClasses& classes) {
+  const int64_t padding = padded_columns(tile.cols, kColumnPad) - tile.cols;
+  bool lost = false;
   for (int64_t r = 0; r < kRowStep; ++r) {
     uint8_t* pair = classes.pair[r];
-    memset(pair, 0, static_cast<size_t>(padded));
-    if (row + r >= tile.rows) continue;
-    const int64_t i = tile.i0 + row + r;
+    if (row + r >= tile.rows) {
+      memset(pair, 0, static_cast<size_t>(tile.cols + padding));
+      continue;
+    }
     if (tile.special)
-      classify_row(*tile.pairs, i, tile.j0, tile.cols, pair);
+      lost |= classify_row(tile, row + r, pair);
     else
       memset(pair, kBothNegative, static_cast<size_t>(tile.cols));
+    memset(pair + tile.cols, 0, static_cast<size_t>(padding));
     if (!tile.upper) continue;
-    const int64_t below = i - tile.j0;  // this many columns lie below the diagonal
+    const int64_t below = tile.i0 + row + r - tile.j0;  // this many columns lie below the diagonal
     if (below > 0) memset(pair, 0, static_cast<size_t>(below < tile.cols ? below : tile.cols));
     if (below >= 0 && below < tile.cols) pair[below] &= kColumnIsNegative;
   }
+  return lost;
 }
 
-// Calls Strip<T>::template run<masked>(tile, row, classes, args) for every strip.
+// Whether the strip needs `classes`, which are filled in if so.
+template <class T>
+inline bool needs_classes(const Tile<T>& tile, int64_t row, StripClasses& classes) {
+  const bool edge = tile.upper || tile.cols % Simd<T>::kWidth != 0 || row + kRowStep > tile.rows;
+  if (!edge && !tile.special) return false;
+  return classify_strip(tile, row, classes) || edge;
+}
+
+template <class T>
+inline void count_strip(const Tile<T>& tile, int64_t row, const StripClasses& classes) {
+  using V = typename Simd<T>::V;
+  const V one = broadcast<T>(1), zero{};
+  V row_count[kRowStep] = {};
+  for (int64_t j = 0; j < tile.cols; j += Simd<T>::kWidth) {
+    V col_count = tile.col_count ? load(tile.col_count + j) : zero;
+    for (int r = 0; r < kRowStep; ++r) {
+      row_count[r] += keep<T>(classes.pair[r] + j, kColumnIsNegative, one, zero);
+      col_count += keep<T>(classes.pair[r] + j, kRowIsNegative, one, zero);
+    }
+    if (tile.col_count) store(tile.col_count + j, col_count);
+  }
+  for (int r = 0; r < kRowStep; ++r) tile.row_count[row + r] = horizontal_sum<T>(row_count[r]);
+}
+
+// Calls Strip::template run<masked>(tile, row, classes, args) for every strip, and counts negatives where asked to.
 template <class Strip, class T, class Args>
 inline void for_each_strip(const Tile<T>& tile, const Args& args) {
   StripClasses classes;
-  const bool ragged = tile.cols % Simd<T>::kWidth != 0;
+  T plain_rows = 0;
   for (int64_t row = 0; row < tile.rows; row += kRowStep) {
-    if (tile.special || tile.upper || ragged || row + kRowStep > tile.rows) {
-      classify_strip(tile, row, classes);
+    if (needs_classes(tile, row, classes)) {
       Strip::template run<true>(tile, row, classes, args);
+      if (tile.row_count) count_strip(tile, row, classes);
     } else {
       Strip::template run<false>(tile, row, classes, args);
+      plain_rows += kRowStep;
+      for (int64_t r = 0; tile.row_count && r < kRowStep; ++r) tile.row_count[row + r] = static_cast<T>(tile.cols);
     }
   }
+  for (int64_t j = 0; tile.col_count && j < tile.cols; ++j) tile.col_count[j] += plain_rows;
 }
 
 // exp(beta s - shift). beta s is rounded before the shift comes off, as the shift itself was: where one negative
@@ -247,6 +356,39 @@ void weights(const Tile<T>& tile, const Weights<T>& in) {
 }
 
 template <class T>
+void larger_of(T* x, const T* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += Simd<T>::kWidth) {
+    const typename Simd<T>::V a = load(x + i), b = load(y + i);
+    store(x + i, (a > b) | (a != a) ? a : b);  // a NaN in b fails both
+  }
+}
+
+template <class T>
+int64_t first_above(const T* x, int64_t begin, int64_t end, T limit) {
+  constexpr int64_t kStep = 4 * Simd<T>::kWidth;
+  static_assert(kColumnPad % kStep == 0, "whole steps are readable");
+  const typename Simd<T>::V bound = broadcast<T>(limit);
+  for (int64_t j = begin / kStep * kStep; j < end; j += kStep) {
+    typename Simd<T>::I above{};
+    for (int64_t k = 0; k < kStep; k += Simd<T>::kWidth) above |= load(x + j + k) > bound;
+    if (!any(above)) continue;
+    for (int64_t at = j > begin ? j : begin; at < end && at < j + kStep; ++at)
+      if (x[at] > limit) return at;
+  }
+  return end;
+}
+
+template <class T>
+void tile_classes(const Tile<T>& tile, uint8_t* pair_class) {
+  StripClasses classes;
+  for (int64_t row = 0; row < tile.rows; row += kRowStep) {
+    if (!needs_classes(tile, row, classes)) memset(classes.pair, kBothNegative, sizeof(classes.pair));
+    for (int64_t r = 0; r < kRowStep && row + r < tile.rows; ++r)
+      memcpy(pair_class + (row + r) * tile.cols, classes.pair[r], static_cast<size_t>(tile.cols));
+  }
+}
+
+template <class T>
 void exp2_array(const T* x, T* y, int64_t n, T factor, T factor_low, T shift2) {
   for (int64_t i = 0; i < n; i += Simd<T>::kWidth) {
     const int64_t left = n - i < Simd<T>::kWidth ? n - i : Simd<T>::kWidth;
@@ -265,10 +407,11 @@ void exp_array(const T* x, T* y, int64_t n) {
 
 extern const TileKernels<float> kKernelsF32;
 extern const TileKernels<double> kKernelsF64;
-const TileKernels<float> kKernelsF32 = {moments<float>, exp_sums<float>, weights<float>, exp_array<float>,
-                                        exp2_array<float>};
-const TileKernels<double> kKernelsF64 = {moments<double>, exp_sums<double>, weights<double>, exp_array<double>,
-                                         exp2_array<double>};
+const TileKernels<float> kKernelsF32 = {moments<float>,     exp_sums<float>,     weights<float>,   larger_of<float>,
+                                        first_above<float>, tile_classes<float>, exp_array<float>, exp2_array<float>};
+const TileKernels<double> kKernelsF64 = {moments<double>,   exp_sums<double>,    weights<double>,
+                                         larger_of<double>, first_above<double>, tile_classes<double>,
+                                         exp_array<double>, exp2_array<double>};
 
 }  // namespace CE_ISA
 }  // namespace contrastive_ext

@@ -35,8 +35,11 @@ def evaluate(function, inputs: dict[str, Tensor], upstream: float, **arguments) 
     return Result(loss.detach(), named)
 
 
-def on_rounded_operands(function, normalize: bool):
-    """`function` in float64, but on the operands that the dtype of the inputs leaves after normalising and rounding."""
+def on_rounded_operands(function, normalize: bool, vectors=("z1", "z2", "negatives", "positives")):
+    """`function` in float64, but on the operands that the dtype of the inputs leaves after normalising and rounding.
+
+    vectors   names of the arguments that `normalize` is about
+    """
 
     def rounded(z: Tensor, dtype: torch.dtype) -> Tensor:
         if not normalize or dtype in (torch.float32, torch.float64):
@@ -46,7 +49,7 @@ def on_rounded_operands(function, normalize: bool):
         return exact + (unit - exact).detach()
 
     def truth(dtype: torch.dtype, **arguments):
-        for name in ("z1", "z2", "negatives", "positives"):
+        for name in vectors:
             if arguments.get(name) is not None:
                 arguments[name] = rounded(arguments[name].double(), dtype)
         if isinstance(arguments.get("queue"), Tensor):

@@ -62,6 +62,30 @@ def _part_filled_queue(z: Tensor) -> ce.NegativeQueue:
     return queue
 
 
+def _classes(z: Tensor, length: int) -> Tensor:
+    return torch.randint(0, 5, (length,), device=z.device)
+
+
+def _guide(z: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Another model's features: views of an image agree, some images agree too."""
+    image = torch.randn(columns, 3, device=z.device)
+    return tuple(image[:n] + 0.4 * torch.randn(n, 3, device=z.device) for n in (len(z), columns))
+
+
+def _with_queue_ids(a: Tensor, b: Tensor) -> tuple[Tensor, dict]:
+    return b, {"ids": _classes(a, len(a)), "queue": _noise(a, 7), "queue_ids": _classes(a, 7)}
+
+
+def _with_guided_queue(a: Tensor, b: Tensor) -> tuple[Tensor, dict]:
+    guide = {"guide": _guide(a, len(b) + 4), "guide_queue": torch.randn(7, 3, device=a.device)}
+    margin = {"margin": 0.2, "margin_strategy": "relative"}
+    return torch.cat([b, _noise(b, 4)]), {"layout": "one_way", "queue": _noise(a, 7)} | guide | margin
+
+
+def _with_guide_and_labels(a: Tensor, b: Tensor) -> tuple[Tensor, dict]:
+    return b, {"layout": "symmetric", "guide": _guide(a, len(b)), "labels": _classes(a, len(a))}
+
+
 USAGES = [
     Usage("two_view", lambda a, b: (b, {})),
     Usage("two_view_queue", lambda a, b: (b, {"queue": _noise(a, 7)})),
@@ -72,6 +96,11 @@ USAGES = [
     Usage("moco", lambda a, b: (b, {"layout": "one_way", "queue": _noise(a, 7), "in_batch_negatives": False})),
     Usage("shared_negatives", lambda a, b: (b, {"layout": "one_way", "negatives": _noise(a, 6)})),
     Usage("own_negatives", lambda a, b: (b, {"layout": "one_way", "negatives": _noise(a, len(a), 3)})),
+    Usage("ids", lambda a, b: (b, {"ids": _classes(a, len(a))})),
+    Usage("ids_queue", _with_queue_ids),
+    Usage("guide", lambda a, b: (b, {"guide": _guide(a, len(b)), "margin": 0.1})),
+    Usage("guide_queue", _with_guided_queue),
+    Usage("guide_symmetric", _with_guide_and_labels),
     Usage("symmetric", lambda a, b: (b, {"layout": "symmetric"})),
 ]
 

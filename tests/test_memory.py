@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import contrastive_ext as ce
+from peak_memory import needs_proc, peak_growth
 
-PROGRAM = """
-import re, sys
-from pathlib import Path
-import torch
-import contrastive_ext as ce
-def eager(z1, z2, temperature, backend):
-    z = torch.nn.functional.normalize(torch.cat([z1, z2]))
-    own, partner = torch.eye(len(z), dtype=torch.bool), (torch.arange(len(z)) + len(z1)) % len(z)
-    logits = (z @ z.T / temperature).masked_fill(own, -torch.inf)
-    return torch.nn.functional.cross_entropy(logits, partner)
-function = eager if sys.argv[1] == "eager" else getattr(ce, sys.argv[1])
-backend, n, dim = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-torch.set_num_threads(2)
-def peak():  # of this program; ru_maxrss would begin with that of the process that started it
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-def step(pairs):
-    z1, z2 = (torch.randn(pairs, dim).requires_grad_() for _ in range(2))
-    before = peak()
-    function(z1, z2, 0.5, backend=backend).backward()
-    return peak() - before
-step(8)
-print(step(n // 2))
+EAGER = """
+z = torch.nn.functional.normalize(torch.cat([z1, z2]))
+own, partner = torch.eye(len(z), dtype=torch.bool), (torch.arange(len(z)) + len(z1)) % len(z)
+logits = (z @ z.T / 0.5).masked_fill(own, -torch.inf)
+torch.nn.functional.cross_entropy(logits, partner).backward()
 """
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-
-
-def _peak_growth(function: str, backend: str, n: int, dim: int) -> int:
-    command = [sys.executable, "-c", PROGRAM, function, backend, str(n), str(dim)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout)
+def _peak_growth(call: str, n: int, dim: int) -> int:
+    setup = f"z1, z2 = (torch.randn(n // 2, {dim}).requires_grad_() for _ in range(2))"
+    return peak_growth(setup, call, small=16, large=n)
 
 
 @needs_proc
@@ -52,7 +28,7 @@ def test_memory_is_linear_in_the_batch(run, function):
     if device.type != "cpu":
         pytest.skip("measured through the allocator by test_peak_on_the_gpu")
     n, dim = 16384, 128
-    growth = _peak_growth(function, backend, n, dim)
+    growth = _peak_growth(f"ce.{function}(z1, z2, 0.5, backend={backend!r}).backward()", n, dim)
     assert growth > 0
     limit = 100 if backend == "cpu" else 150
     assert growth <= limit * 2**20, f"{growth / 2**20:.0f} MiB; the matrix alone is {n * n * 4 / 2**20:.0f} MiB"
@@ -76,7 +52,7 @@ def test_peak_on_the_gpu(run, function):
 
 @needs_proc
 def test_estimate_of_the_dense_loss_matches_what_it_takes():
-    growth = _peak_growth("eager", "none", 8192, 64)
+    growth = _peak_growth(EAGER, 8192, 64)
     estimate = ce.estimate_memory(4096, 64).dense
     assert 0.5 * estimate <= growth <= 2 * estimate
 

@@ -192,9 +192,10 @@ def test_frozen_columns_may_change_before_the_backward(run):
     backend, device = run
     u = torch.randn(5, 4, dtype=torch.float64, device=device, requires_grad=True)
     queue = torch.randn(8, 4, dtype=torch.float64, device=device)
+    ids = torch.full((8,), NO_COLUMN_ID, device=device)
     expected = torch.autograd.grad((u @ queue.T).logsumexp(1).sum(), u)[0]
-    swept = row_stats(u, queue, scale=1.0, backend=backend)
-    queue.zero_()
+    swept = row_stats(u, queue, col_ids=ids, scale=1.0, backend=backend)
+    queue.zero_(), ids.zero_()
     torch.testing.assert_close(torch.autograd.grad(swept.lse.sum(), u)[0], expected)
 
 
@@ -212,7 +213,7 @@ def test_operator_passes_opcheck(run, problem):
     u, v, scale, options = _problem(problem, device)
     arguments = (
         u.requires_grad_(), v, scale.requires_grad_(), 0.0, list(options.get("exponents", (1.0,))),
-        *_pair_arguments(options), True, u.dtype, backend, options.get("columns", False), False, True,
+        *_pair_arguments(options), True, u.dtype, backend, options.get("columns", False), False, True, False,
     )  # fmt: skip
     opcheck(OP, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
@@ -225,7 +226,7 @@ def test_operator_is_traceable_with_dynamic_shapes(run, name):
     v = v if v is None or name == "queue" else v.requires_grad_()
     arguments = (
         u.requires_grad_(), v, scale.requires_grad_(), 0.0, [1.0], *_pair_arguments(options),
-        True, u.dtype, backend, options.get("columns", False), name == "queue", False,
+        True, u.dtype, backend, options.get("columns", False), name == "queue", False, False,
     )  # fmt: skip
     opcheck(OP, arguments, test_utils="test_aot_dispatch_dynamic")
 
@@ -344,3 +345,31 @@ def test_extreme_logits_stay_finite(run, scale_type):
 def test_bad_arguments_say_what_to_do(arguments, error, says):
     with pytest.raises(error, match=says):
         row_stats(**({"u": torch.ones(4, 2), "scale": 1.0} | arguments))
+
+
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "free"])
+@pytest.mark.parametrize(
+    "problem", [p for p in PROBLEMS if p[2] is not None and "columns" not in p[3]], ids=lambda p: p[0]
+)
+def test_means_and_maximum_without_a_gradient(run, problem, unit):
+    backend, device = run
+    u, v, scale, options = _problem(problem, device, unit=unit)
+    swept = row_stats(u, v, scale=scale, unit=unit, means=True, maximum=True, backend=backend, **options)
+    on_cpu = {k: x.cpu() if isinstance(x, Tensor) else x for k, x in options.items()}
+    keep = _negatives(len(u), len(v), on_cpu, one_set=False)[0].to(device)
+    s = (scale * (u @ v.T)).masked_fill(~keep, -torch.inf)
+    torch.testing.assert_close(swept.aux, torch.stack([keep.sum(1).double(), s.amax(1)]), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(swept.mean[0], s.softmax(1).nan_to_num(0.0) @ v, rtol=1e-12, atol=1e-13)
+    for k, beta in enumerate(options.get("exponents", (1.0,))):
+        torch.testing.assert_close(swept.lse[k], _lse(s, keep, beta), rtol=1e-13, atol=1e-13)
+
+
+def test_maximum_of_both_sides(run):
+    backend, device = run
+    u, v, scale, options = _problem(next(p for p in PROBLEMS if p[0] == "clip"), device)
+    some, everything = (
+        row_stats(u, v, scale=scale, unit=True, backend=backend, **options, **more)
+        for more in ({"maximum": True}, {"diagnostics": True})
+    )
+    torch.testing.assert_close(some.aux, everything.aux[:2])
+    torch.testing.assert_close(some.col_aux, everything.col_aux[:2])

@@ -27,7 +27,7 @@ def _expected(scorers, features, k, num_images, col_ids) -> TopColumns:
     for g in range(groups):
         found = []
         for j in range(len(features)):
-            if num_images and j % num_images == g or col_ids is not None and col_ids[j] == UNFILLED:
+            if (num_images and j % num_images == g) or (col_ids is not None and col_ids[j] == UNFILLED):
                 continue
             score = max((scorers[:, g] @ features[j]).tolist())
             if not math.isnan(score):

@@ -119,7 +119,8 @@ def merge_arguments(case: Case) -> tuple[Any, dict, dict]:
     if case.variant == "means":
         constants |= {"D": case.features, "BLOCK": 32, "BLOCK_D": 64}
         return merge.merge_means_kernel, dict.fromkeys(("p_partials", "p_means", "p_out"), "*fp32"), constants
-    flags = {"HAS_SHIFT": True, "COUNTED": True, "DIAGNOSTICS": True, "FINISH": case.variant == "plain"}
+    flags = {"HAS_SHIFT": True, "COUNTED": True, "DIAGNOSTICS": True, "MAXIMUM": False}
+    flags["FINISH"] = case.variant == "plain"
     return merge.merge_kernel, dict.fromkeys(("p_partials", "p_lse", "p_aux"), "*fp32"), constants | flags
 
 

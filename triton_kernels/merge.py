@@ -58,7 +58,7 @@ def load_state(
 def merge_kernel(
     p_partials, p_lse, p_aux, begin, end, num_anchors, num_candidates, same_image, first, shard,
     EXPONENTS: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, COUNTED: tl.constexpr,
-    DIAGNOSTICS: tl.constexpr, FINISH: tl.constexpr, BLOCK: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr, MAXIMUM: tl.constexpr, FINISH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Partials begin..end of a block of anchors -> lse and aux, or (FINISH=False) one partial in slot 0."""
     o_anchors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -88,10 +88,12 @@ def merge_kernel(
         for k in tl.static_range(NUM_LSE):
             tl.store(p_lse + k * length + o_anchors, online_lse.finish(state, k, EXPONENTS), mask=m_anchors)
         tl.store(p_aux + o_anchors, b_count, mask=m_anchors)
-        if DIAGNOSTICS:
+        if DIAGNOSTICS or MAXIMUM:
+            b_largest = b_largest if DIAGNOSTICS else state[0]  # the running maximum (MAXIMUM implies HAS_SHIFT)
             # a maximum may pass over NaN, a sum cannot
             b_largest = tl.where(state[1][0] == state[1][0], b_largest * LN2, state[1][0])
             tl.store(p_aux + length + o_anchors, b_largest, mask=m_anchors)
+        if DIAGNOSTICS:
             tl.store(p_aux + 2 * length + o_anchors, b_total * LN2, mask=m_anchors)
             tl.store(p_aux + 3 * length + o_anchors, online_lse.finish(state, NUM_LSE, EXPONENTS), mask=m_anchors)
     else:

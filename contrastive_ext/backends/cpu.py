@@ -18,10 +18,10 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     return native.why_missing()
 
 
-def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
+def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
-    outputs = torch.ops.contrastive_ext.row_stats_forward_cpu(*_arguments(problem), columns, means, diagnostics)
-    return Statistics(*outputs)
+    wanted = (columns, means, diagnostics, maximum)
+    return Statistics(*torch.ops.contrastive_ext.row_stats_forward_cpu(*_arguments(problem), *wanted))
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
@@ -37,10 +37,16 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     )
 
 
+def top_columns(
+    scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
+    return torch.ops.contrastive_ext.top_columns_cpu(scorers, features, k, num_images, _contiguous(col_ids))
+
+
 def _arguments(problem: Problem) -> tuple:
-    pairs = problem.pairs
-    if pairs.only_equal_ids or pairs.ignored is not None or pairs.gate is not None:
-        raise NotImplementedError("lists, gates and only_equal_ids")
+    pairs, gate = problem.pairs, problem.pairs.gate
+    limits = (None,) * 4 if gate is None else (gate.scorers, gate.features, gate.row_limit, gate.col_limit)
     return (
         problem.u,
         problem.v,
@@ -48,12 +54,14 @@ def _arguments(problem: Problem) -> tuple:
         list(problem.exponents),
         pairs.num_images,
         pairs.positive_offset,
-        pairs.row_ids,
-        None if problem.one_set else pairs.col_ids,
+        pairs.only_equal_ids,
+        _contiguous(pairs.row_ids),
+        None if problem.one_set else _contiguous(pairs.col_ids),
+        _contiguous(pairs.ignored),
+        *map(_contiguous, limits),
         problem.unit,
     )
 
 
-def top_columns(scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None):
-    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
-    raise NotImplementedError
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

@@ -30,7 +30,7 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     return None
 
 
-def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
+def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
     u, v, pairs = problem.u * problem.scale, problem.columns, problem.pairs
     rows = _OnlineLse(u, pairs.num_rows, problem.exponents, diagnostics, means)
@@ -44,8 +44,8 @@ def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) 
         if both_sides and not (problem.one_set and i == j):  # a diagonal tile holds both directions already
             reverse = pairs.keep_reverse(i, j)
             cols.add(j, s.T, reverse if reverse is None else reverse.T, u[i])
-    col_lse, col_aux = cols.result() if columns else (u.new_empty(0), u.new_empty(0))
-    return Statistics(*rows.result(), col_lse, col_aux, rows.normalized_mean() if means else u.new_empty(0))
+    col_lse, col_aux = cols.result(maximum) if columns else (u.new_empty(0), u.new_empty(0))
+    return Statistics(*rows.result(maximum), col_lse, col_aux, rows.normalized_mean() if means else u.new_empty(0))
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
@@ -152,11 +152,11 @@ class _OnlineLse:
                 self.mean[k, anchors] = torch.addmm(self.mean[k, anchors] * rescale[:, None], e, values)
         self.max[anchors] = new  # last: `old` is a view of it
 
-    def result(self) -> tuple[Tensor, Tensor]:
+    def result(self, maximum: bool) -> tuple[Tensor, Tensor]:
         betas = self.max.new_tensor(self.exponents)[:, None]
         lse = self.max * betas + self.sums.log()
         if self.total is None:
-            return lse, self.count[None]
+            return lse, torch.stack([self.count, self.max] if maximum else [self.count])
         return lse[:-1].clone(), torch.stack([self.count, self.max, self.total, lse[-1]])
 
     def normalized_mean(self) -> Tensor:

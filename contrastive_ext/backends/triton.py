@@ -44,9 +44,9 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     return None
 
 
-def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
+def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
-    return _Forward(problem, columns, means, diagnostics).run()
+    return _Forward(problem, columns, means, diagnostics, maximum).run()
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,7 @@ class _Term(NamedTuple):
 class _Forward:
     """The launches of one forward call."""
 
-    def __init__(self, problem: Problem, columns: bool, means: bool, diagnostics: bool):
+    def __init__(self, problem: Problem, columns: bool, means: bool, diagnostics: bool, maximum: bool):
         self.problem, self.pairs, self.columns, self.means = problem, problem.pairs, columns, means
         self.u, self.v = _operands(problem)
         self.rows, self.cols = _sides(problem, self.u, self.v)
@@ -173,16 +173,16 @@ class _Forward:
         # the mean costs a second product and an accumulator like those of the backward
         mask = _mask(self.pairs)
         counted = mask != "images"
-        self.config = _config(
-            "backward" if self.fused_means else "forward", self.u, "ids" if diagnostics and not counted else mask
-        )
+        mask = "ids" if diagnostics and not counted else mask  # as many counters
+        self.config = _config("backward" if self.fused_means else "forward", self.u, mask)
         exponents = problem.exponents + ((2 * problem.exponents[0],) if diagnostics else ())
         # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum
-        shift = "online" if self.fused_means else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
+        online = self.fused_means or maximum
+        shift = "online" if online else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
         has_shift = shift != "plain"
         self.num_parts = has_shift + len(exponents) + counted + 2 * diagnostics
         self.flags: dict[str, Any] = {"EXPONENTS": exponents, "NUM_PARTS": self.num_parts, "DIAGNOSTICS": diagnostics}
-        self.merge_flags = self.flags | {"HAS_SHIFT": has_shift, "COUNTED": counted}
+        self.merge_flags = self.flags | {"HAS_SHIFT": has_shift, "COUNTED": counted, "MAXIMUM": maximum}
         self.flags |= {"SHIFT": shift, "LARGEST": max(exponents), "COLUMNS": columns, "MEANS": self.fused_means}
         self.rules = _rules(self.pairs, self.rows, self.cols, row_anchors=True, col_anchors=columns)
 
@@ -236,7 +236,7 @@ class _Forward:
     def _merge(self, partials: Tensor, begin: int, end: int, candidates, finish: bool) -> tuple[Tensor, Tensor]:
         anchors = partials.shape[-1]
         lse = self._empty(len(self.problem.exponents), anchors)
-        aux = self._empty(4 if self.flags["DIAGNOSTICS"] else 1, anchors)
+        aux = self._empty(4 if self.flags["DIAGNOSTICS"] else 2 if self.merge_flags["MAXIMUM"] else 1, anchors)
         _kernels().merge.merge_kernel[(_cdiv(anchors, MERGE_BLOCK),)](
             partials, lse, aux, begin, end, anchors, *candidates, FINISH=finish, BLOCK=MERGE_BLOCK,
             enable_fp_fusion=True, **self.merge_flags,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..cancellation import Cancellation
 from ..layouts import Arrangement, Layout, arrange
 from ..numerics import logsumexp_pair
 from ..problem import Statistics
@@ -73,6 +74,13 @@ class LossOptions(TypedDict, total=False):
     logit_scale: float | Tensor | None
     layout: Layout
     queue: Tensor | NegativeQueue | None
+    ids: Tensor | None
+    labels: Tensor | None
+    queue_ids: Tensor | None
+    guide: tuple[Tensor, Tensor] | None
+    guide_queue: Tensor | None
+    margin: float
+    margin_strategy: Literal["absolute", "relative"]
     negatives: Tensor | None
     in_batch_negatives: bool
     normalize: bool
@@ -90,6 +98,13 @@ def fused_row_loss(
     logit_scale: float | Tensor | None = None,
     layout: Layout = "two_view",
     queue: Tensor | NegativeQueue | None = None,
+    ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    guide: tuple[Tensor, Tensor] | None = None,
+    guide_queue: Tensor | None = None,
+    margin: float = 0.0,
+    margin_strategy: Literal["absolute", "relative"] = "absolute",
     negatives: Tensor | None = None,
     in_batch_negatives: bool = True,
     positives: Tensor | None = None,
@@ -107,6 +122,14 @@ def fused_row_loss(
     layout       "two_view": 2B anchors against all 2B rows; "one_way": z1 against z2; "symmetric": z1 against z2 and
                  back (CLIP)
     queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way)
+    ids, labels  [B] integers (one_way with more columns: [M]), two names of one thing: columns with the anchor's id are
+                 never its negatives, whatever image they show
+    queue_ids    [K] integers, the ids of a queue given as a tensor
+    guide        (g1 [B, E], g2 [B, E]), a guide model's features of z1 and z2: columns it finds more similar to the
+                 anchor than the positive, up to `margin`, are no negatives; see cancellation.py. Not for `negatives`.
+    guide_queue  [K, E] the guide's features of the queue
+    margin, margin_strategy
+                 >= 0; "absolute": the limit is cos(positive) - margin, "relative": cos(positive) (1 - margin)
     negatives    [K, D] for all anchors or [B, n, D] for each, with gradient (one_way)
     in_batch_negatives  False: only queue and `negatives` (one_way; MoCo)
     positives    [M, B, D] views that replace the partner in a debiasing correction, with gradient
@@ -122,12 +145,17 @@ def fused_row_loss(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    if ids is not None and labels is not None:
+        raise ValueError("give ids or labels, not both: columns with an equal integer are ignored either way.")
     dispatch.check_backend_name(backend)
+    cancellation = Cancellation(
+        labels if ids is None else ids, queue_ids, guide, guide_queue, margin, margin_strategy
+    )  # fmt: skip
     with torch.autocast(z1.device.type if isinstance(z1, Tensor) else "cpu", enabled=False):
         batch = arrange(
             z1, z2, temperature, logit_scale=logit_scale, default_temperature=row_loss.default_temperature,
             layout=layout, queue=queue, negatives=negatives, in_batch_negatives=in_batch_negatives,
-            positives=positives, normalize=normalize,
+            positives=positives, normalize=normalize, cancellation=cancellation,
         )  # fmt: skip
         path = _dense if backend == dispatch.REFERENCE else _streamed
         losses, stats, diagnostics = path(row_loss, batch, return_stats, backend)
@@ -144,7 +172,8 @@ def _streamed(
     for columns in batch.column_sets:
         swept = row_stats(
             batch.anchors, columns.v, scale=batch.scale, exponents=row_loss.exponents, num_images=columns.num_images,
-            col_ids=columns.ids, unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric,
+            row_ids=batch.anchor_ids, col_ids=None if columns.v is None else columns.ids, gate=columns.gate,
+            unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric,
             diagnostics=return_stats, backend=backend,
         )  # fmt: skip
         parts.append(_both_sides(swept, batch.symmetric))
@@ -152,9 +181,9 @@ def _streamed(
         parts.append(_own_negatives(batch, row_loss.exponents, return_stats))
     lse, aux = reduce(_merge, parts)
     stats = RowStatistics(tuple(lse.unbind(0)), batch.pos, batch.correction, aux[0], batch.scale)
-    # ids are known to the device alone: only candidates without them are certain
-    without_ids = replace(batch, column_sets=tuple(s for s in batch.column_sets if s.ids is None))
-    if _candidates(without_ids) == 0:
+    # what ids and gates cancel the device alone knows: only candidates without them are certain
+    certain = replace(batch, column_sets=tuple(s for s in batch.column_sets if s.ids is None and s.gate is None))
+    if _candidates(certain) == 0:
         empty = stats.count == 0
         losses = _zero_where(empty, row_loss.from_stats(_without_empty(stats, empty)), batch.pos)
     else:
@@ -212,7 +241,7 @@ def _own_negatives(batch: Arrangement, exponents: tuple[float, ...], diagnostics
 
 
 def _candidates(batch: Arrangement) -> int:
-    """Negatives every anchor would have if none were ignored by id."""
+    """Negatives every anchor would have if none were cancelled."""
     anchors, candidates = len(batch.anchors), 0
     for columns in batch.column_sets:
         candidates += anchors if columns.v is None else len(columns.v)

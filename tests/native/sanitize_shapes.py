@@ -26,7 +26,7 @@ def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics):
         if side is not None:
             side[::3] = UNFILLED
     request = (u, v, scale, exponents, images, 0, row_ids, col_ids, unit)
-    lse, _, col_lse, _, _ = ops.row_stats_forward_cpu(*request, columns, means, diagnostics)
+    lse, _, col_lse, _, _ = ops.row_stats_forward_cpu(*request, columns, means, diagnostics, means)
     grad, grad_columns = torch.randn_like(lse), torch.randn_like(col_lse) if columns else None
     column_args = (col_lse if columns else None, grad_columns)
     ops.row_stats_backward_cpu(*request, lse, grad, *column_args, True, v is not None)

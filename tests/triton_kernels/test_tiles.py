@@ -103,7 +103,7 @@ RULES = [
 
 @pytest.mark.parametrize("exponents", [(1.0,), (0.5, 1.5)], ids=["one", "two"])
 @pytest.mark.parametrize("problem", RULES, ids=[r[0] for r in RULES])
-def test_rules_over_many_tiles(problem, exponents, monkeypatch):
+def test_rules_across_tiles(problem, exponents, monkeypatch):
     _, n, m, features, rules, _ = problem
     monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)  # weights and column partials in several launches
     u, v = _vectors(n, features), None if m is None else _vectors(m, features)

@@ -1,0 +1,87 @@
+"""False negatives the caller knows of: equal integer ids, or a guide model that finds two items too similar.
+
+A cancelled column is ignored as a negative of that anchor, inside the tile loop: no [N, M] mask is ever formed. Ids are
+compared as they are. A guide scores every column by the cosine of its own features; a column is cancelled where
+
+    cos(g_i, g_j) > cos(g_i, g_pos(i)) - margin            margin_strategy="absolute"
+    cos(g_i, g_j) > cos(g_i, g_pos(i)) * (1 - margin)      margin_strategy="relative"
+
+which is the rule of GISTEmbed (Solatorio 2024, arXiv:2402.16829).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import numerics
+from .pairs import Gate
+
+MARGIN_STRATEGIES = ("absolute", "relative")
+
+
+@dataclass(frozen=True)
+class Cancellation:
+    """What a call says about false negatives; `fused_row_loss` documents the fields."""
+
+    ids: Tensor | None = None
+    queue_ids: Tensor | None = None
+    guide: tuple[Tensor, Tensor] | None = None
+    guide_queue: Tensor | None = None
+    margin: float = 0.0
+    margin_strategy: str = "absolute"
+
+    def check(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> None:
+        """Raise on shapes, dtypes and combinations that do not fit a batch z1, z2 with queue `keys`."""
+        if self.ids is not None:
+            _check_ids("ids", self.ids, len(z2), z1.device)
+        if self.queue_ids is not None:
+            if keys is None or queue_has_ids or self.ids is None:
+                raise ValueError(
+                    "queue_ids belong to a queue given as a tensor, compared with the batch's ids; "
+                    "a NegativeQueue holds its own: queue.enqueue(keys, ids)."
+                )
+            _check_ids("queue_ids", self.queue_ids, len(keys), z1.device)
+        if self.margin_strategy not in MARGIN_STRATEGIES:
+            raise ValueError(
+                f"margin_strategy must be one of {', '.join(MARGIN_STRATEGIES)}; got {self.margin_strategy!r}."
+            )
+        if self.guide is None:
+            if self.guide_queue is not None or self.margin != 0.0:
+                raise ValueError("guide_queue and margin need guide=(g1, g2), the guide's features of z1 and z2.")
+            return
+        g1, g2 = self.guide
+        _check_features("guide[0]", g1, len(z1), g1.shape[-1], z1.device)
+        _check_features("guide[1]", g2, len(z2), g1.shape[-1], z1.device)
+        if (keys is None) != (self.guide_queue is None):
+            raise ValueError("guide_queue and queue go together: the guide scores every column, the queue's too.")
+        if keys is not None and self.guide_queue is not None:
+            _check_features("guide_queue", self.guide_queue, len(keys), g1.shape[-1], z1.device)
+
+    def gates(self, two_view: bool, dtype: torch.dtype, both_ways: bool) -> tuple[Gate | None, Gate | None]:
+        """The gates of the batch's own columns and of the queue's."""
+        if self.guide is None:
+            return None, None
+        g1, g2 = (numerics.normalize(g.detach().to(dtype)) for g in self.guide)
+        positive = (g1 * g2[: len(g1)]).sum(1)
+        limit = positive - self.margin if self.margin_strategy == "absolute" else positive * (1 - self.margin)
+        rows, columns = (torch.cat([g1, g2]),) * 2 if two_view else (g1, g2)
+        limit = torch.cat([limit, limit]) if two_view else limit
+        batch = Gate(rows[None], columns, limit, limit if both_ways else None)
+        if self.guide_queue is None:
+            return batch, None
+        return batch, Gate(rows[None], numerics.normalize(self.guide_queue.detach().to(dtype)), limit)
+
+
+def _check_ids(name: str, ids: Tensor, length: int, device: torch.device) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.shape != (length,) or ids.device != device:
+        raise ValueError(f"{name} must be integers [{length}] on {device}; got {ids.dtype} {list(ids.shape)}.")
+
+
+def _check_features(name: str, x: Tensor, length: int, dim: int, device: torch.device) -> None:
+    if not x.is_floating_point() or x.shape != (length, dim) or x.device != device:
+        raise ValueError(
+            f"{name} must be floating-point [{length}, {dim}] on {device}; got {x.dtype} {list(x.shape)} on {x.device}."
+        )

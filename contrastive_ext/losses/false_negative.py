@@ -1,0 +1,293 @@
+"""False-negative cancellation (FNC): negatives that look like the anchor's own image are left out, or attracted.
+
+    eliminate  L_a = log sum_{k != a, k not in F} e^{s_ak} - mean_P s_ap
+    attract    L_a = log sum_{k != a} e^{s_ak} - (sum_P s_ap + sum_F s_am) / (|P| + |F|)
+
+P: the V - 1 other views of the anchor's image, in the sum as well. F: its detected false negatives (detection.py), a
+constant that all anchors of the image share. The sum over negatives, lse_a, is streamed without P; P joins it outside:
+log sum = softplus(lse_a - lse_P) + lse_P.
+
+Huynh et al., WACV 2022, arXiv:2011.11765.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import reduce
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, numerics
+from ..detection import Candidates, Detected, Lists, detect
+from ..layouts import scale_from
+from ..numerics import logsumexp_pair, softplus
+from ..pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
+from ..queue import NegativeQueue
+from ..row_stats import row_stats
+from .base import REDUCTIONS
+
+MODES = ("attract", "eliminate")
+AGGREGATES = ("max", "mean")
+
+
+@dataclass(frozen=True)
+class FalseNegativeStats:
+    """What was detected; 0-d tensors on the device of the inputs.
+
+    cancelled_fraction   share of an anchor's candidates (columns of other images) that are detected false negatives
+    detected             mean |F|, false negatives per image
+    empty_rows           anchors left without any negative
+    positive_similarity  mean similarity to the other views of the image, cosine if inputs are normalised
+    precision            with labels: share of the detected that have the image's label (NaN if none are detected)
+    recall               with labels: share of the candidates with the image's label that are detected (NaN if none)
+    """
+
+    cancelled_fraction: Tensor
+    detected: Tensor
+    empty_rows: Tensor
+    positive_similarity: Tensor
+    precision: Tensor | None = None
+    recall: Tensor | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """The fields that were computed as floats, for a logger; waits for the device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def fused_false_negative_loss(
+    views: Tensor,
+    temperature: float | Tensor | None = None,
+    *,
+    logit_scale: float | Tensor | None = None,
+    support: Tensor | None = None,
+    mode: Literal["attract", "eliminate"] = "attract",
+    top_k: int | None = 10,
+    threshold: float | None = 0.7,
+    aggregate: Literal["max", "mean"] = "max",
+    keys: Tensor | None = None,
+    queue: Tensor | NegativeQueue | None = None,
+    labels: Tensor | None = None,
+    normalize: bool = True,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, FalseNegativeStats]:
+    """InfoNCE over V views that detects false negatives and eliminates or attracts them (FNC).
+
+    eliminate: log sum_{k != a, k not in F} e^{s_ak} - mean_P s_ap
+    attract:   log sum_{k != a} e^{s_ak} - (sum_P s_ap + sum_F s_am) / (V - 1 + |F|)
+
+    views        [V, B, D] fp16/bf16/fp32/fp64, V >= 2 views of B images: the anchors, and without `keys` the columns
+    temperature  > 0, or a 0-d tensor to learn it; default 0.1
+    logit_scale  1/temperature instead
+    support      [S, B, D] further views of the images that only score, no gradient; without it `keys` score, or `views`
+    mode         "attract" or "eliminate"
+    top_k, threshold
+                 F holds the columns of other images among the top_k scores (ties: the lower column) and above
+                 `threshold`; None switches a criterion off, one must stay
+    aggregate    score of a column: the "max" over the scoring views of an image, or the "mean"
+    keys         [V, B, D] momentum features: columns instead of `views`, no gradient; an anchor's own key is left out
+    queue        [K, D] tensor or NegativeQueue: older columns, no gradient, used as given
+    labels       [B] integers: return_stats then reports how well F finds equal labels (a NegativeQueue's ids are its
+                 labels); the loss does not depend on them
+    normalize    scale rows (not the queue's) to unit length first; False: used as given, scores are dot products
+    reduction    "mean" over V B anchors, "sum" or "none"; the released total is twice this mean
+    return_stats also return a `FalseNegativeStats`
+    backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    Returns      float32 (float64 for float64 inputs), nats: 0-d, or [V, B] for "none"
+    Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
+    Memory       O(V B D + K D + B top_k); time O(V^2 B^2 D); a threshold alone is asked again in every pass, which
+                 costs time, not memory; once differentiable
+    Paper        arXiv:2011.11765. Attraction with a threshold <= .8 alone is known to collapse; published best top_k: 4
+                 for attraction, 8 for elimination.
+    """
+    _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction)
+    dispatch.check_backend_name(backend)
+    with torch.autocast(views.device.type, enabled=False):
+        batch = _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize)
+        path = _dense if backend == dispatch.REFERENCE else _streamed
+        losses, count, detected = path(batch, mode, top_k, threshold, backend)
+        loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+        if not return_stats:
+            return loss
+        return loss, _summarize(batch, detected, count, labels)
+
+
+class _Batch(NamedTuple):
+    anchors: Tensor  # [V B, D]
+    columns: tuple[Tensor, ...]  # [M, D] each; the first shows the images
+    own_columns: bool  # the first are the anchors themselves
+    candidates: list[Candidates]  # what is scored: the same columns without gradient
+    scorers: Tensor  # [S, B, D]
+    scale: float | Tensor
+    positives: Tensor  # [V B, V - 1] logits of the other views
+    unit: bool
+    operand_dtype: torch.dtype
+
+    def by_view(self, x: Tensor) -> Tensor:
+        """[V B, ...] as [V, B, ...]."""
+        return x.unflatten(0, (-1, self.scorers.shape[1]))
+
+
+def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize) -> _Batch:
+    num_views, images, _ = views.shape
+    dtype = numerics.stats_dtype(views.dtype)
+    scale = scale_from(temperature, logit_scale, 0.1, dtype, views.device)
+
+    def operand(z: Tensor) -> Tensor:
+        z = z.to(dtype)
+        return numerics.round_operand(numerics.normalize(z) if normalize else z, views.dtype)
+
+    anchors = operand(views)
+    shown = anchors if keys is None else operand(keys.detach())
+    scorers = operand(support.detach()) if support is not None else shown.detach()
+    if aggregate == "mean":
+        scorers = scorers.mean(0, keepdim=True)
+    logits = scale * torch.einsum("vbd,wbd->vbw", anchors, shown)
+    others = ~torch.eye(num_views, dtype=torch.bool, device=views.device)
+    positives = logits.transpose(0, 1)[:, others].view(images, num_views, num_views - 1).transpose(0, 1)
+
+    columns = [shown.flatten(0, 1)]
+    candidates = [Candidates(columns[0].detach(), num_images=images)]
+    if queue is not None:
+        held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+        columns.append(numerics.round_operand(held.detach().to(dtype), views.dtype))
+        candidates.append(Candidates(columns[1], ids=ids))
+    return _Batch(
+        anchors.flatten(0, 1), tuple(columns), keys is None, candidates, scorers, scale, positives.flatten(0, 1),
+        normalize, views.dtype,
+    )  # fmt: skip
+
+
+def _streamed(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tensor, Detected]:
+    images = batch.scorers.shape[1]
+    detected = detect(batch.scorers, batch.candidates, top_k, threshold, len(batch.anchors) // images, backend)
+    lses, counts = [], []
+    for at, (columns, candidates) in enumerate(zip(batch.columns, batch.candidates, strict=True)):
+        rules = detected.rules(at) if mode == "eliminate" else {}
+        # a gate of images asks the rows' question only: then the same vectors go in twice, as rows and as columns
+        one_set = at == 0 and batch.own_columns and "gate" not in rules
+        swept = row_stats(
+            batch.anchors, None if one_set else columns, scale=batch.scale, num_images=candidates.num_images,
+            col_ids=candidates.ids, unit=batch.unit and at == 0, operand_dtype=batch.operand_dtype, backend=backend,
+            **rules,
+        )  # fmt: skip
+        lses.append(swept.lse[0])
+        counts.append(swept.aux[0])
+    attracted: Tensor = batch.positives.mean(1)
+    if mode == "attract":
+        found = torch.stack([detected.add_up(at, columns) for at, columns in enumerate(batch.columns)]).sum(0)
+        views = batch.by_view(batch.anchors)
+        more = (batch.scale * (views * found).sum(2)).flatten()
+        number = _count(batch, detected).repeat(len(views))
+        others = batch.positives.shape[1]
+        attracted = (batch.positives.sum(1) + more) / (others + number)
+    lse, lse_positives = reduce(logsumexp_pair, lses), batch.positives.logsumexp(1)
+    # in this order: with two views and nothing detected the bracket is exactly 0
+    losses = softplus(lse - lse_positives) + (lse_positives - attracted)
+    return batch.by_view(losses), torch.stack(counts).sum(0), detected
+
+
+def _count(batch: _Batch, detected: Detected) -> Tensor:
+    return torch.stack([detected.count(at) for at in range(len(batch.columns))]).sum(0)
+
+
+def _dense(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tensor, Detected]:
+    """The paper's steps on whole matrices."""
+    images, device = batch.scorers.shape[1], batch.anchors.device
+    columns = torch.cat(batch.columns)
+    number = torch.arange(len(columns), device=device)
+    image_of_column = torch.where(number < len(batch.anchors), number % images, -1)
+    image = torch.arange(len(batch.anchors), device=device) % images
+    exists = torch.ones(len(columns), dtype=torch.bool, device=device)
+    if batch.candidates[-1].ids is not None:
+        exists[len(batch.anchors) :] = batch.candidates[-1].ids != UNFILLED
+
+    candidate = (image_of_column != torch.arange(images, device=device)[:, None]) & exists
+    scores = (batch.scorers @ columns.detach().T).amax(0)
+    candidate &= ~scores.isnan()
+    rank = scores.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True).indices.argsort(1)
+    found = candidate
+    if top_k is not None:
+        found = found & (rank < top_k)
+    if threshold is not None:
+        found = found & (scores > threshold)
+
+    logits = batch.scale * (batch.anchors @ columns.T)
+    own = number == torch.arange(len(batch.anchors), device=device)[:, None]
+    positive = (image_of_column == image[:, None]) & ~own
+    false_negative = found[image]
+    kept = exists & ~own & ~(false_negative & (mode == "eliminate"))
+    attracted = positive | false_negative if mode == "attract" else positive
+    mean = logits.where(attracted, 0.0).sum(1) / attracted.sum(1)
+    losses = logits.masked_fill(~kept, -torch.inf).logsumexp(1) - mean
+    detected = Lists.split(torch.where(found, number, NO_COLUMN), batch.candidates)
+    return batch.by_view(losses), (kept & ~positive).sum(1), detected
+
+
+@torch.no_grad()
+def _summarize(batch: _Batch, detected: Detected, negatives: Tensor, labels: Tensor | None) -> FalseNegativeStats:
+    images = batch.scorers.shape[1]
+    number = _count(batch, detected).to(batch.anchors.dtype)
+    candidates = torch.zeros_like(number)
+    for one in batch.candidates:
+        exists = len(one.features) if one.ids is None else (one.ids != UNFILLED).sum()
+        candidates += exists - (len(one.features) // images if one.num_images else 0)
+    precision = recall = None
+    if labels is not None:
+        right, known, there = torch.zeros(3, images, dtype=torch.int64, device=labels.device)
+        for at, one in enumerate(batch.candidates):
+            own = len(one.features) // images if one.num_images else 0
+            column_labels = labels.repeat(own) if own else one.ids
+            if column_labels is None:
+                continue  # a queue given as a tensor: its labels are not known
+            right += detected.count(at, labels, column_labels)
+            known += detected.count(at, torch.ones_like(labels), (column_labels > NO_COLUMN_ID).long())
+            of_label = torch.searchsorted(column_labels.sort().values, torch.stack([labels, labels + 1]))
+            there += of_label[1] - of_label[0] - own
+        precision, recall = right.sum() / known.sum(), right.sum() / there.sum()
+    return FalseNegativeStats(
+        cancelled_fraction=number.sum() / candidates.sum(),
+        detected=number.mean(),
+        empty_rows=(negatives == 0).sum(),
+        positive_similarity=batch.positives.detach().mean() / batch.scale,
+        precision=precision,
+        recall=recall,
+    )
+
+
+def _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction) -> None:
+    for name, value, allowed in (
+        ("mode", mode, MODES),
+        ("aggregate", aggregate, AGGREGATES),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+    if not isinstance(views, Tensor) or views.dtype not in numerics.SUPPORTED_DTYPES:
+        raise TypeError("views must be a tensor of float16, bfloat16, float32 or float64.")
+    if views.dim() != 3 or len(views) < 2 or 0 in views.shape:
+        raise ValueError(f"views must be [V, B, D] with V >= 2 and B, D >= 1; got {list(views.shape)}.")
+    if top_k is None and threshold is None:
+        raise ValueError("top_k and threshold cannot both be None: that would make every column a false negative.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be >= 1, or None for the threshold alone; got {top_k}.")
+    _, images, dim = views.shape
+    for name, x, shape in (("support", support, (images, dim)), ("keys", keys, (images, dim))):
+        if x is None:
+            continue
+        if x.dim() != 3 or x.shape[1:] != shape or not len(x) or (name == "keys" and len(x) != len(views)):
+            first = len(views) if name == "keys" else "S"
+            raise ValueError(f"{name} must be [{first}, {images}, {dim}]; got {list(x.shape)}.")
+        if x.dtype != views.dtype or x.device != views.device:
+            raise TypeError(f"{name} must be {views.dtype} on {views.device} like views; got {x.dtype} on {x.device}.")
+    held = queue.data if isinstance(queue, NegativeQueue) else queue
+    if held is not None and (held.dim() != 2 or held.shape[1] != dim or not len(held) or held.device != views.device):
+        raise ValueError(
+            f"queue must be [K, {dim}], K >= 1, on {views.device}; got {list(held.shape)} on {held.device}."
+        )
+    if labels is not None and (labels.is_floating_point() or labels.shape != (images,)):
+        raise ValueError(f"labels must be integers [{images}], one per image; got {labels.dtype} {list(labels.shape)}.")

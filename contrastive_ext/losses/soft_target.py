@@ -1,0 +1,276 @@
+"""Soft targets: cross-entropy of a student against a teacher's distribution over the same constant keys.
+
+    L_i = -sum_k y_ik log softmax_k(<x_i, key_k>/t) = lse_i - <x_i, Y_i>/t,     Y_i = sum_k y_ik key_k
+
+A target acts through the mean Y_i alone, an attention output whose values are the keys; so does the gradient, which is
+(O(x_i) - Y_i)/t with O the student's own mean. One sweep of the keys for the teacher and one for the student make both
+in the forward; neither the targets nor the probabilities are ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, numerics
+from ..layouts import check_queue, scale_from
+from ..numerics import logsumexp_pair
+from ..pairs import UNFILLED
+from ..queue import NegativeQueue
+from ..row_stats import row_stats
+from ..stats import Record
+from .base import REDUCTIONS
+
+DEFAULT_TEMPERATURE = 0.1
+
+
+@dataclass(frozen=True)
+class SoftTargetStats(Record):
+    """Averages over the rows; entropies and the divergence in nats.
+
+    divergence          KL(teacher || student): the loss without the teacher's entropy, which no student can lower
+    teacher_entropy     entropy of the targets
+    student_entropy     entropy of the student's distribution
+    teacher_confidence  largest target of a row
+    """
+
+    divergence: Tensor
+    teacher_entropy: Tensor
+    student_entropy: Tensor
+    teacher_confidence: Tensor
+
+
+def fused_soft_target_loss(
+    queries: Tensor,
+    keys: Tensor | NegativeQueue,
+    teacher: Tensor,
+    temperature: float | Tensor | None = None,
+    *,
+    teacher_temperature: float,
+    queue: Tensor | NegativeQueue | None = None,
+    normalize: bool = True,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, SoftTargetStats]:
+    """Cross-entropy between two distributions over keys, without forming either of the N x M matrices.
+
+    L_i = -sum_k y_ik log softmax_k(<x_i, key_k>/t),   y_i = softmax_k(<teacher_i, key_k>/t_teacher)
+
+    queries      [N, D] fp16/bf16/fp32/fp64, the student's vectors x_i; they alone get a gradient
+    keys         [M, D] tensor like queries, or a NegativeQueue, whose unfilled rows are ignored
+    teacher      [N, D] like queries, constant: row i makes the target of query i
+    temperature  > 0, or a 0-d tensor to learn it; the student's; default 0.1
+    teacher_temperature  > 0, usually the lower one: sharper targets
+    queue        [K, D] tensor or NegativeQueue: more keys, used as given
+    normalize    scale queries, teacher and a tensor of keys to unit length first
+    reduction    "mean", "sum" or "none"
+    return_stats also return a `SoftTargetStats` record from the same sweeps
+    backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    Returns      0-d float32 (float64 for float64 inputs) or [N] ("none"); nats. A row without any key has loss 0.
+    Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
+    Memory       O((N + M) D), the keys are not copied; 8 N M D flops in the forward, the backward is O(N D)
+    Paper        used by SEED (arXiv:2101.04731), ReSSL (arXiv:2107.09282); with own keys left out by SANE, see
+                 `fused_self_labeling_loss`
+    """
+    check_options(reduction, backend)
+    check_vectors({"queries": queries, "teacher": teacher})
+    if teacher.shape != queries.shape:
+        raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")
+    check_positive("teacher_temperature", teacher_temperature)
+    with torch.autocast(queries.device.type, enabled=False):
+        dtype = numerics.stats_dtype(queries.dtype)
+        scale = scale_from(temperature, None, DEFAULT_TEMPERATURE, dtype, queries.device)
+        sets = [_given_keys(keys, queries, normalize)]
+        if queue is not None:
+            sets.append(queue_set(queue, queries))
+        path = _dense if backend == dispatch.REFERENCE else _streamed
+        x, u = operand(queries, normalize), operand(teacher, normalize).detach()
+        losses, stats = path(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
+        loss = reduced(losses, reduction)
+    return loss if stats is None else (loss, stats)
+
+
+def _streamed(x, sets, teacher, scale, teacher_scale, operand_dtype, return_stats, backend):
+    with torch.no_grad():
+        target = sweep_keys(teacher, sets, teacher_scale, operand_dtype, backend, means=True, maximum=return_stats)
+    student = sweep_keys(x, sets, scale, operand_dtype, backend, means=return_stats)
+    pos = scale * (x * target.mean).sum(1)
+    empty = target.number == 0  # NaN where the query is: bad input never hides
+    losses = torch.where(empty, 0.0 * pos, student.lse.masked_fill(empty, 0.0) - pos)
+    if not return_stats:
+        return losses, None
+    with torch.no_grad():
+        teacher_entropy = target.entropy(teacher, teacher_scale)
+        return losses, SoftTargetStats(
+            divergence=(losses - teacher_entropy).mean(),
+            teacher_entropy=teacher_entropy.mean(),
+            student_entropy=student.entropy(x, scale).mean(),
+            teacher_confidence=target.largest_weight().mean(),
+        )
+
+
+def _dense(x, sets, teacher, scale, teacher_scale, operand_dtype, return_stats, backend):
+    keys = dense_keys(sets)
+    if len(keys) == 0:
+        losses = 0.0 * x.sum(1)
+        return losses, SoftTargetStats(*4 * [losses.detach().mean()]) if return_stats else None
+    targets = (teacher_scale * (teacher @ keys.T)).softmax(1)
+    logits = scale * (x @ keys.T)
+    losses = cross_entropy(logits, targets)
+    if not return_stats:
+        return losses, None
+    with torch.no_grad():
+        return losses, SoftTargetStats(
+            divergence=(losses - entropy(targets)).mean(),
+            teacher_entropy=entropy(targets).mean(),
+            student_entropy=entropy(logits.softmax(1)).mean(),
+            teacher_confidence=targets.amax(1).mean(),
+        )
+
+
+class KeySet(NamedTuple):
+    """Constant keys [M, D]; those with id UNFILLED are ignored. unit: promises |<row, key>| <= 1."""
+
+    v: Tensor
+    ids: Tensor | None = None
+    unit: bool = False
+
+
+class KeyStatistics(NamedTuple):
+    """What one sweep says of every row's distribution over the keys; [0] tensors where not asked for.
+
+    lse      [N] log of the sum over the keys of e^s
+    number   [N] how many keys
+    largest  [N] largest logit s
+    mean     [N, D] softmax-weighted mean of the keys; 0 without any key
+    """
+
+    lse: Tensor
+    number: Tensor
+    largest: Tensor
+    mean: Tensor
+
+    def largest_weight(self) -> Tensor:
+        """[N] the largest probability; 0 without any key."""
+        return torch.exp(self.largest - self.lse).masked_fill(self.lse == -torch.inf, 0.0)
+
+    def entropy(self, rows: Tensor, scale: float | Tensor) -> Tensor:
+        """[N] entropy of the distribution; 0 without any key."""
+        return self.lse.masked_fill(self.lse == -torch.inf, 0.0) - scale * (rows * self.mean).sum(1)
+
+
+def sweep_keys(
+    rows: Tensor,
+    sets: Sequence[KeySet],
+    scale: float | Tensor,
+    operand_dtype: torch.dtype,
+    backend: str,
+    *,
+    leave_out: Tensor | None = None,
+    means: bool = False,
+    maximum: bool = False,
+) -> KeyStatistics:
+    """Statistics of `rows` over the union of `sets`, which is never put together in memory.
+
+    leave_out   [N] int64, the id in the first set that a row skips
+    """
+    parts = []
+    for i, keys in enumerate(sets):
+        swept = row_stats(
+            rows, keys.v, scale=scale, row_ids=leave_out if i == 0 else None, col_ids=keys.ids, means=means,
+            maximum=maximum, unit=keys.unit, operand_dtype=operand_dtype, backend=backend,
+        )  # fmt: skip
+        nothing = rows.new_empty(0)
+        largest, mean = swept.aux[1] if maximum else nothing, swept.mean[0].detach() if means else nothing
+        parts.append(KeyStatistics(swept.lse[0], swept.aux[0], largest, mean))
+    return reduce(_union, parts)
+
+
+def _union(one: KeyStatistics, other: KeyStatistics) -> KeyStatistics:
+    lse, mean = logsumexp_pair(one.lse, other.lse), one.mean
+    if len(mean):
+        share = torch.sigmoid(one.lse - other.lse).masked_fill(lse == -torch.inf, 0.0).detach()
+        mean = torch.lerp(other.mean, one.mean, share[:, None])
+    return KeyStatistics(lse, one.number + other.number, torch.maximum(one.largest, other.largest), mean)
+
+
+def queue_set(queue: Tensor | NegativeQueue, like: Tensor, name: str = "queue") -> KeySet:
+    """The columns of a queue, used as given; `like` is a vector of the batch as the caller passed it."""
+    keys, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+    if not isinstance(keys, Tensor):
+        raise TypeError(f"{name} must be a tensor or a NegativeQueue; got {type(keys).__name__}.")
+    check_queue(keys, like.shape[1], like.device, name)
+    return KeySet(operand(keys.detach(), False, like.dtype), ids=ids)
+
+
+def _given_keys(keys: Tensor | NegativeQueue, queries: Tensor, normalize: bool) -> KeySet:
+    if isinstance(keys, NegativeQueue):
+        return queue_set(keys, queries, "keys")
+    check_vectors({"queries": queries, "keys": keys})
+    return KeySet(operand(keys, normalize).detach(), unit=normalize)
+
+
+def operand(z: Tensor, normalize: bool, operand_dtype: torch.dtype | None = None) -> Tensor:
+    """z as the sweeps take it: in the statistics dtype, holding values of the operand dtype (its own by default)."""
+    operand_dtype = operand_dtype or z.dtype
+    z = z.to(numerics.stats_dtype(operand_dtype))
+    return numerics.round_operand(numerics.normalize(z) if normalize else z, operand_dtype)
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """Losses [N] under "mean", "sum" or "none"."""
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def dense_keys(sets: Sequence[KeySet]) -> Tensor:
+    """[M, D] all keys of the reference path, without the unfilled ones."""
+    return torch.cat([x.v if x.ids is None else x.v[x.ids != UNFILLED] for x in sets])
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """[N] -sum_k y_k log softmax_k(logits)."""
+    return -(targets * logits.log_softmax(1)).sum(1)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """[N] -sum_k p_k log p_k."""
+    return -torch.special.xlogy(probabilities, probabilities).sum(1)
+
+
+def check_options(reduction: str, backend: str) -> None:
+    """ValueError for an unknown reduction or backend."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    dispatch.check_backend_name(backend)
+
+
+def check_positive(name: str, value: float) -> None:
+    """ValueError unless 0 < value < inf."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be > 0 and finite; got {value}.")
+
+
+def check_vectors(named: dict[str, Tensor]) -> None:
+    """TypeError or ValueError unless all are non-empty [., D] matrices that share D, a supported dtype and a device."""
+    for name, z in named.items():
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(z).__name__}.")
+        if z.dtype not in numerics.SUPPORTED_DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {z.dtype}.")
+    (first, like), *others = named.items()
+    if like.dim() != 2 or 0 in like.shape:
+        raise ValueError(f"{first} must be [N, D] with N, D >= 1; got {list(like.shape)}.")
+    for name, z in others:
+        if z.dtype != like.dtype or z.device != like.device:
+            raise TypeError(
+                f"{first} and {name} must share dtype and device; got {like.dtype} on {like.device} and {z.dtype} on "
+                f"{z.device}."
+            )
+        if z.dim() != 2 or 0 in z.shape or z.shape[1] != like.shape[1]:
+            raise ValueError(f"{name} must be [., {like.shape[1]}] and not empty; got {list(z.shape)}.")

@@ -1,0 +1,158 @@
+"""Supervised contrastive loss (SupCon): every other row of the anchor's label is a positive.
+
+    out  L_i = log sum_{k != i} e^{s_ik} - 1/|P_i| sum_{p in P_i} s_ip
+    in   L_i = log sum_{k != i} e^{s_ik} - log 1/|P_i| sum_{p in P_i} e^{s_ip}
+
+The sum over positives inside "out" is <z_i, sum of the class>: no sweep. "in" streams the two parts of the sum apart,
+negatives (labels differ) and positives (labels agree), so that a converged row keeps its digits.
+
+Khosla et al., NeurIPS 2020, arXiv:2004.11362.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, numerics
+from ..layouts import scale_from
+from ..numerics import softplus
+from ..row_stats import row_stats
+from .base import REDUCTIONS
+
+POSITIVES = ("out", "in")
+
+
+@dataclass(frozen=True)
+class SupConStats:
+    """What the labels gave; 0-d tensors on the device of the inputs.
+
+    positives            mean number of positives of a row
+    skipped_rows         rows without a positive, which the loss leaves out
+    positive_similarity  mean over the other rows of their mean similarity to their positives
+    """
+
+    positives: Tensor
+    skipped_rows: Tensor
+    positive_similarity: Tensor
+
+    def to_dict(self) -> dict[str, float]:
+        """The fields as floats, for a logger; waits for the device."""
+        return {f.name: float(getattr(self, f.name)) for f in fields(self)}
+
+
+def fused_supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor | None = None,
+    positives: Literal["out", "in"] = "out",
+    *,
+    logit_scale: float | Tensor | None = None,
+    normalize: bool = True,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, SupConStats]:
+    """Supervised contrastive loss over labelled rows, without forming the similarity matrix.
+
+    out: log sum_{k != i} e^{s_ik} - mean_{p in P_i} s_ip
+    in:  log sum_{k != i} e^{s_ik} - log mean_{p in P_i} e^{s_ip}
+
+    features     [N, D], or [V, B, D] views of B images, fp16/bf16/fp32/fp64
+    labels       [N], or [B], integers
+    temperature  > 0, or a 0-d tensor to learn it; default 0.1
+    positives    where the mean over the positives P_i stands, "out"side of the logarithm or "in"side
+    logit_scale  1/temperature instead
+    normalize    scale rows to unit length first (zero rows stay zero, with zero gradient); False: used as given
+    reduction    "mean" over the rows that have a positive, "sum" or "none"
+    return_stats also return a `SupConStats`
+    backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    Returns      float32 (float64 for float64 inputs), nats: 0-d, or [N] ([V, B]) for "none". A row without positives is
+                 skipped: 0, no gradient, not counted in the mean
+    Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
+    Memory       O(N D); time O(N^2 D), "in" twice that of "out"; once differentiable
+    Paper        arXiv:2004.11362; pytorch-metric-learning has "out"
+    """
+    _check(features, labels, positives, reduction)
+    dispatch.check_backend_name(backend)
+    with torch.autocast(features.device.type, enabled=False):
+        dtype = numerics.stats_dtype(features.dtype)
+        scale = scale_from(temperature, logit_scale, 0.1, dtype, features.device)
+        z = features.to(dtype)
+        z = numerics.round_operand(numerics.normalize(z) if normalize else z, features.dtype).flatten(0, -2)
+        row_labels = labels.long().repeat(len(z) // len(labels))
+        positive_mean, number = _class_means(z, row_labels)
+        pos = scale * (z * positive_mean).sum(1)
+        if backend == dispatch.REFERENCE:
+            losses = _dense(z, row_labels, scale, positives)
+        else:
+            how = {"scale": scale, "unit": normalize, "operand_dtype": features.dtype, "backend": backend}
+            losses = _out(z, pos, how) if positives == "out" else _in(z, row_labels, how)
+        has_positives = number > 0
+        losses = torch.where(has_positives, losses, 0.0 * z.sum(1))  # 0, but NaN where the row holds one
+        rows = has_positives.sum().clamp(min=1)
+        if reduction == "none":
+            loss = losses.view(features.shape[:-1])
+        else:
+            loss = losses.sum() if reduction == "sum" else losses.sum() / rows
+    if not return_stats:
+        return loss
+    similarity = (pos.detach() / scale).masked_fill(~has_positives, 0.0).sum() / rows
+    return loss, SupConStats(number.to(z.dtype).mean(), (~has_positives).sum(), similarity)
+
+
+def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, D] mean of every row's positives, 0 without any, and their number [N]."""
+    ordered = labels.sort(stable=True)
+    starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
+    group = torch.empty_like(labels).scatter_(0, ordered.indices, starts.cumsum(0) - 1)
+    members = torch.zeros_like(labels).scatter_add_(0, group, torch.ones_like(group))
+    # segments, not index_add: sums in a fixed order on every device
+    total = torch.segment_reduce(z[ordered.indices], "sum", lengths=members, unsafe=True)
+    number = members[group] - 1
+    return (total[group] - z) / number.clamp(min=1)[:, None], number
+
+
+def _out(z: Tensor, pos: Tensor, how: dict) -> Tensor:
+    return row_stats(z, num_images=len(z), **how).lse[0] - pos
+
+
+def _in(z: Tensor, labels: Tensor, how: dict) -> Tensor:
+    negatives = row_stats(z, num_images=len(z), row_ids=labels, **how)
+    positives = row_stats(z, num_images=len(z), row_ids=labels, only_equal_ids=True, **how)
+    number = positives.aux[0]
+    log_positives = positives.lse[0].masked_fill(number == 0, 0.0)
+    return softplus(negatives.lse[0] - log_positives) + number.clamp(min=1).log()
+
+
+def _dense(z: Tensor, labels: Tensor, scale: float | Tensor, positives: str) -> Tensor:
+    """The definition on the whole matrix; finite, and of no consequence, in rows without positives."""
+    logits = scale * (z @ z.T)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels) & ~own
+    number = positive.sum(1)
+    alone = number == 0
+    log_sum = logits.masked_fill(own & ~alone[:, None], -torch.inf).logsumexp(1)
+    if positives == "out":
+        return log_sum - logits.where(positive, 0.0).sum(1) / number.clamp(min=1)
+    stand_in = positive | (own & alone[:, None])
+    return log_sum - logits.masked_fill(~stand_in, -torch.inf).logsumexp(1) + number.clamp(min=1).log()
+
+
+def _check(features: Tensor, labels: Tensor, positives: str, reduction: str) -> None:
+    for name, value, allowed in (("positives", positives, POSITIVES), ("reduction", reduction, REDUCTIONS)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+    if not isinstance(features, Tensor) or features.dtype not in numerics.SUPPORTED_DTYPES:
+        raise TypeError("features must be a tensor of float16, bfloat16, float32 or float64.")
+    if features.dim() not in (2, 3) or 0 in features.shape:
+        raise ValueError(f"features must be [N, D] or [V, B, D], none of them 0; got {list(features.shape)}.")
+    rows = features.shape[-2]
+    if labels.is_floating_point() or labels.shape != (rows,) or labels.device != features.device:
+        raise ValueError(
+            f"labels must be integers [{rows}] on {features.device}; "
+            f"got {labels.dtype} {list(labels.shape)} on {labels.device}."
+        )
