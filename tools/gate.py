@@ -143,7 +143,7 @@ def rule_arguments(case: Case, accumulator: str) -> tuple[dict, dict]:
     types |= {"p_listing_starts": "*i32" if reverse else None, "p_listing": "*i32" if reverse else None}
     guides = ("p_row_guide", "p_col_guide", "p_row_limit", "p_col_limit")
     types |= dict.fromkeys(guides, accumulator if guide else None)
-    rules = (False, GUIDE if guide else 0, configs.GUIDE_FEATURES, False)
+    rules = (False, GUIDE if guide else 0, configs.GUIDE_FEATURES[case.architecture], False)
     return types, {"RULES": rules if case.variant in MASKED else None}
 
 

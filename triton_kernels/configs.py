@@ -20,7 +20,8 @@ LARGEST_MASKED = {
     ("forward", "lists"): (128, 32),
     ("backward", "lists"): (64, 32),
 }
-GUIDE_FEATURES = 16  # a guide's features always come in chunks, beside the resident ones
+# features of a chunk of a gate's second product: with the other number its exact products spill
+GUIDE_FEATURES = {80: 16, 86: 16, 90: 32, 100: 32}
 
 
 class Config(NamedTuple):

@@ -107,7 +107,8 @@ def _rules(pairs: Pairs, rows: _Side, cols: _Side, row_anchors: bool, col_anchor
     if cols.ignored is not None and col_anchors:
         listing = _listing(cols.ignored, len(cols.x), len(rows.x))
     num_scorers, groups, features = (0, 0, 0) if pairs.gate is None else pairs.gate.scorers.shape
-    chunk = min(_kernels().configs.GUIDE_FEATURES, _feature_block(features))
+    configs = _kernels().configs
+    chunk = min(configs.GUIDE_FEATURES[configs.nearest(_architecture(rows.x.device))], _feature_block(features))
     swapped = cols.guide is not None and cols.guide.dim() == 3
     return {
         "p_row_ids": rows.ids,
