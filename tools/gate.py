@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 # bytes a block may use: CUDA C++ programming guide, "Technical Specifications per Compute Capability"
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MERGE_CONFIG = configs.Config(128, 0, 0, 4, 3)  # Triton's defaults
-MASKED = {"busy": "ids", "lists": "lists", "guide": "lists"}  # variants that make a mask for every tile
+MASKED = {"busy": "ids", "lists": "lists", "guide": "gate"}  # variants that make a mask for every tile
 TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
 GUIDE = 256  # features of a gate
 POINTER = {"16-bit": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "ieee": "*fp32", "fp64": "*fp64"}

@@ -12,13 +12,15 @@ RESIDENT_FEATURES = 256  # up to here a row tile is loaded once and all its feat
 DIRECTIONS = ("forward", "backward")
 FEATURES = (64, 128, 256, 1024)  # the largest number of features of a line; the last stands for all above 256
 ARCHITECTURES = (80, 86, 90, 100)
-# What keeps masks and counters beside every tile spills in larger ones: ids and diagnostics need 32 columns, lists and
-# gates, which carry cursors or a second score, also half the rows where there is a gradient to accumulate.
+# What keeps masks and counters beside every tile spills in larger ones. Ids and diagnostics need 32 columns. With a
+# gradient to sum up too, lists with their cursors need half the rows and a gate, one more product, 16 columns.
 LARGEST_MASKED = {
     ("forward", "ids"): (128, 32),
-    ("backward", "ids"): (128, 32),
     ("forward", "lists"): (128, 32),
+    ("forward", "gate"): (128, 32),
+    ("backward", "ids"): (128, 32),
     ("backward", "lists"): (64, 32),
+    ("backward", "gate"): (64, 16),
 }
 # features of a chunk of a gate's second product: with the other number its exact products spill
 GUIDE_FEATURES = {80: 16, 86: 16, 90: 32, 100: 32}
@@ -114,7 +116,7 @@ def choose(direction: str, products: str, features: int, architecture: int, mask
 
     products      16-bit, tf32, ieee or fp64
     architecture  10 major + minor, 0 interpreted
-    mask          what is made for every tile: nothing (images), masks of ids, masks of lists and gates
+    mask          the costliest rule beside the images': none (images), ids, lists or gate
     """
     if architecture == 0:
         return _INTERPRETER[features > RESIDENT_FEATURES]

@@ -93,10 +93,9 @@ def _sides(problem: Problem, u: Tensor, v: Tensor) -> tuple[_Side, _Side]:
 
 
 def _mask(pairs: Pairs) -> str:
-    """The rules that hold beside the images': with any, masks are made for every tile and negatives are counted."""
-    if pairs.ignored is not None or pairs.gate is not None:
-        return "lists"
-    return "ids" if pairs.has_ids else "images"
+    """The costliest rule beside the images': with any, masks are made for every tile and negatives are counted."""
+    rules = {"gate": pairs.gate is not None, "lists": pairs.ignored is not None, "ids": pairs.has_ids, "images": True}
+    return next(name for name, holds in rules.items() if holds)
 
 
 def _rules(pairs: Pairs, rows: _Side, cols: _Side, row_anchors: bool, col_anchors: bool) -> dict[str, Any]:
