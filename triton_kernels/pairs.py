@@ -19,7 +19,6 @@ import triton.language as tl
 from .scores import largest_scores
 
 UNFILLED = tl.constexpr(-(2**63))  # contrastive_ext.pairs.UNFILLED: padding, nobody's negative
-NO_COLUMN = tl.constexpr(2**31 - 1)  # ends a list
 
 
 @triton.jit
@@ -123,14 +122,14 @@ def load_limit(p_limit, o_anchors, num_anchors):
 def first_entry(lists, o_rows, j_begin):
     """A cursor on the first column >= j_begin in the list of every row: (place, column, lowest column of all rows).
 
-    lists = (p_starts, p_columns, groups): from starts[i mod groups] on the columns of row i, ascending, then NO_COLUMN.
+    lists = (p_starts, p_columns, groups): from starts[i mod groups] on the columns of row i, ascending, then 2^31 - 1.
     """
     p_starts, p_columns, groups = lists
     b_place = tl.load(p_starts + o_rows % groups)
     b_after = tl.load(p_starts + o_rows % groups + 1) - 1
     while tl.max(b_after - b_place, 0) > 0:
         b_middle = (b_place + b_after) // 2
-        m_before = tl.load(p_columns + b_middle) < j_begin  # never at the end: that is NO_COLUMN
+        m_before = tl.load(p_columns + b_middle) < j_begin  # never at the end: that is 2^31 - 1
         b_place = tl.where(m_before, b_middle + 1, b_place)
         b_after = tl.where(m_before, b_after, b_middle)
     b_column = tl.load(p_columns + b_place)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pairs import NO_COLUMN, Pairs
+from ..pairs import NO_COLUMN
 from ..problem import Problem, Statistics, Upstream
-from . import torch_blocks
+from . import torch_blocks, triton_pairs
+from .triton_pairs import Side
 
 NAME = "triton"
 
@@ -57,101 +58,13 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
         col_term = _Term(upstream.col_lse.contiguous(), upstream.grad_col_lse.contiguous())
     u, v = _operands(problem)
     du, dv = problem.u.new_empty(0), problem.u.new_empty(0)  # an operator's results must not share memory
-    rows, cols = _sides(problem, u, v)
+    rows, cols = triton_pairs.sides(problem, u, v)
     with _on(problem.u.device):
         if upstream.need_u:
             du = _weighted_columns(problem, rows, cols, row_term, col_term)
         if upstream.need_v and not problem.one_set:
             dv = _weighted_columns(problem, cols, rows, col_term, row_term)
     return du, dv
-
-
-class _Side(NamedTuple):
-    """Rows or columns: operand, position of the first of the `num_rows` vectors that show the images, pair rules.
-
-    ignored  lists of these vectors as anchors
-    guide    the gate's scorers [S, G, E] or features [M, E] of these vectors, limit what they allow as anchors
-    """
-
-    x: Tensor
-    first: int
-    ids: Tensor | None
-    ignored: Tensor | None
-    guide: Tensor | None
-    limit: Tensor | None
-
-
-def _sides(problem: Problem, u: Tensor, v: Tensor) -> tuple[_Side, _Side]:
-    pairs, gate = problem.pairs, problem.pairs.gate
-    ignored = None if pairs.ignored is None or pairs.ignored.numel() == 0 else pairs.ignored
-    guides = (None,) * 4 if gate is None else (gate.scorers, gate.row_limit, gate.features, gate.col_limit)
-    scorers, row_limit, features, col_limit = (x if x is None else x.contiguous() for x in guides)
-    rows = _Side(u, 0, pairs.row_ids, ignored, scorers, row_limit)
-    return rows, _Side(
-        v, pairs.positive_offset, pairs.col_ids, ignored if problem.one_set else None, features, col_limit
-    )
-
-
-def _mask(pairs: Pairs) -> str:
-    """The costliest rule beside the images': with any, masks are made for every tile and negatives are counted."""
-    rules = {"gate": pairs.gate is not None, "lists": pairs.ignored is not None, "ids": pairs.has_ids, "images": True}
-    return next(name for name, holds in rules.items() if holds)
-
-
-def _rules(pairs: Pairs, rows: _Side, cols: _Side, row_anchors: bool, col_anchors: bool) -> dict[str, Any]:
-    """The kernels' arguments about pairs of a sweep over `rows`; which sides are anchors in it."""
-    listed = listing = (None, None)  # type: tuple[Tensor | None, Tensor | None]
-    if rows.ignored is not None and row_anchors:
-        listed = _listed(rows.ignored, len(cols.x))
-    if cols.ignored is not None and col_anchors:
-        listing = _listing(cols.ignored, len(cols.x), len(rows.x))
-    num_scorers, groups, features = (0, 0, 0) if pairs.gate is None else pairs.gate.scorers.shape
-    configs = _kernels().configs
-    chunk = min(configs.GUIDE_FEATURES[configs.nearest(_architecture(rows.x.device))], _feature_block(features))
-    swapped = cols.guide is not None and cols.guide.dim() == 3
-    return {
-        "p_row_ids": rows.ids,
-        "p_col_ids": cols.ids,
-        "p_listed_starts": listed[0],
-        "p_listed": listed[1],
-        "list_groups": 0 if rows.ignored is None else len(rows.ignored),
-        "p_listing_starts": listing[0],
-        "p_listing": listing[1],
-        "p_row_guide": rows.guide,
-        "p_col_guide": cols.guide,
-        "p_row_limit": rows.limit if row_anchors else None,
-        "p_col_limit": cols.limit if col_anchors else None,
-        "scorer_groups": groups,
-        "num_scorers": num_scorers,
-        "num_images": pairs.num_images,
-        "shard": pairs.num_rows,
-        "first_row": rows.first,
-        "first_column": cols.first,
-        "HAS_IMAGES": pairs.num_images > 0,
-        "RULES": (pairs.only_equal_ids, features, chunk, swapped) if _mask(pairs) != "images" else None,
-    }
-
-
-def _listed(ignored: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """(starts, lists): the lists [G, k] one after the other, each sorted and ended by NO_COLUMN."""
-    no_column, (groups, length) = _kernels().pairs.NO_COLUMN.value, ignored.shape
-    inside = (ignored >= 0) & (ignored < columns)
-    lists = torch.nn.functional.pad(ignored.where(inside, no_column).sort(1).values, (0, 1), value=no_column)
-    return _starts(torch.arange(groups + 1, device=ignored.device) * (length + 1), lists), lists.int().flatten()
-
-
-def _listing(ignored: Tensor, anchors: int, candidates: int) -> tuple[Tensor, Tensor]:
-    """The lists the other way round: for each candidate the anchors that list it, ascending, ended by NO_COLUMN."""
-    (groups, length), every = ignored.shape, torch.arange(candidates + 1, device=ignored.device)
-    lists = ignored.repeat(anchors // groups, 1).flatten()
-    listed = torch.cat([lists.where((lists >= 0) & (lists < candidates), candidates), every[:-1]])
-    listed, order = listed.sort(stable=True)
-    by_candidate = torch.where(order < len(lists), order // length, _kernels().pairs.NO_COLUMN.value)
-    return _starts(torch.searchsorted(listed, every), by_candidate), by_candidate.int()
-
-
-def _starts(starts: Tensor, entries: Tensor) -> Tensor:
-    return starts.int() if entries.numel() < 2**31 else starts
 
 
 class _Term(NamedTuple):
@@ -167,11 +80,11 @@ class _Forward:
     def __init__(self, problem: Problem, columns: bool, means: bool, diagnostics: bool, maximum: bool):
         self.problem, self.pairs, self.columns, self.means = problem, problem.pairs, columns, means
         self.u, self.v = _operands(problem)
-        self.rows, self.cols = _sides(problem, self.u, self.v)
+        self.rows, self.cols = triton_pairs.sides(problem, self.u, self.v)
         self.n, self.m, self.d = len(self.u), len(self.v), self.u.shape[1]
         self.fused_means = means and len(problem.exponents) == 1 and self.d <= _kernels().configs.RESIDENT_FEATURES
         # the mean costs a second product and an accumulator like those of the backward
-        mask = _mask(self.pairs)
+        mask = triton_pairs.costliest_rule(self.pairs)
         counted = mask != "images"
         mask = "ids" if diagnostics and not counted else mask  # as many counters
         self.config = _config("backward" if self.fused_means else "forward", self.u, mask)
@@ -184,7 +97,14 @@ class _Forward:
         self.flags: dict[str, Any] = {"EXPONENTS": exponents, "NUM_PARTS": self.num_parts, "DIAGNOSTICS": diagnostics}
         self.merge_flags = self.flags | {"HAS_SHIFT": has_shift, "COUNTED": counted, "MAXIMUM": maximum}
         self.flags |= {"SHIFT": shift, "LARGEST": max(exponents), "COLUMNS": columns, "MEANS": self.fused_means}
-        self.rules = _rules(self.pairs, self.rows, self.cols, row_anchors=True, col_anchors=columns)
+        self.rules = triton_pairs.arguments(
+            self.pairs,
+            self.rows,
+            self.cols,
+            row_anchors=True,
+            col_anchors=columns,
+            guide_chunk=_guide_chunk(self.u.device),
+        )
 
     def run(self) -> Statistics:
         tiles = _cdiv(self.n, self.config.block_m)
@@ -291,8 +211,8 @@ def top_columns(
 
 def _weighted_columns(
     problem: Problem,
-    rows: _Side,
-    cols: _Side,
+    rows: Side,
+    cols: Side,
     row_term: _Term | None,
     col_term: _Term | None,
     exponents: tuple[float, ...] | None = None,
@@ -300,7 +220,7 @@ def _weighted_columns(
 ) -> Tensor:
     """[scale] sum_j w_ij cols_j for every row; see triton_kernels/row_stats_backward.py."""
     exponents = exponents or problem.exponents
-    config = _config("backward", rows.x, _mask(problem.pairs))
+    config = _config("backward", rows.x, triton_pairs.costliest_rule(problem.pairs))
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u
     both = row_term is not None and col_term is not None
     scale, scale_is_tensor = _scale(problem)
@@ -309,7 +229,8 @@ def _weighted_columns(
         col_largest = torch.linalg.vector_norm(col_term.grad, torch.inf, dim=1)
     shift = _shift(problem, exponents, _kernels().row_stats_backward.MAX_FACTORED.value) if both else "online"
     terms = (*(row_term or (None, None)), *(col_term or (None, None)), col_largest)
-    rules = _rules(problem.pairs, rows, cols, row_anchors=row_term is not None, col_anchors=col_term is not None)
+    anchors = {"row_anchors": row_term is not None, "col_anchors": col_term is not None}
+    rules = triton_pairs.arguments(problem.pairs, rows, cols, **anchors, guide_chunk=_guide_chunk(rows.x.device))
 
     def sweep(row_begin: int, grid: tuple[int, int], span: int, out: Tensor, undo: Tensor) -> None:
         _kernels().row_stats_backward.row_stats_backward_kernel[grid](
@@ -403,6 +324,11 @@ def _kind(operand: Tensor) -> str:
 def _config(direction: str, operand: Tensor, mask: str):
     architecture = _architecture(operand.device)
     return _kernels().configs.choose(direction, _kind(operand), operand.shape[1], architecture, mask)
+
+
+def _guide_chunk(device: torch.device) -> int:
+    configs = _kernels().configs
+    return configs.GUIDE_FEATURES[configs.nearest(_architecture(device))]
 
 
 def _feature_block(features: int) -> int:
