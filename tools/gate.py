@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from contrastive_ext.triton_kernels import configs, merge, row_stats_backward, row_stats_forward
+from contrastive_ext.triton_kernels import configs, merge, row_stats_backward, row_stats_forward, top_columns
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # bytes a block may use: CUDA C++ programming guide, "Technical Specifications per Compute Capability"
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MERGE_CONFIG = configs.Config(128, 0, 0, 4, 3)  # Triton's defaults
+MASKED = {"busy": "ids", "lists": "lists", "guide": "gate"}  # variants that make a mask for every tile
 TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
+GUIDE = 256  # features of a gate
 POINTER = {"16-bit": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "ieee": "*fp32", "fp64": "*fp64"}
 
 
@@ -40,9 +42,11 @@ class Case(NamedTuple):
     clip    column statistics, scale tensor
     busy    two exponents, ids, column statistics, scale tensor
     means   the mean of frozen columns
+    lists   two exponents, ids, lists, scale tensor
+    guide   two exponents, a gate, column statistics, scale tensor
 
     The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
-    a partial result, means adds means.
+    a partial result, means adds means. The direction "top_columns" has the longest lists.
     """
 
     direction: str
@@ -77,6 +81,10 @@ def cases() -> list[Case]:
     found += [Case(direction, "plain", "bf16", f, 90) for direction in configs.DIRECTIONS for f in (128, 1024)]
     found += [Case("forward", "clip", "16-bit", features, 90) for features in (128, 1024)]
     found += [Case("forward", "means", "16-bit", features, 90) for features in (128, 256)]
+    found += [Case(d, v, "16-bit", f, 90) for d in configs.DIRECTIONS for v in ("lists", "guide") for f in (128, 1024)]
+    found += [Case(direction, "guide", "tf32", 128, 80) for direction in configs.DIRECTIONS]
+    found += [Case("top_columns", "plain", "tf32", 128, architecture) for architecture in (80, 86, 90, 100)]
+    found += [Case("top_columns", "plain", products, 128, 86) for products in ("ieee", "fp64")]
     found += [Case("merge", variant, "16-bit", 128, a) for variant in ("plain", "clip", "means") for a in (80, 100)]
     return found
 
@@ -87,12 +95,12 @@ def config_of(case: Case) -> configs.Config:
         return MERGE_CONFIG
     direction = "backward" if case.variant == "means" else case.direction
     products = "16-bit" if case.products == "bf16" else case.products
-    return configs.choose(direction, products, case.features, case.architecture, busy=case.variant == "busy")
+    return configs.choose(direction, products, case.features, case.architecture, MASKED.get(case.variant, "images"))
 
 
 def compile_case(case: Case):
     """The compiled kernel of a case."""
-    kernel, types, constants = merge_arguments(case) if case.direction == "merge" else sweep_arguments(case)
+    kernel, types, constants = ARGUMENTS.get(case.direction, sweep_arguments)(case)
     config = config_of(case)
     constants |= {name: None for name, type_ in types.items() if type_ is None}
     types |= dict.fromkeys(constants, "constexpr")
@@ -116,13 +124,36 @@ def merge_arguments(case: Case) -> tuple[Any, dict, dict]:
     return merge.merge_kernel, dict.fromkeys(("p_partials", "p_lse", "p_aux"), "*fp32"), constants | flags
 
 
+def top_columns_arguments(case: Case) -> tuple[Any, dict, dict]:
+    """Kernel, argument types and constants of a search for the best columns."""
+    pointer, config = POINTER[case.products], config_of(case)
+    types = dict.fromkeys(("p_scorers", "p_features", "p_scores"), pointer)
+    types |= {"p_col_ids": "*i64", "p_columns": "*i32"}
+    constants = {"D": case.features, "K": top_columns.MAX_LISTED, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    constants |= {"BLOCK_D": config.block_d, "PRECISION": "tf32" if case.products == "tf32" else "ieee"}
+    return top_columns.top_columns_kernel, types, constants
+
+
+def rule_arguments(case: Case, accumulator: str) -> tuple[dict, dict]:
+    """Argument types and constants of the pair rules."""
+    lists, guide, ids = case.variant == "lists", case.variant == "guide", case.variant in ("busy", "lists")
+    types = dict.fromkeys(("p_row_ids", "p_col_ids"), "*i64" if ids else None)
+    reverse = lists and case.direction == "backward"
+    types |= {"p_listed_starts": "*i32" if lists else None, "p_listed": "*i32" if lists else None}
+    types |= {"p_listing_starts": "*i32" if reverse else None, "p_listing": "*i32" if reverse else None}
+    guides = ("p_row_guide", "p_col_guide", "p_row_limit", "p_col_limit")
+    types |= dict.fromkeys(guides, accumulator if guide else None)
+    rules = (False, GUIDE if guide else 0, configs.GUIDE_FEATURES[case.architecture], False)
+    return types, {"RULES": rules if case.variant in MASKED else None}
+
+
 def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of a case with a tile loop."""
-    means, ids = case.variant == "means", case.variant == "busy"
-    columns, learned = case.variant in ("busy", "clip"), case.variant in ("hard", "busy", "clip")
+    means, masked = case.variant == "means", case.variant in MASKED
+    columns, learned = case.variant in ("busy", "clip", "guide"), case.variant in ("hard", "clip", *MASKED)
     config = config_of(case)
     pointer, accumulator = POINTER[case.products], "*fp64" if case.products == "fp64" else "*fp32"
-    exponents = (0.5, 1.5) if case.variant in ("hard", "busy") else (1.0,)
+    exponents = (0.5, 1.5) if case.variant in ("hard", *MASKED) else (1.0,)
     shift = "device" if learned else "online" if means else "plain"
     constants: dict[str, Any] = {
         "D": case.features, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
@@ -132,13 +163,14 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     }  # fmt: skip
     scale = accumulator if constants["SCALE_IS_TENSOR"] else "fp32"
     types = {"p_u": pointer, "p_v": pointer, "scale": scale}
-    types |= dict.fromkeys(("p_row_ids", "p_col_ids"), "*i64" if ids else None)
+    rule_types, rule_constants = rule_arguments(case, accumulator)
+    types, constants = types | rule_types, constants | rule_constants
     if case.direction == "forward":
         kernel = row_stats_forward.row_stats_forward_kernel
         types |= {"p_rows": accumulator, "p_columns": accumulator if columns else None}
         types |= {"p_mean": accumulator if means else None}
         constants |= {"COLUMNS": columns, "MEANS": means, "DIAGNOSTICS": False}
-        constants["NUM_PARTS"] = len(exponents) + ids + (shift != "plain")
+        constants["NUM_PARTS"] = len(exponents) + masked + (shift != "plain")
     else:
         kernel = row_stats_backward.row_stats_backward_kernel
         types |= dict.fromkeys(("p_lse", "p_grad", "p_col_lse", "p_col_grad", "p_factor"), accumulator)
@@ -146,6 +178,9 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         types |= {"p_out": pointer if case.features > configs.RESIDENT_FEATURES else accumulator}
         constants |= {"FORWARD": True, "REVERSE": True, "TIMES_SCALE": True}
     return kernel, types, constants
+
+
+ARGUMENTS = {"merge": merge_arguments, "top_columns": top_columns_arguments}  # the others have a tile loop
 
 
 def examine(case: Case) -> Outcome:

@@ -12,7 +12,18 @@ RESIDENT_FEATURES = 256  # up to here a row tile is loaded once and all its feat
 DIRECTIONS = ("forward", "backward")
 FEATURES = (64, 128, 256, 1024)  # the largest number of features of a line; the last stands for all above 256
 ARCHITECTURES = (80, 86, 90, 100)
-BUSY_COLUMNS = 32  # ids and diagnostics keep masks and counters beside the tile: 64 columns spill, 32 do not
+# What keeps masks and counters beside every tile spills in larger ones. Ids and diagnostics need 32 columns. With a
+# gradient to sum up too, lists with their cursors need half the rows and a gate, one more product, 16 columns.
+LARGEST_MASKED = {
+    ("forward", "ids"): (128, 32),
+    ("forward", "lists"): (128, 32),
+    ("forward", "gate"): (128, 32),
+    ("backward", "ids"): (128, 32),
+    ("backward", "lists"): (64, 32),
+    ("backward", "gate"): (64, 16),
+}
+# features of a chunk of a gate's second product: with the other number its exact products spill
+GUIDE_FEATURES = {80: 16, 86: 16, 90: 32, 100: 32}
 
 
 class Config(NamedTuple):
@@ -89,6 +100,10 @@ _TABLE = {
     ("backward", "fp64"): _everywhere(
         _tile("32x32", 8, 1), _tile("16x16", 4, 1), _tile("16x16", 4, 1), _tile("32x32x32", 8, 2),
     ),
+    # a list of up to 128 columns stays beside the tile; features always come in chunks
+    ("top_columns", "tf32"): _everywhere(*[_tile("64x64x32", 8, 3)] * 4),
+    ("top_columns", "ieee"): _everywhere(*[_tile("64x64x32", 8, 2)] * 4),
+    ("top_columns", "fp64"): _everywhere(*[_tile("32x32x32", 4, 2)] * 4),
 }
 # fmt: on
 
@@ -96,14 +111,20 @@ _TABLE = {
 _INTERPRETER = {False: _tile("32x32", 1, 1), True: _tile("32x32x64", 1, 1)}
 
 
-def choose(direction: str, products: str, features: int, architecture: int, busy: bool = False) -> Config:
-    """The tile for a call. products: 16-bit, tf32, ieee or fp64; architecture: 10 major + minor, 0 interpreted."""
+def choose(direction: str, products: str, features: int, architecture: int, mask: str = "images") -> Config:
+    """The tile for a call.
+
+    products      16-bit, tf32, ieee or fp64
+    architecture  10 major + minor, 0 interpreted
+    mask          the costliest rule beside the images': none (images), ids, lists or gate
+    """
     if architecture == 0:
         return _INTERPRETER[features > RESIDENT_FEATURES]
     line = next((f for f in FEATURES if features <= f), FEATURES[-1])
     line = FEATURES[-1] if features > RESIDENT_FEATURES else line
     config = _TABLE[direction, products][line, nearest(architecture)]
-    return config._replace(block_n=min(config.block_n, BUSY_COLUMNS)) if busy else config
+    rows, columns = LARGEST_MASKED.get((direction, mask), config[:2])
+    return config._replace(block_m=min(config.block_m, rows), block_n=min(config.block_n, columns))
 
 
 def nearest(architecture: int) -> int:

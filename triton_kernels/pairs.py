@@ -3,12 +3,20 @@
 `images` = (num_images, shard, first_row, first_column): `shard` rows from first_row on and as many columns from
 first_column on show image (position in the shard) mod num_images. The forward has first_row = 0 and first_column =
 positive_offset; with the roles of rows and columns swapped (the gradient of the columns) it is the other way round.
+
+A rule that a call lacks costs nothing: its pointers are None, and RULES is None where the images' rule is the only one.
+`rules` = (ids, guide, listed, listing), with lists `listed` of the columns that a row ignores and `listing` of those
+that ignore it; RULES = (only_equal_ids, features of the guide, features of its chunks, whether columns have scorers).
 """
+
+# Triton has no starred tuples
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .scores import largest_scores
 
 UNFILLED = tl.constexpr(-(2**63))  # contrastive_ext.pairs.UNFILLED: padding, nobody's negative
 
@@ -43,11 +51,8 @@ def image_of(o_position, shard, num_images, NONE: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(
-    o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids,
-    HAS_IMAGES: tl.constexpr, CANDIDATES_ARE_ROWS: tl.constexpr,
-):  # fmt: skip
-    """True where the column is a negative of the row, or the row of the column where CANDIDATES_ARE_ROWS."""
+def keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES: tl.constexpr):
+    """True for pairs inside the matrix that do not show the same image."""
     m_keep = (o_i < num_rows)[:, None] & (o_j < num_columns)[None, :]
     if HAS_IMAGES:
         num_images, shard, first_row, first_column = images
@@ -55,11 +60,93 @@ def keep_tile(
         b_row_image = image_of(o_i - first_row, shard, num_images, -1)
         b_col_image = image_of(o_j - first_column, shard, num_images, -2)
         m_keep = m_keep & (b_row_image[:, None] != b_col_image[None, :])
-    if b_row_ids is not None and b_col_ids is not None:
-        m_keep = m_keep & (b_row_ids[:, None] != b_col_ids[None, :])
-    if CANDIDATES_ARE_ROWS:
-        if b_row_ids is not None:
-            m_keep = m_keep & (b_row_ids != UNFILLED)[:, None]
-    elif b_col_ids is not None:
-        m_keep = m_keep & (b_col_ids != UNFILLED)[None, :]
     return m_keep
+
+
+@triton.jit
+def load_anchors(o_i, num_rows, j_begin, rules):
+    """What the rules know about the rows of a sweep from column j_begin on: (ids, limit, cursors)."""
+    ids, guide, listed, listing = rules
+    b_ids = load_ids(ids[0], o_i, num_rows) if ids[0] is not None else ()
+    b_limit = load_limit(guide[2], o_i, num_rows) if guide[2] is not None else ()
+    cursor = first_entry(listed, o_i, j_begin) if listed[0] is not None else ()
+    reverse_cursor = first_entry(listing, o_i, j_begin) if listing[0] is not None else ()
+    return b_ids, b_limit, cursor, reverse_cursor
+
+
+@triton.jit
+def keep_tile(
+    o_i, o_j, j_stop, num_rows, num_columns, images, rules, anchors,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr,
+):  # fmt: skip
+    """(keep, keep_reverse, anchors): is the column a negative of the row, the row one of the column; cursors moved."""
+    m_keep = keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES)
+    m_reverse = m_keep
+    if RULES is not None:
+        ids, guide, listed, listing = rules
+        b_row_ids, b_row_limit, cursor, reverse_cursor = anchors
+        b_col_ids = load_ids(ids[1], o_j, num_columns) if ids[1] is not None else None
+        if ids[0] is not None and ids[1] is not None:
+            m_equal = b_row_ids[:, None] == b_col_ids[None, :]
+            m_keep = m_keep & (m_equal if RULES[0] else ~m_equal)
+            m_reverse = m_keep
+        if ids[0] is not None:
+            m_reverse = m_reverse & (b_row_ids != UNFILLED)[:, None]
+        if ids[1] is not None:
+            m_keep = m_keep & (b_col_ids != UNFILLED)[None, :]
+        if listed[0] is not None:
+            m_listed, cursor = listed_tile(listed[1], cursor, o_j, j_stop, BLOCK_M, BLOCK_N)
+            m_keep = m_keep & ~m_listed
+        if listing[0] is not None:
+            m_listed, reverse_cursor = listed_tile(listing[1], reverse_cursor, o_j, j_stop, BLOCK_M, BLOCK_N)
+            m_reverse = m_reverse & ~m_listed
+        if guide[0] is not None:
+            p_row_guide, p_col_guide, p_row_limit, p_col_limit, groups, num_scorers = guide
+            b_score = largest_scores(p_row_guide, p_col_guide, o_i, o_j, num_rows, num_columns, groups, num_scorers,
+                                     RULES[1], BLOCK_M, BLOCK_N, RULES[2], "ieee", RULES[3])  # fmt: skip
+            if p_row_limit is not None:
+                m_keep = m_keep & ~(b_score > b_row_limit[:, None])
+            if p_col_limit is not None:
+                m_reverse = m_reverse & ~(b_score > load_limit(p_col_limit, o_j, num_columns)[None, :])
+        anchors = b_row_ids, b_row_limit, cursor, reverse_cursor
+    return m_keep, m_reverse, anchors
+
+
+@triton.jit
+def load_limit(p_limit, o_anchors, num_anchors):
+    """The limits of anchors; what exceeds them is cancelled."""
+    return tl.load(p_limit + o_anchors, mask=o_anchors < num_anchors, other=0.0)
+
+
+@triton.jit
+def first_entry(lists, o_rows, j_begin):
+    """A cursor on the first column >= j_begin in the list of every row: (place, column, lowest column of all rows).
+
+    lists = (p_starts, p_columns, groups): from starts[i mod groups] on the columns of row i, ascending, then 2^31 - 1.
+    """
+    p_starts, p_columns, groups = lists
+    b_place = tl.load(p_starts + o_rows % groups)
+    b_after = tl.load(p_starts + o_rows % groups + 1) - 1
+    while tl.max(b_after - b_place, 0) > 0:
+        b_middle = (b_place + b_after) // 2
+        m_before = tl.load(p_columns + b_middle) < j_begin  # never at the end: that is 2^31 - 1
+        b_place = tl.where(m_before, b_middle + 1, b_place)
+        b_after = tl.where(m_before, b_after, b_middle)
+    b_column = tl.load(p_columns + b_place)
+    return b_place, b_column, tl.min(b_column, 0)
+
+
+@triton.jit
+def listed_tile(p_columns, cursor, o_j, j_stop, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """True where the row's list holds the column, and the cursor on the first column >= j_stop.
+
+    A tile that no list reaches costs one comparison; otherwise as many rounds as the busiest row has entries in it.
+    """
+    b_place, b_column, lowest = cursor
+    m_listed = tl.zeros((BLOCK_M, BLOCK_N), tl.int1)
+    while lowest < j_stop:
+        m_listed = m_listed | (b_column[:, None] == o_j[None, :])
+        b_place += (b_column < j_stop).to(b_place.dtype)
+        b_column = tl.load(p_columns + b_place)
+        lowest = tl.min(b_column, 0)
+    return m_listed, (b_place, b_column, lowest)

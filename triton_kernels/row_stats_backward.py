@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .online_lse import exponentials
-from .pairs import keep_tile, load_ids, needs_mask
+from .pairs import keep_images, keep_tile, load_anchors, needs_mask
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
 
 # One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
@@ -93,23 +93,21 @@ def fp16_factor(
 
 @triton.jit
 def sweep(
-    operands, sizes, images, ids, terms, outputs, where, scale,
+    operands, sizes, images, rules, terms, outputs, where, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
     FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr,
-    TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    RULES: tl.constexpr, TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the backward."""
     p_u, p_v, stride_u, stride_v = operands
     num_rows, num_columns = sizes
-    p_row_ids, p_col_ids = ids
     p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest = terms
     p_out, p_factor, stride_out = outputs
     i0, row_begin, j_begin, j_end = where
     DTYPE: tl.constexpr = p_factor.dtype.element_ty
     RESIDENT: tl.constexpr = BLOCK_D >= D
-    HAS_IDS: tl.constexpr = p_row_ids is not None or p_col_ids is not None
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    b_row_ids = load_ids(p_row_ids, o_i, num_rows) if p_row_ids is not None else None
+    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else None
     row_term = load_term(p_lse, p_grad, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
     IS_FP16: tl.constexpr = p_u.dtype.element_ty == tl.float16
     if IS_FP16:
@@ -126,15 +124,14 @@ def sweep(
             b_s = chunked_scores(operands, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
         b_x = b_s * (scale * LOG2E)
         col_term = load_term(p_col_lse, p_col_grad, o_j, num_columns, EXPONENTS, FACTORED) if REVERSE else None
-        if HAS_IDS:
-            b_col_ids = load_ids(p_col_ids, o_j, num_columns) if p_col_ids is not None else None
-            m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, False)
-            m_reverse = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, True)
+        if RULES is not None:
+            m_keep, m_reverse, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, num_rows, num_columns, images, rules,
+                                                   anchors, BLOCK_M, BLOCK_N, HAS_IMAGES, RULES)  # fmt: skip
             b_weight = weight_tile(b_x, row_term, col_term, m_keep, m_reverse, EXPONENTS, FACTORED, FORWARD, REVERSE)
         else:
             b_weight = weight_tile(b_x, row_term, col_term, None, None, EXPONENTS, FACTORED, FORWARD, REVERSE)
             if needs_mask(i0, j0, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES):
-                m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, None, None, HAS_IMAGES, False)
+                m_keep = keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES)
                 b_weight = tl.where(m_keep, b_weight, 0.0)
         if IS_FP16:
             b_weight = b_weight * b_factor[:, None]
@@ -158,6 +155,9 @@ def sweep(
 
 @triton.jit(
     do_not_specialize=[
+        "list_groups",
+        "scorer_groups",
+        "num_scorers",
         "num_rows",
         "num_columns",
         "num_images",
@@ -169,11 +169,14 @@ def sweep(
     ]
 )
 def row_stats_backward_kernel(
-    p_u, p_v, p_row_ids, p_col_ids, scale, p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest, p_out, p_factor,
-    num_rows, num_columns, num_images, shard, first_row, first_column, row_begin, span, stride_u, stride_v, stride_out,
+    p_u, p_v, scale, p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest, p_out, p_factor,
+    num_rows, num_columns, row_begin, span, stride_u, stride_v, stride_out,
+    p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
+    p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
     LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, FORWARD: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr, TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TIMES_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): rows row_begin + i * BLOCK_M against columns split * span up to the next split.
 
@@ -185,7 +188,9 @@ def row_stats_backward_kernel(
     operands = (p_u, p_v, stride_u, stride_v)
     sizes = (num_rows, num_columns)
     images = (num_images, shard, first_row, first_column)
-    ids = (p_row_ids, p_col_ids)
+    guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
+    listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
+    rules = ((p_row_ids, p_col_ids), guide, listed, listing)
     terms = (p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest)
     if BLOCK_D >= D:
         p_out += i_split.to(tl.int64) * num_rows * D
@@ -193,11 +198,11 @@ def row_stats_backward_kernel(
     where = (row_begin + i_tile * BLOCK_M, row_begin, i_split * span, tl.minimum(i_split * span + span, num_columns))
     if SHIFT == "device":
         if scale * LOG2E * LARGEST <= MAX_FACTORED:
-            sweep(operands, sizes, images, ids, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  True, FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION)  # fmt: skip
+            sweep(operands, sizes, images, rules, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+                  True, FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION)  # fmt: skip
         else:
-            sweep(operands, sizes, images, ids, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  False, FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION)  # fmt: skip
+            sweep(operands, sizes, images, rules, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+                  False, FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION)  # fmt: skip
     else:
-        sweep(operands, sizes, images, ids, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-              SHIFT == "plain", FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION)  # fmt: skip
+        sweep(operands, sizes, images, rules, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+              SHIFT == "plain", FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION)  # fmt: skip

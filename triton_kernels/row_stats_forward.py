@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import online_lse
 from .merge import pack, store_parts
-from .pairs import keep_tile, load_ids, needs_mask
+from .pairs import keep_images, keep_tile, load_anchors, needs_mask
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
 
 FP16_RANGE = tl.constexpr(16384.0)  # exponentials up to 1 use the upper half of fp16's range, small ones stay normal
@@ -32,22 +32,21 @@ def tally(counts, b_x, m_keep, AXIS: tl.constexpr):
 
 @triton.jit
 def sweep(
-    operands, sizes, images, ids, outputs, where, log2_scale,
+    operands, sizes, images, rules, outputs, where, log2_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
-    ONLINE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_IMAGES: tl.constexpr, COLUMNS: tl.constexpr,
-    MEANS: tl.constexpr, DIAGNOSTICS: tl.constexpr, PRECISION: tl.constexpr,
+    ONLINE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr,
+    COLUMNS: tl.constexpr, MEANS: tl.constexpr, DIAGNOSTICS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the forward."""
     p_u, p_v, stride_u, stride_v = operands
     num_rows, num_columns = sizes
-    p_row_ids, p_col_ids = ids
     p_rows, p_columns, p_mean = outputs
     i0, j_begin, j_end = where
     DTYPE: tl.constexpr = p_rows.dtype.element_ty
     RESIDENT: tl.constexpr = BLOCK_D >= D
-    COUNTED: tl.constexpr = p_row_ids is not None or p_col_ids is not None
+    COUNTED: tl.constexpr = RULES is not None
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    b_row_ids = load_ids(p_row_ids, o_i, num_rows) if p_row_ids is not None else None
+    anchors = load_anchors(o_i, num_rows, j_begin, rules) if COUNTED else None
     if RESIDENT:
         b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
     state = online_lse.init(len(EXPONENTS), BLOCK_M, DTYPE, ONLINE)
@@ -65,15 +64,14 @@ def sweep(
         b_x = b_s * log2_scale
         b_reverse = b_x
         if COUNTED or DIAGNOSTICS:
-            b_col_ids = load_ids(p_col_ids, o_j, num_columns) if p_col_ids is not None else None
-            m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, False)
-            m_reverse = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, True)
+            m_keep, m_reverse, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, num_rows, num_columns, images, rules,
+                                                   anchors, BLOCK_M, BLOCK_N, HAS_IMAGES, RULES)  # fmt: skip
             b_reverse = tl.where(m_reverse, b_x, float("-inf"))
             b_x = tl.where(m_keep, b_x, float("-inf"))
             counts = tally(counts, b_x, m_keep, 1)
         else:
             if needs_mask(i0, j0, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES):
-                m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, None, None, HAS_IMAGES, False)
+                m_keep = keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES)
                 b_x = tl.where(m_keep, b_x, float("-inf"))
             b_reverse = b_x
         state, b_exp, b_rescale = online_lse.update(state, b_x, EXPONENTS, 1, ONLINE)
@@ -96,14 +94,29 @@ def sweep(
         tl.store(p_mean + o_i.to(tl.int64)[:, None] * D + o_d[None, :], b_mean, mask=m_mean)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_images", "shard", "first_column", "first_tile", "span"])
+@triton.jit(
+    do_not_specialize=[
+        "list_groups",
+        "scorer_groups",
+        "num_scorers",
+        "num_rows",
+        "num_columns",
+        "num_images",
+        "shard",
+        "first_row",
+        "first_column",
+        "first_tile",
+        "span",
+    ]
+)
 def row_stats_forward_kernel(
-    p_u, p_v, p_row_ids, p_col_ids, scale, p_rows, p_columns, p_mean,
-    num_rows, num_columns, num_images, shard, first_column, first_tile, span, stride_u, stride_v,
+    p_u, p_v, scale, p_rows, p_columns, p_mean, num_rows, num_columns, first_tile, span, stride_u, stride_v,
+    p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
+    p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
     LARGEST: tl.constexpr, NUM_PARTS: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    HAS_IMAGES: tl.constexpr, COLUMNS: tl.constexpr, MEANS: tl.constexpr, DIAGNOSTICS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, COLUMNS: tl.constexpr, MEANS: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): tile first_tile + i of the rows against columns split * span up to the next split.
 
@@ -113,8 +126,10 @@ def row_stats_forward_kernel(
     log2_scale = load_scale(scale, SCALE_IS_TENSOR) * LOG2E
     operands = (p_u, p_v, stride_u, stride_v)
     sizes = (num_rows, num_columns)
-    images = (num_images, shard, 0, first_column)
-    ids = (p_row_ids, p_col_ids)
+    images = (num_images, shard, first_row, first_column)
+    guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
+    listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
+    rules = ((p_row_ids, p_col_ids), guide, listed, listing)
     p_rows += i_split.to(tl.int64) * NUM_PARTS * num_rows
     if COLUMNS:
         p_columns += i_tile.to(tl.int64) * NUM_PARTS * num_columns
@@ -124,11 +139,12 @@ def row_stats_forward_kernel(
     where = ((first_tile + i_tile) * BLOCK_M, i_split * span, tl.minimum(i_split * span + span, num_columns))
     if SHIFT == "device":
         if log2_scale * LARGEST <= online_lse.MAX_PLAIN:
-            sweep(operands, sizes, images, ids, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  False, True, HAS_IMAGES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+            sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+                  False, True, HAS_IMAGES, RULES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
         else:
-            sweep(operands, sizes, images, ids, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  True, True, HAS_IMAGES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+            sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+                  True, True, HAS_IMAGES, RULES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
     else:
-        sweep(operands, sizes, images, ids, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-              SHIFT == "online", SHIFT == "online", HAS_IMAGES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+        sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
+              SHIFT == "online", SHIFT == "online", HAS_IMAGES, RULES, COLUMNS, MEANS, DIAGNOSTICS,
+              PRECISION)  # fmt: skip

@@ -39,6 +39,27 @@ def chunked_scores(
 
 
 @triton.jit
+def largest_scores(
+    p_rows, p_columns, o_i, o_j, num_rows, num_columns, groups, num_scorers,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SCORERS_ARE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """max_s <scorers[s, i mod groups], features_j>, or with the roles swapped; NaN where any of them is."""
+    b_largest = tl.full((BLOCK_M, BLOCK_N), float("-inf"), p_rows.dtype.element_ty)
+    operands = (p_rows, p_columns, D, D)
+    num_scorer_rows = num_scorers * groups
+    for i_scorer in range(num_scorers):
+        if SCORERS_ARE_COLUMNS:
+            b_s = chunked_scores(operands, o_i, i_scorer * groups + o_j % groups, num_rows, num_scorer_rows, D,
+                                 BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)  # fmt: skip
+        else:
+            b_s = chunked_scores(operands, i_scorer * groups + o_i % groups, o_j, num_scorer_rows, num_columns, D,
+                                 BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)  # fmt: skip
+        b_largest = tl.where((b_s > b_largest) | (b_s != b_s), b_s, b_largest)
+    return b_largest
+
+
+@triton.jit
 def load_scale(scale, SCALE_IS_TENSOR: tl.constexpr):
     """1/temperature, given as a number or as a tensor that only the device reads."""
     if SCALE_IS_TENSOR:

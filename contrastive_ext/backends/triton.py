@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..pairs import NO_COLUMN
 from ..problem import Problem, Statistics, Upstream
+from . import torch_blocks, triton_pairs
+from .triton_pairs import Side
 
 NAME = "triton"
 
@@ -44,41 +47,24 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
 
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
-    _refuse_cancelled(problem)
     return _Forward(problem, columns, means, diagnostics, maximum).run()
-
-
-def _refuse_cancelled(problem: Problem) -> None:
-    pairs = problem.pairs
-    if pairs.only_equal_ids or pairs.ignored is not None or pairs.gate is not None:
-        raise NotImplementedError("lists, gates and only_equal_ids")
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
-    pairs = problem.pairs
     row_term = _Term(upstream.lse.contiguous(), upstream.grad_lse.contiguous())
     col_term = row_term if problem.one_set else None
     if upstream.col_lse is not None and upstream.grad_col_lse is not None:
         col_term = _Term(upstream.col_lse.contiguous(), upstream.grad_col_lse.contiguous())
     u, v = _operands(problem)
     du, dv = problem.u.new_empty(0), problem.u.new_empty(0)  # an operator's results must not share memory
+    rows, cols = triton_pairs.sides(problem, u, v)
     with _on(problem.u.device):
         if upstream.need_u:
-            rows, cols = _Side(u, pairs.row_ids, 0), _Side(v, pairs.col_ids, pairs.positive_offset)
             du = _weighted_columns(problem, rows, cols, row_term, col_term)
         if upstream.need_v and not problem.one_set:
-            rows, cols = _Side(v, pairs.col_ids, pairs.positive_offset), _Side(u, pairs.row_ids, 0)
-            dv = _weighted_columns(problem, rows, cols, col_term, row_term)
+            dv = _weighted_columns(problem, cols, rows, col_term, row_term)
     return du, dv
-
-
-class _Side(NamedTuple):
-    """Rows or columns: operand, ids, position of the first of the `num_rows` vectors that show the images."""
-
-    x: Tensor
-    ids: Tensor | None
-    first: int
 
 
 class _Term(NamedTuple):
@@ -94,20 +80,31 @@ class _Forward:
     def __init__(self, problem: Problem, columns: bool, means: bool, diagnostics: bool, maximum: bool):
         self.problem, self.pairs, self.columns, self.means = problem, problem.pairs, columns, means
         self.u, self.v = _operands(problem)
+        self.rows, self.cols = triton_pairs.sides(problem, self.u, self.v)
         self.n, self.m, self.d = len(self.u), len(self.v), self.u.shape[1]
         self.fused_means = means and len(problem.exponents) == 1 and self.d <= _kernels().configs.RESIDENT_FEATURES
         # the mean costs a second product and an accumulator like those of the backward
-        busy = self.pairs.has_ids or diagnostics
-        self.config = _config("backward" if self.fused_means else "forward", self.u, busy)
+        mask = triton_pairs.costliest_rule(self.pairs)
+        counted = mask != "images"
+        mask = "ids" if diagnostics and not counted else mask  # as many counters
+        self.config = _config("backward" if self.fused_means else "forward", self.u, mask)
         exponents = problem.exponents + ((2 * problem.exponents[0],) if diagnostics else ())
         # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum
         online = self.fused_means or maximum
         shift = "online" if online else _shift(problem, exponents, _kernels().online_lse.MAX_PLAIN.value)
-        has_shift, counted = shift != "plain", self.pairs.has_ids
+        has_shift = shift != "plain"
         self.num_parts = has_shift + len(exponents) + counted + 2 * diagnostics
         self.flags: dict[str, Any] = {"EXPONENTS": exponents, "NUM_PARTS": self.num_parts, "DIAGNOSTICS": diagnostics}
         self.merge_flags = self.flags | {"HAS_SHIFT": has_shift, "COUNTED": counted, "MAXIMUM": maximum}
         self.flags |= {"SHIFT": shift, "LARGEST": max(exponents), "COLUMNS": columns, "MEANS": self.fused_means}
+        self.rules = triton_pairs.arguments(
+            self.pairs,
+            self.rows,
+            self.cols,
+            row_anchors=True,
+            col_anchors=columns,
+            guide_chunk=_guide_chunk(self.u.device),
+        )
 
     def run(self) -> Statistics:
         tiles = _cdiv(self.n, self.config.block_m)
@@ -139,13 +136,11 @@ class _Forward:
         return self.problem.u.new_empty(shape)
 
     def _sweep(self, first_tile, grid, span, row_partials, col_partials, mean_partials) -> None:
-        pairs = self.pairs
         scale, scale_is_tensor = _scale(self.problem)
         _kernels().row_stats_forward.row_stats_forward_kernel[grid](
-            self.u, self.v, pairs.row_ids, pairs.col_ids, scale, row_partials, col_partials, mean_partials,
-            self.n, self.m, pairs.num_images, pairs.num_rows, pairs.positive_offset, first_tile, span,
-            self.u.stride(0), self.v.stride(0), SCALE_IS_TENSOR=scale_is_tensor, **self.flags,
-            **_common(self.problem, self.config, self.u),
+            self.u, self.v, scale, row_partials, col_partials, mean_partials, self.n, self.m, first_tile, span,
+            self.u.stride(0), self.v.stride(0), SCALE_IS_TENSOR=scale_is_tensor, **self.rules, **self.flags,
+            **_common(self.config, self.u),
         )  # fmt: skip
 
     def _candidates_of_rows(self) -> tuple[int, int, int, int]:
@@ -179,28 +174,53 @@ class _Forward:
 
     def _means_by_weights(self, lse: Tensor) -> Tensor:
         """Two exponents, or more features than a program holds: the backward's sweep with coefficients 1/beta_k."""
-        rows = _Side(self.u, self.pairs.row_ids, 0)
-        cols = _Side(self.v, self.pairs.col_ids, self.pairs.positive_offset)
         means = []
         for beta, one_lse in zip(self.problem.exponents, lse.split(1), strict=True):
             term = _Term(one_lse.contiguous(), torch.full_like(one_lse, 1 / beta))
-            means.append(_weighted_columns(self.problem, rows, cols, term, None, exponents=(beta,), times_scale=False))
+            means.append(_weighted_columns(self.problem, self.rows, self.cols, term, None, (beta,), times_scale=False))
         return torch.stack(means)
+
+
+def top_columns(
+    scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py.
+
+    Lists longer than triton_kernels.top_columns.MAX_LISTED do not fit a program: the `torch` backend makes them.
+    """
+    if k > _kernels().top_columns.MAX_LISTED:
+        return torch_blocks.top_columns(scorers, features, k, num_images, col_ids)
+    num_scorers, groups, _ = scorers.shape
+    config = _config("top_columns", features, "images")
+    tiles = _cdiv(groups, config.block_m)
+    splits, span = _split(tiles, len(features), config.block_n, 2 * _processors(scorers.device))
+    length = max(2, 1 << (k - 1).bit_length())
+    scores = scorers.new_empty(splits, groups, length)
+    columns = torch.empty_like(scores, dtype=torch.int32)
+    with _on(scorers.device):
+        _kernels().top_columns.top_columns_kernel[tiles, splits](
+            scorers, features, col_ids, scores, columns, groups, len(features), num_images, num_scorers, span, K=length,
+            **_common(config, features),
+        )  # fmt: skip
+    # every split's list, side by side: columns ascending, then scores descending, which keeps the order of equals
+    columns, order = columns.transpose(0, 1).flatten(1).long().sort(1)
+    scores, order = scores.transpose(0, 1).flatten(1).gather(1, order).sort(dim=1, descending=True, stable=True)
+    scores, columns = scores[:, :k].contiguous(), columns.gather(1, order)[:, :k]
+    return scores, columns.masked_fill(scores == -torch.inf, NO_COLUMN)
 
 
 def _weighted_columns(
     problem: Problem,
-    rows: _Side,
-    cols: _Side,
+    rows: Side,
+    cols: Side,
     row_term: _Term | None,
     col_term: _Term | None,
     exponents: tuple[float, ...] | None = None,
     times_scale: bool = True,
 ) -> Tensor:
     """[scale] sum_j w_ij cols_j for every row; see triton_kernels/row_stats_backward.py."""
-    _refuse_cancelled(problem)
     exponents = exponents or problem.exponents
-    config = _config("backward", rows.x, busy=problem.pairs.has_ids)
+    config = _config("backward", rows.x, triton_pairs.costliest_rule(problem.pairs))
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u
     both = row_term is not None and col_term is not None
     scale, scale_is_tensor = _scale(problem)
@@ -209,14 +229,15 @@ def _weighted_columns(
         col_largest = torch.linalg.vector_norm(col_term.grad, torch.inf, dim=1)
     shift = _shift(problem, exponents, _kernels().row_stats_backward.MAX_FACTORED.value) if both else "online"
     terms = (*(row_term or (None, None)), *(col_term or (None, None)), col_largest)
+    anchors = {"row_anchors": row_term is not None, "col_anchors": col_term is not None}
+    rules = triton_pairs.arguments(problem.pairs, rows, cols, **anchors, guide_chunk=_guide_chunk(rows.x.device))
 
     def sweep(row_begin: int, grid: tuple[int, int], span: int, out: Tensor, undo: Tensor) -> None:
         _kernels().row_stats_backward.row_stats_backward_kernel[grid](
-            rows.x, cols.x, rows.ids, cols.ids, scale, *terms, out, undo, n, m, problem.pairs.num_images,
-            problem.pairs.num_rows, rows.first, cols.first, row_begin, span, rows.x.stride(0), cols.x.stride(0),
+            rows.x, cols.x, scale, *terms, out, undo, n, m, row_begin, span, rows.x.stride(0), cols.x.stride(0),
             out.stride(-2), SHIFT=shift, LARGEST=max(exponents), EXPONENTS=exponents, SCALE_IS_TENSOR=scale_is_tensor,
-            FORWARD=row_term is not None, REVERSE=col_term is not None, TIMES_SCALE=times_scale,
-            **_common(problem, config, rows.x),
+            FORWARD=row_term is not None, REVERSE=col_term is not None, TIMES_SCALE=times_scale, **rules,
+            **_common(config, rows.x),
         )  # fmt: skip
 
     if config.block_d == 0:
@@ -275,14 +296,13 @@ def _shift(problem: Problem, exponents: tuple[float, ...], limit: float) -> str:
     return "plain" if problem.scale * _kernels().scores.LOG2E.value * max(exponents) <= limit else "online"
 
 
-def _common(problem: Problem, config, operand: Tensor) -> dict[str, Any]:
+def _common(config, operand: Tensor) -> dict[str, Any]:
     features = operand.shape[1]
     return {
         "D": features,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d or _feature_block(features),
-        "HAS_IMAGES": problem.pairs.num_images > 0,
         "PRECISION": "tf32" if _kind(operand) == "tf32" else "ieee",
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -301,9 +321,14 @@ def _kind(operand: Tensor) -> str:
     return "tf32" if allowed == "tf32" and operand.is_cuda else "ieee"
 
 
-def _config(direction: str, operand: Tensor, busy: bool):
+def _config(direction: str, operand: Tensor, mask: str):
     architecture = _architecture(operand.device)
-    return _kernels().configs.choose(direction, _kind(operand), operand.shape[1], architecture, busy)
+    return _kernels().configs.choose(direction, _kind(operand), operand.shape[1], architecture, mask)
+
+
+def _guide_chunk(device: torch.device) -> int:
+    configs = _kernels().configs
+    return configs.GUIDE_FEATURES[configs.nearest(_architecture(device))]
 
 
 def _feature_block(features: int) -> int:
@@ -355,7 +380,16 @@ def _why_missing() -> str | None:
 def _kernels():
     """The kernels, imported on first use: Triton is optional."""
     from .. import triton_kernels
-    from ..triton_kernels import configs, merge, online_lse, row_stats_backward, row_stats_forward, scores  # noqa: F401
+    from ..triton_kernels import (  # noqa: F401
+        configs,
+        merge,
+        online_lse,
+        pairs,
+        row_stats_backward,
+        row_stats_forward,
+        scores,
+        top_columns,
+    )
 
     return triton_kernels
 
@@ -365,8 +399,3 @@ def _interpreted() -> bool:
     import triton
 
     return not isinstance(_kernels().merge.merge_kernel, triton.JITFunction)
-
-
-def top_columns(scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None):
-    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
-    raise NotImplementedError

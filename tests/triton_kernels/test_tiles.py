@@ -10,6 +10,8 @@ import torch
 
 from contrastive_ext import row_stats
 from contrastive_ext.backends import triton as backend
+from contrastive_ext.pairs import NO_COLUMN, UNFILLED, Gate
+from contrastive_ext.top_columns import top_columns
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = backend.why_not(DEVICE, torch.float32, torch.float32, 8)
@@ -65,6 +67,77 @@ def test_tiles_splits_and_shifts(problem, scale):
     if isinstance(scale, str):
         scale = torch.tensor(float(scale.split()[1]), dtype=torch.float64, device=DEVICE, requires_grad=True)
     _assert_like_torch(u, v, scale=scale, unit=True, diagnostics=scale == 60.0, **options)
+
+
+def _lists(groups: int, columns: int) -> torch.Tensor:
+    """Half of the lists are empty, some hold every column of a tile, none are sorted."""
+    lists = torch.stack([torch.randperm(columns)[:50] for _ in range(groups)])
+    lists[::4, :32] = torch.randperm(32)
+    lists[1::2] = NO_COLUMN
+    return lists.to(DEVICE)
+
+
+def _gate(scorers: int, rows: int, columns: int | None, both_ways: bool) -> Gate:
+    """Features in two chunks; limits that about half of the pairs exceed."""
+    guides = torch.randn(scorers, rows if scorers == 1 else rows // 2, 40, dtype=torch.float64, device=DEVICE)
+    features = guides[0] if columns is None else torch.randn(columns, 40, dtype=torch.float64, device=DEVICE)
+    row_limit = torch.randn(rows, dtype=torch.float64, device=DEVICE)
+    col_limit = row_limit if columns is None else torch.randn(columns, dtype=torch.float64, device=DEVICE)
+    return Gate(guides, features, row_limit, col_limit if both_ways else None)
+
+
+# name, rows, columns (None: one set), features, rules, why it is there
+RULES = [
+    ("lists", 70, None, 20, lambda: {"ignored": _lists(35, 70), "num_images": 35}, "cursors from both sides"),
+    ("lists_two_sets", 40, 200, 20, lambda: {"ignored": _lists(40, 200)}, "cursors that begin inside their lists"),
+    ("lists_wide", 70, None, 300, lambda: {"ignored": _lists(70, 70)}, "stored weights, a tile of rows at a time"),
+    ("gate", 70, None, 20, lambda: {"gate": _gate(1, 70, None, True)}, "one guide for both directions"),
+    ("gate_columns", 40, 70, 20, lambda: {"gate": _gate(1, 40, 70, True), "columns": True}, "limits of both sides"),
+    ("gate_scorers", 40, 200, 300, lambda: {"gate": _gate(3, 40, 200, False)}, "scorers change sides for the columns"),
+    ("everything", 70, None, 20, lambda: {
+        "ignored": _lists(70, 70), "gate": _gate(1, 70, None, True), "num_images": 35, "only_equal_ids": True,
+        "row_ids": torch.where(torch.arange(70, device=DEVICE) % 5 == 0, UNFILLED, torch.arange(70, device=DEVICE) % 3),
+    }, "each rule applies to what the others leave"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("exponents", [(1.0,), (0.5, 1.5)], ids=["one", "two"])
+@pytest.mark.parametrize("problem", RULES, ids=[r[0] for r in RULES])
+def test_rules_across_tiles(problem, exponents, monkeypatch):
+    _, n, m, features, rules, _ = problem
+    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)  # weights and column partials in several launches
+    u, v = _vectors(n, features), None if m is None else _vectors(m, features)
+    _assert_like_torch(u, v, scale=5.0, exponents=exponents, diagnostics=len(exponents) == 2, **rules())
+
+
+@pytest.mark.parametrize("features", [20, 300])
+@pytest.mark.parametrize("name", ["lists_two_sets", "gate_scorers"])
+def test_rules_with_frozen_columns(name, features):
+    rules = next(r[4] for r in RULES if r[0] == name)
+    _assert_like_torch(_vectors(40, features), _vectors(200, features).detach(), scale=5.0, **rules())
+
+
+def test_rows_that_list_every_column():
+    u, v = _vectors(40, 20), _vectors(70, 20)
+    ignored = torch.randperm(70, device=DEVICE).expand(2, -1).clone()
+    ignored[0] = NO_COLUMN
+    swept = row_stats(u, v, scale=1.0, ignored=ignored, backend="triton")
+    assert swept.aux[0].eq(torch.tensor([70.0, 0.0], device=DEVICE).repeat(20)).all()
+    assert swept.lse[0, 1::2].eq(-torch.inf).all()
+    du, dv = torch.autograd.grad(swept.lse[0, ::2].sum() + 0 * swept.lse[0, 1::2].nan_to_num(neginf=0.0).sum(), (u, v))
+    assert du[1::2].eq(0).all()
+    assert dv.isfinite().all()
+
+
+@pytest.mark.parametrize("k", [1, 40, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_best_columns_over_splits_and_chunks(dtype, k):
+    """Small integers: scores are exact and most are equal. 129 columns are more than a program lists."""
+    scorers = torch.randint(-1, 2, (2, 40, 300), device=DEVICE).to(dtype)
+    features = torch.randint(-1, 2, (400, 300), device=DEVICE).to(dtype)
+    ours, theirs = (top_columns(scorers, features, k, num_images=40, backend=name) for name in ("triton", "torch"))
+    assert torch.equal(ours.scores, theirs.scores)
+    assert torch.equal(ours.columns, theirs.columns)
 
 
 @pytest.mark.parametrize("exponents", [(1.0,), (0.5, 1.5)], ids=["fused", "by_weights"])
