@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import cpu, torch_blocks, triton
-from .problem import Problem, Statistics, Upstream
+from .problem import Problem, Statistics, Upstream, WholeLossOps
 
 REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
 
@@ -24,6 +24,7 @@ class Backend:
     """A way to compute `Statistics` and their gradient; `why_not` says why it cannot, or None.
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
+    `whole_loss`: gives its operators of the short road (whole_loss.py), if it has any.
     """
 
     name: str
@@ -31,11 +32,12 @@ class Backend:
     forward: Callable[..., Statistics]
     backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
     needs_proof: bool = False
+    whole_loss: Callable[[], WholeLossOps] | None = None
 
 
 BACKENDS: tuple[Backend, ...] = (
     Backend(triton.NAME, triton.why_not, triton.forward, triton.backward, needs_proof=True),
-    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward),
+    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, whole_loss=cpu.whole_loss),
     Backend(torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward),
 )
 

@@ -5,6 +5,7 @@ Plain data, so that a backend is two functions of it (`forward`, `backward`) and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +34,20 @@ class Problem:
     @property
     def columns(self) -> Tensor:
         return self.u if self.v is None else self.v
+
+
+class Formula(NamedTuple):
+    """A built-in row loss as backends know it: a name and parameters of csrc/row_losses.h."""
+
+    name: str
+    parameters: tuple[float, ...] = ()
+
+
+class WholeLossOps(NamedTuple):
+    """A backend's operators of the short road; schemas in csrc/whole_loss_ops.cpp, shapes in whole_loss.py."""
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class Statistics(NamedTuple):

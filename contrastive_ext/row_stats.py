@@ -154,7 +154,7 @@ class _RowStats(torch.autograd.Function):
         du = dv = dscale = None
         if ctx.frozen:
             scale = ctx.scale_value if scale is None else scale
-            du, dscale = _FirstOrderOnly.apply(_frozen_gradient, u, scale, exponents, grad_lse, mean)
+            du, dscale = FirstOrderOnly.apply(_frozen_gradient, u, scale, exponents, grad_lse, mean)
         elif need_u or need_v or need_scale:
             if ctx.columns:
                 grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse.contiguous()
@@ -175,7 +175,7 @@ def _frozen_gradient(u, scale, exponents, grad_lse, mean) -> tuple[Tensor, Tenso
     return pull * scale, (u * pull).sum()
 
 
-class _FirstOrderOnly(torch.autograd.Function):
+class FirstOrderOnly(torch.autograd.Function):
     """A gradient under autograd: computes, and refuses to be differentiated again."""
 
     @staticmethod
@@ -230,7 +230,7 @@ def _forward_with_autograd(*args):
 
 
 def _backward_with_autograd(*args):
-    return _FirstOrderOnly.apply(torch.ops.contrastive_ext.row_stats_backward, *args)
+    return FirstOrderOnly.apply(torch.ops.contrastive_ext.row_stats_backward, *args)
 
 
 _library.impl("row_stats", _forward, "CompositeExplicitAutograd")

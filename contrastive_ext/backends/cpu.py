@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from .. import native
-from ..problem import Problem, Statistics, Upstream
+from ..problem import Problem, Statistics, Upstream, WholeLossOps
 
 NAME = "cpu"
 
@@ -35,6 +37,17 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
         upstream.need_u,
         upstream.need_v,
     )
+
+
+@cache
+def whole_loss() -> WholeLossOps:
+    """The operators of the short road."""
+    from ..whole_loss import backward_shapes, forward_shapes
+
+    torch.library.register_fake("contrastive_ext::whole_loss_forward_cpu", forward_shapes)
+    torch.library.register_fake("contrastive_ext::whole_loss_backward_cpu", backward_shapes)
+    ops = torch.ops.contrastive_ext
+    return WholeLossOps(ops.whole_loss_forward_cpu.default, ops.whole_loss_backward_cpu.default)
 
 
 def _arguments(problem: Problem) -> tuple:
