@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import cpu, torch_blocks, triton
+from .backends import cpu, torch_blocks, triton, triton_whole_loss
 from .problem import Problem, Statistics, Upstream, WholeLossOps
 
 REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
@@ -24,7 +24,7 @@ class Backend:
     """A way to compute `Statistics` and their gradient; `why_not` says why it cannot, or None.
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
-    `whole_loss`: gives its operators of the short road (whole_loss.py), if it has any.
+    `whole_loss`: its operators of the short road (whole_loss.py) for inputs of a dtype, or None.
     """
 
     name: str
@@ -32,11 +32,18 @@ class Backend:
     forward: Callable[..., Statistics]
     backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
     needs_proof: bool = False
-    whole_loss: Callable[[], WholeLossOps] | None = None
+    whole_loss: Callable[[torch.dtype], WholeLossOps | None] = lambda dtype: None
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend(triton.NAME, triton.why_not, triton.forward, triton.backward, needs_proof=True),
+    Backend(
+        triton.NAME,
+        triton.why_not,
+        triton.forward,
+        triton.backward,
+        needs_proof=True,
+        whole_loss=triton_whole_loss.whole_loss,
+    ),
     Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, whole_loss=cpu.whole_loss),
     Backend(torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward),
 )

@@ -32,6 +32,11 @@ class Problem:
         return self.v is None
 
     @property
+    def stats_dtype(self) -> torch.dtype:
+        """The dtype of statistics and gradients; u and v may be narrower where a backend makes them itself."""
+        return torch.promote_types(self.u.dtype, torch.float32)
+
+    @property
     def columns(self) -> Tensor:
         return self.u if self.v is None else self.v
 

@@ -25,6 +25,16 @@ from .stats import warn_if_clamped
 if TYPE_CHECKING:
     from .losses.base import RowLoss
 
+_CALL = "Tensor z1, Tensor z2, Tensor? scale, float scale_value, str layout, bool normalize"
+FORWARD_SCHEMA = (
+    f"({_CALL}, str formula, float[] parameters, float[] exponents, str reduction) -> "
+    "(Tensor loss, Tensor operands, Tensor inverse_norm, Tensor lse, Tensor coefficients, Tensor clamped)"
+)
+BACKWARD_SCHEMA = (
+    f"({_CALL}, float[] exponents, str reduction, Tensor operands, Tensor inverse_norm, Tensor lse, "
+    "Tensor coefficients, Tensor grad_loss, bool need_scale) -> (Tensor dz1, Tensor dz2, Tensor dscale)"
+)
+
 
 def operators_for(row_loss: RowLoss, z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLossOps | None:
     """The operators of the short road for checked z1, z2 without further candidates, or None: the composed road.
@@ -36,7 +46,7 @@ def operators_for(row_loss: RowLoss, z1: Tensor, z2: Tensor, layout: str, backen
     if layout == "one_way" and not z2.requires_grad:
         return None
     chosen = dispatch.select(backend, z1.device, stats_dtype(z1.dtype), z1.dtype, z1.shape[1])
-    return None if chosen.whole_loss is None else chosen.whole_loss()
+    return chosen.whole_loss(z1.dtype)
 
 
 def whole_loss(

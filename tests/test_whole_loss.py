@@ -17,11 +17,15 @@ FUSED = [loss for loss in LOSSES if loss.name not in ("dclw", "debiased_positive
 ULPS = 64  # two orders of the same few operations on numbers as large as the logits
 
 
+def _operators(backend):
+    return next(b for b in dispatch.BACKENDS if b.name == backend).whole_loss(torch.float32)
+
+
 @pytest.fixture
 def short(run, monkeypatch):
     """(backend, device, list that grows by one with every call that takes the short road)"""
     backend, device = run
-    if next(b for b in dispatch.BACKENDS if b.name == backend).whole_loss is None:
+    if _operators(backend) is None:
         pytest.skip(f"{backend} has no operators of its own for a whole loss")
     taken, whole_loss = [], base.whole_loss
     monkeypatch.setattr(base, "whole_loss", lambda *args: taken.append(1) or whole_loss(*args))
@@ -116,7 +120,7 @@ def test_every_keyword_is_known_to_the_short_road():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_operators_know_their_shapes(short, layout):
     backend, device, _ = short
-    operators = next(b for b in dispatch.BACKENDS if b.name == backend).whole_loss()
+    operators = _operators(backend)
     z1, z2 = random_pairs(5, 4, torch.float32, device)
     call = (z1, z2, torch.tensor(2.0, device=device), 0.0, layout, True)
     checks = ("test_schema", "test_faketensor")

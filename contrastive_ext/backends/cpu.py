@@ -39,9 +39,13 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     )
 
 
-@cache
-def whole_loss() -> WholeLossOps:
+def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
     """The operators of the short road."""
+    return _whole_loss()
+
+
+@cache
+def _whole_loss() -> WholeLossOps:
     from ..whole_loss import backward_shapes, forward_shapes
 
     torch.library.register_fake("contrastive_ext::whole_loss_forward_cpu", forward_shapes)
