@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .numerics import stats_dtype
 from .pairs import Pairs
 
 
@@ -34,7 +35,7 @@ class Problem:
     @property
     def stats_dtype(self) -> torch.dtype:
         """The dtype of statistics and gradients; u and v may be narrower where a backend makes them itself."""
-        return torch.promote_types(self.u.dtype, torch.float32)
+        return stats_dtype(self.u.dtype)
 
     @property
     def columns(self) -> Tensor:
