@@ -73,7 +73,7 @@ def row_stats(
     needs_gradient = u.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     frozen = v is not None and not v.requires_grad and not columns
     return Statistics(
-        *torch.ops.contrastive_ext.row_stats(
+        *torch.ops.contrastive_ext.row_stats.default(
             u, v, scale_tensor, 0.0 if scale_tensor is not None else float(scale), list(exponents),
             num_images, positive_offset, row_ids, col_ids, unit, operand_dtype or u.dtype, backend,
             columns, frozen and needs_gradient and torch.is_grad_enabled(), diagnostics,
@@ -135,7 +135,7 @@ class _RowStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            lse, aux, col_lse, col_aux, mean = torch.ops.contrastive_ext.row_stats(*args)
+            lse, aux, col_lse, col_aux, mean = torch.ops.contrastive_ext.row_stats.default(*args)
         u, v, scale, scale_value, exponents, num_images, positive_offset, row_ids, col_ids, *rest = args
         ctx.options = (exponents, num_images, positive_offset, *rest[:3])
         ctx.scale_value, ctx.columns, ctx.frozen = scale_value, rest[3], rest[4]
@@ -158,7 +158,7 @@ class _RowStats(torch.autograd.Function):
         elif need_u or need_v or need_scale:
             if ctx.columns:
                 grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse.contiguous()
-            du, dv = torch.ops.contrastive_ext.row_stats_backward(
+            du, dv = torch.ops.contrastive_ext.row_stats_backward.default(
                 u, v, scale, ctx.scale_value, exponents, num_images, positive_offset, row_ids, col_ids, unit,
                 operand_dtype, backend, lse, grad_lse, col_lse if ctx.columns else None,
                 grad_col_lse if ctx.columns else None, need_u or need_scale, need_v,
@@ -230,7 +230,7 @@ def _forward_with_autograd(*args):
 
 
 def _backward_with_autograd(*args):
-    return FirstOrderOnly.apply(torch.ops.contrastive_ext.row_stats_backward, *args)
+    return FirstOrderOnly.apply(torch.ops.contrastive_ext.row_stats_backward.default, *args)
 
 
 _library.impl("row_stats", _forward, "CompositeExplicitAutograd")

@@ -39,7 +39,9 @@ ScalarType stats_dtype(const Tensor& z) {
 // 1/temperature, from a 0-d tensor where there is one.
 double scale_of(const std::optional<Tensor>& tensor, double value) {
   if (!tensor) return value;
-  STD_TORCH_CHECK(tensor->is_cpu() && tensor->numel() == 1, "a scale tensor must hold one number on the CPU.");
+  STD_TORCH_CHECK(tensor->is_cpu() && tensor->numel() == 1 &&
+                      (tensor->scalar_type() == ScalarType::Float || tensor->scalar_type() == ScalarType::Double),
+                  "a scale tensor must hold one float32 or float64 number on the CPU.");
   return tensor->scalar_type() == ScalarType::Double ? *data<double>(*tensor)
                                                      : static_cast<double>(*data<float>(*tensor));
 }

@@ -22,13 +22,13 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
 
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
-    outputs = torch.ops.contrastive_ext.row_stats_forward_cpu(*_arguments(problem), columns, means, diagnostics)
+    outputs = torch.ops.contrastive_ext.row_stats_forward_cpu.default(*_arguments(problem), columns, means, diagnostics)
     return Statistics(*outputs)
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
-    return torch.ops.contrastive_ext.row_stats_backward_cpu(
+    return torch.ops.contrastive_ext.row_stats_backward_cpu.default(
         *_arguments(problem),
         upstream.lse,
         upstream.grad_lse,
