@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .backends import cpu, torch_blocks, triton, triton_whole_loss
-from .problem import Problem, Statistics, Upstream, WholeLossOps
+from .backends.short_road import WholeLossOps
+from .problem import Problem, Statistics, Upstream
 
 REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
 

@@ -5,7 +5,6 @@ Plain data, so that a backend is two functions of it (`forward`, `backward`) and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,13 +46,6 @@ class Formula(NamedTuple):
 
     name: str
     parameters: tuple[float, ...] = ()
-
-
-class WholeLossOps(NamedTuple):
-    """A backend's operators of the short road; schemas in csrc/whole_loss_ops.cpp, shapes in whole_loss.py."""
-
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class Statistics(NamedTuple):

@@ -17,23 +17,13 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .backends.short_road import WholeLossOps
 from .numerics import stats_dtype
-from .problem import WholeLossOps
 from .row_stats import FirstOrderOnly
 from .stats import warn_if_clamped
 
 if TYPE_CHECKING:
     from .losses.base import RowLoss
-
-_CALL = "Tensor z1, Tensor z2, Tensor? scale, float scale_value, str layout, bool normalize"
-FORWARD_SCHEMA = (
-    f"({_CALL}, str formula, float[] parameters, float[] exponents, str reduction) -> "
-    "(Tensor loss, Tensor operands, Tensor inverse_norm, Tensor lse, Tensor coefficients, Tensor clamped)"
-)
-BACKWARD_SCHEMA = (
-    f"({_CALL}, float[] exponents, str reduction, Tensor operands, Tensor inverse_norm, Tensor lse, "
-    "Tensor coefficients, Tensor grad_loss, bool need_scale) -> (Tensor dz1, Tensor dz2, Tensor dscale)"
-)
 
 
 def operators_for(row_loss: RowLoss, z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLossOps | None:
@@ -66,7 +56,8 @@ def whole_loss(
     loss, clamped = _WholeLoss.apply(
         operators, z1, z2, scale_tensor, scale_value, layout, normalize, name, parameters, row_loss.exponents, reduction
     )
-    warn_if_clamped(lambda: clamped, z1.device)
+    if parameters:  # tau_plus: only a debiased sum has a floor
+        warn_if_clamped(lambda: clamped, z1.device)
     return loss
 
 
@@ -96,26 +87,3 @@ class _WholeLoss(torch.autograd.Function):
         else:
             dz1, dz2, dscale = ctx.backward_operator(*args)
         return None, dz1, dz2, dscale if need_scale else None, *[None] * 7
-
-
-def forward_shapes(
-    z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction
-) -> tuple[Tensor, ...]:
-    """Shapes of the forward operator's results."""
-    dtype, sides, k = stats_dtype(z1.dtype), 2 if layout == "symmetric" else 1, len(exponents)
-    anchors = 2 * z1.shape[0] if layout == "two_view" else z1.shape[0]
-    rows = z1.shape[0] + z2.shape[0]
-    return (
-        z1.new_empty((sides * anchors,) if reduction == "none" else (), dtype=dtype),
-        z1.new_empty((rows, z1.shape[1]), dtype=dtype),
-        z1.new_empty((rows,), dtype=dtype),
-        z1.new_empty((sides, k, anchors), dtype=dtype),
-        z1.new_empty((sides, k + 2, anchors), dtype=dtype),
-        z1.new_empty((), dtype=dtype),
-    )
-
-
-def backward_shapes(z1, z2, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of the backward operator's results."""
-    dscale = z1.new_empty(() if rest[-1] else (0,), dtype=stats_dtype(z1.dtype))
-    return torch.empty_like(z1), torch.empty_like(z2), dscale

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..problem import Problem, Statistics, Upstream, WholeLossOps
+from ..problem import Problem, Statistics, Upstream
+from .short_road import WholeLossOps, backward_shapes, forward_shapes
 
 NAME = "cpu"
 
@@ -46,8 +47,6 @@ def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
 
 @cache
 def _whole_loss() -> WholeLossOps:
-    from ..whole_loss import backward_shapes, forward_shapes
-
     torch.library.register_fake("contrastive_ext::whole_loss_forward_cpu", forward_shapes)
     torch.library.register_fake("contrastive_ext::whole_loss_backward_cpu", backward_shapes)
     ops = torch.ops.contrastive_ext

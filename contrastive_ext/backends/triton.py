@@ -59,10 +59,10 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     with _on(problem.u.device):
         if upstream.need_u:
             rows, cols = _Side(u, pairs.row_ids, 0), _Side(v, pairs.col_ids, pairs.positive_offset)
-            du = _weighted_columns(problem, rows, cols, row_term, col_term)
+            du = _total(_weighted_columns(problem, rows, cols, row_term, col_term))
         if upstream.need_v and not problem.one_set:
             rows, cols = _Side(v, pairs.col_ids, pairs.positive_offset), _Side(u, pairs.row_ids, 0)
-            dv = _weighted_columns(problem, rows, cols, col_term, row_term)
+            dv = _total(_weighted_columns(problem, rows, cols, col_term, row_term))
     return du, dv
 
 
@@ -191,17 +191,17 @@ class _Forward:
         means = []
         for beta, one_lse in zip(self.problem.exponents, lse.split(1), strict=True):
             term = _Term(one_lse.contiguous(), torch.full_like(one_lse, 1 / beta))
-            means.append(_weighted_columns(self.problem, rows, cols, term, None, exponents=(beta,), times_scale=False))
+            splits = _weighted_columns(self.problem, rows, cols, term, None, exponents=(beta,), times_scale=False)
+            means.append(_total(splits))
         return torch.stack(means)
 
 
-def _weighted_columns(*args, **options) -> Tensor:
-    """[scale] sum_j w_ij cols_j for every row."""
-    parts = _weighted_columns_of_splits(*args, **options)
-    return parts[0] if len(parts) == 1 else parts.sum(0)
+def _total(splits: Tensor) -> Tensor:
+    """[splits, rows, D] -> [rows, D]."""
+    return splits[0] if len(splits) == 1 else splits.sum(0)
 
 
-def _weighted_columns_of_splits(
+def _weighted_columns(
     problem: Problem,
     rows: _Side,
     cols: _Side,
@@ -210,7 +210,7 @@ def _weighted_columns_of_splits(
     exponents: tuple[float, ...] | None = None,
     times_scale: bool = True,
 ) -> Tensor:
-    """[splits, rows, D], to be summed over the splits; see triton_kernels/row_stats_backward.py."""
+    """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]; see triton_kernels/row_stats_backward.py."""
     exponents = exponents or problem.exponents
     config = _config("backward", rows.x, busy=problem.pairs.has_ids)
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u.new_empty(0, dtype=problem.stats_dtype)

@@ -9,16 +9,27 @@ unreduced losses.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..numerics import stats_dtype
 from ..pairs import Pairs
-from ..problem import Problem, WholeLossOps
-from .triton import _cdiv, _feature_block, _Forward, _interpreted, _kernels, _on, _operands, _scale, _Side, _Term
-from .triton import _weighted_columns_of_splits as weighted_columns_of_splits
+from ..problem import Problem
+from .short_road import BACKWARD_SCHEMA, FORWARD_SCHEMA, WholeLossOps, backward_shapes, forward_shapes
+from .triton import (
+    _cdiv,
+    _feature_block,
+    _Forward,
+    _interpreted,
+    _kernels,
+    _on,
+    _operands,
+    _scale,
+    _Side,
+    _Term,
+    _weighted_columns,
+)
 
 PROLOGUE_ELEMENTS = 2048  # of a block of rows: 16 for a thread and array
 ROWS_AT_ONCE = 1024
@@ -27,26 +38,7 @@ ROWS_OF_PROGRAM = 8192  # one program reduces small batches; a second launch add
 
 def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
     """The operators of the short road; the interpreter truncates to bf16 where a GPU rounds."""
-    return None if dtype == torch.bfloat16 and _interpreted() else _whole_loss()
-
-
-@cache
-def _whole_loss() -> WholeLossOps:
-    from ..whole_loss import BACKWARD_SCHEMA, FORWARD_SCHEMA, backward_shapes, forward_shapes
-
-    library = torch.library.Library("contrastive_ext", "FRAGMENT")
-    library.define(f"whole_loss_forward_triton{FORWARD_SCHEMA}")
-    library.define(f"whole_loss_backward_triton{BACKWARD_SCHEMA}")
-    library.impl("whole_loss_forward_triton", _forward, "CompositeExplicitAutograd")
-    library.impl("whole_loss_backward_triton", _backward, "CompositeExplicitAutograd")
-    torch.library.register_fake("contrastive_ext::whole_loss_forward_triton", forward_shapes, lib=library)
-    torch.library.register_fake("contrastive_ext::whole_loss_backward_triton", backward_shapes, lib=library)
-    _alive.append(library)
-    ops = torch.ops.contrastive_ext
-    return WholeLossOps(ops.whole_loss_forward_triton.default, ops.whole_loss_backward_triton.default)
-
-
-_alive: list[torch.library.Library] = []  # a library that is collected takes its operators along
+    return None if dtype == torch.bfloat16 and _interpreted() else _OPERATORS
 
 
 def _forward(
@@ -104,11 +96,11 @@ def _backward(
     with _on(z1.device):
         u, v = _operands(problem)
         rows, cols = _Side(u, None, 0), _Side(v, None, 0)
-        du = weighted_columns_of_splits(problem, rows, cols, row_term, col_term)
+        du = _weighted_columns(problem, rows, cols, row_term, col_term)
         if problem.one_set:
             dv = du[:, images:]
         else:
-            dv = weighted_columns_of_splits(problem, cols, rows, col_term, row_term)
+            dv = _weighted_columns(problem, cols, rows, col_term, row_term)
         block, block_d = _prologue_block(features)
         programs = _cdiv(columns, block)
         dscale = inverse_norm.new_empty(programs) if need_scale else None
@@ -145,3 +137,16 @@ def _prologue_block(features: int) -> tuple[int, int]:
     """Rows of a program of the prologue, and features with their padding."""
     block_d = _feature_block(features)
     return max(1, PROLOGUE_ELEMENTS // block_d), block_d
+
+
+_library = torch.library.Library("contrastive_ext", "FRAGMENT")
+_library.define(f"whole_loss_forward_triton{FORWARD_SCHEMA}")
+_library.define(f"whole_loss_backward_triton{BACKWARD_SCHEMA}")
+_library.impl("whole_loss_forward_triton", _forward, "CompositeExplicitAutograd")
+_library.impl("whole_loss_backward_triton", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("contrastive_ext::whole_loss_forward_triton", forward_shapes, lib=_library)
+torch.library.register_fake("contrastive_ext::whole_loss_backward_triton", backward_shapes, lib=_library)
+_OPERATORS = WholeLossOps(
+    torch.ops.contrastive_ext.whole_loss_forward_triton.default,
+    torch.ops.contrastive_ext.whole_loss_backward_triton.default,
+)

@@ -10,8 +10,8 @@ import contrastive_ext as ce
 from contrastive_ext import stats
 from contrastive_ext.backends import triton as backend
 from contrastive_ext.backends import triton_whole_loss
+from contrastive_ext.backends.short_road import WholeLossOps
 from contrastive_ext.losses import base
-from contrastive_ext.problem import WholeLossOps
 from rows import random_pairs
 
 REASON = backend.why_not(torch.device("cpu"), torch.float32, torch.float32, 8)
