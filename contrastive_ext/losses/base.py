@@ -134,9 +134,9 @@ def fused_row_loss(
         plain = queue is None and negatives is None and positives is None and in_batch_negatives and not return_stats
         if plain and row_loss.formula is not None:
             check_pairs(z1, z2, layout)
-            scale = resolve_scale(temperature, logit_scale, row_loss.default_temperature, z1)
             operators = operators_for(row_loss, z1, z2, layout, backend)
             if operators is not None:
+                scale = resolve_scale(temperature, logit_scale, row_loss.default_temperature, z1)
                 return whole_loss(operators, row_loss, z1, z2, scale, layout, normalize, reduction)
         batch = arrange(
             z1, z2, temperature, logit_scale=logit_scale, default_temperature=row_loss.default_temperature,
