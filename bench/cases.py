@@ -209,10 +209,10 @@ def _other_losses() -> list[str]:
 
 
 def cpu_cases(quick: bool) -> list[Case]:
-    """Growing N for InfoNCE, one size of the other losses, layouts and of bf16; the costliest case last."""
-    sizes = (1024, 2048) if quick else (1024, 2048, 4096, 8192)
+    """Growing N for InfoNCE, a small and a large batch of the others, layouts and bf16; the costliest case last."""
+    sizes = (256, 1024, 2048) if quick else (256, 1024, 2048, 4096, 8192)
     growing = [_case("infonce", "two_view", n, compile=n == 4096) for n in sizes]
-    others = [_case(loss, "two_view", 2048 if quick else 4096) for loss in _other_losses()]
+    others = [_case(loss, "two_view", n) for n in (256, 2048 if quick else 4096) for loss in _other_losses()]
     if quick:
         return growing + others
     return [

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import cpu, torch_blocks, triton
+from .backends import cpu, torch_blocks, triton, triton_whole_loss
+from .backends.short_road import WholeLossOps
 from .problem import Problem, Statistics, Upstream
 
 REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
@@ -24,6 +25,7 @@ class Backend:
     """A way to compute `Statistics` and their gradient; `why_not` says why it cannot, or None.
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
+    `whole_loss`: its operators of the short road (whole_loss.py) for inputs of a dtype, or None.
     """
 
     name: str
@@ -31,12 +33,21 @@ class Backend:
     forward: Callable[..., Statistics]
     backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
     top_columns: Callable[..., tuple[Tensor, Tensor]]
+    whole_loss: Callable[[torch.dtype], WholeLossOps | None] = lambda dtype: None
     needs_proof: bool = False
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend(triton.NAME, triton.why_not, triton.forward, triton.backward, triton.top_columns, needs_proof=True),
-    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, cpu.top_columns),
+    Backend(
+        triton.NAME,
+        triton.why_not,
+        triton.forward,
+        triton.backward,
+        triton.top_columns,
+        triton_whole_loss.whole_loss,
+        needs_proof=True,
+    ),
+    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, cpu.top_columns, cpu.whole_loss),
     Backend(
         torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward, torch_blocks.top_columns
     ),

@@ -71,11 +71,11 @@ def arrange(
     cancellation = cancellation or Cancellation()
     has_ids = isinstance(queue, NegativeQueue)
     keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, cancellation.queue_ids)
-    _check_pairs(z1, z2, layout)
+    check_pairs(z1, z2, layout)
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
     cancellation.check(z1, z2, keys, has_ids)
     dtype, operand_dtype = numerics.stats_dtype(z1.dtype), z1.dtype
-    scale = scale_from(temperature, logit_scale, default_temperature, dtype, z1.device)
+    scale = resolve_scale(temperature, logit_scale, default_temperature, z1)
 
     def operand(z: Tensor) -> Tensor:
         z = z.to(dtype)
@@ -123,34 +123,31 @@ def arrange(
     )
 
 
-def scale_from(
-    temperature: float | Tensor | None,
-    logit_scale: float | Tensor | None,
-    default_temperature: float,
-    dtype: torch.dtype,
-    device: torch.device,
+def resolve_scale(
+    temperature: float | Tensor | None, logit_scale: float | Tensor | None, default_temperature: float, like: Tensor
 ) -> float | Tensor:
-    """1/temperature from whichever of the two a call was given, checked."""
+    """1/temperature, a float or a 0-d tensor of the statistics dtype on the device of `like`; ValueError if not > 0."""
     if temperature is not None and logit_scale is not None:
         raise ValueError("give temperature or logit_scale (= 1/temperature), not both.")
     name, value = ("logit_scale", logit_scale) if logit_scale is not None else ("temperature", temperature)
     if value is None:
         value = default_temperature
     if isinstance(value, Tensor):
-        if value.dim() != 0 or not value.is_floating_point() or value.device != device:
+        if value.dim() != 0 or not value.is_floating_point() or value.device != like.device:
             raise ValueError(
-                f"a {name} tensor must be a 0-d floating-point tensor on {device}; "
+                f"a {name} tensor must be a 0-d floating-point tensor on {like.device}; "
                 f"got {list(value.shape)} {value.dtype} on {value.device}."
             )
         if value.device.type == "cpu" and not torch.compiler.is_compiling() and not value.detach() > 0:
             raise ValueError(f"{name} must be > 0; got {value.item()}.")
-        value = value.to(dtype)
+        value = value.to(numerics.stats_dtype(like.dtype))
     elif not 0 < value < math.inf:
         raise ValueError(f"{name} must be > 0 and finite; got {value}.")
     return value if name == "logit_scale" else 1.0 / value
 
 
-def _check_pairs(z1: Tensor, z2: Tensor, layout: str) -> None:
+def check_pairs(z1: Tensor, z2: Tensor, layout: str) -> None:
+    """ValueError or TypeError unless z1 and z2 are pairs in this layout."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}.")
     for name, z in (("z1", z1), ("z2", z2)):

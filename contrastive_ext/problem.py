@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .numerics import stats_dtype
 from .pairs import Pairs
 
 
@@ -31,8 +32,20 @@ class Problem:
         return self.v is None
 
     @property
+    def stats_dtype(self) -> torch.dtype:
+        """The dtype of statistics and gradients; u and v may be narrower where a backend makes them itself."""
+        return stats_dtype(self.u.dtype)
+
+    @property
     def columns(self) -> Tensor:
         return self.u if self.v is None else self.v
+
+
+class Formula(NamedTuple):
+    """A built-in row loss as backends know it: a name and parameters of csrc/row_losses.h."""
+
+    name: str
+    parameters: tuple[float, ...] = ()
 
 
 class Statistics(NamedTuple):

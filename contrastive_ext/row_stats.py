@@ -85,7 +85,7 @@ def row_stats(
     frozen = v is not None and not v.requires_grad and not columns
     means = means or (frozen and needs_gradient and torch.is_grad_enabled())
     return Statistics(
-        *torch.ops.contrastive_ext.row_stats(
+        *torch.ops.contrastive_ext.row_stats.default(
             u, v, scale_tensor, 0.0 if scale_tensor is not None else float(scale), list(exponents),
             num_images, positive_offset, only_equal_ids, row_ids, col_ids, ignored, *_tensors(gate),
             unit, operand_dtype or u.dtype, backend, columns, means, diagnostics, maximum,
@@ -156,7 +156,7 @@ class _RowStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            lse, aux, col_lse, col_aux, mean = torch.ops.contrastive_ext.row_stats(*args)
+            lse, aux, col_lse, col_aux, mean = torch.ops.contrastive_ext.row_stats.default(*args)
         u, v, scale, scale_value, exponents, *rest = args
         *pairs, unit, operand_dtype, backend, columns, frozen, _, _ = rest
         ctx.options = scale_value, exponents, pairs[:PAIR_NUMBERS], (unit, operand_dtype, backend), columns, frozen
@@ -176,11 +176,11 @@ class _RowStats(torch.autograd.Function):
         du = dv = dscale = None
         if frozen:
             scale = scale_value if scale is None else scale
-            du, dscale = _FirstOrderOnly.apply(_frozen_gradient, u, scale, exponents, grad_lse, mean)
+            du, dscale = FirstOrderOnly.apply(_frozen_gradient, u, scale, exponents, grad_lse, mean)
         elif need_u or need_v or need_scale:
             if columns:
                 grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse.contiguous()
-            du, dv = torch.ops.contrastive_ext.row_stats_backward(
+            du, dv = torch.ops.contrastive_ext.row_stats_backward.default(
                 u, v, scale, scale_value, exponents, *pair_numbers, *pair_tensors, *how, lse, grad_lse,
                 col_lse if columns else None, grad_col_lse if columns else None, need_u or need_scale, need_v,
             )  # fmt: skip
@@ -196,7 +196,7 @@ def _frozen_gradient(u, scale, exponents, grad_lse, mean) -> tuple[Tensor, Tenso
     return pull * scale, (u * pull).sum()
 
 
-class _FirstOrderOnly(torch.autograd.Function):
+class FirstOrderOnly(torch.autograd.Function):
     """A gradient under autograd: computes, and refuses to be differentiated again."""
 
     @staticmethod
@@ -285,7 +285,7 @@ def _forward_with_autograd(*args):
 
 
 def _backward_with_autograd(*args):
-    return _FirstOrderOnly.apply(torch.ops.contrastive_ext.row_stats_backward, *args)
+    return FirstOrderOnly.apply(torch.ops.contrastive_ext.row_stats_backward.default, *args)
 
 
 _library.impl("row_stats", _forward, "CompositeExplicitAutograd")

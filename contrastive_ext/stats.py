@@ -94,14 +94,17 @@ def summarize(stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None) -
 _warned = False
 
 
-def warn_if_clamped(clamped: Callable[[RowStatistics], Tensor | None], stats: RowStatistics) -> None:
-    """Warn once if many rows are on the debiasing floor; looks only where looking costs no device wait."""
-    if _warned or torch.compiler.is_compiling() or stats.pos.device.type != "cpu":
+def warn_if_clamped(clamped: Callable[[], Tensor | None], device: torch.device) -> None:
+    """Warn once if many rows are on the debiasing floor; looks only where looking costs no device wait.
+
+    clamped    gives which rows are, or their share; None for a loss without a floor
+    """
+    if _warned or torch.compiler.is_compiling() or device.type != "cpu":
         return
     with torch.no_grad():
-        rows = clamped(stats)
+        rows = clamped()
         if rows is not None:
-            _warn_about(float(rows.float().mean()))
+            _warn_about(float(rows.float().mean() if rows.dim() else rows))
 
 
 def _warn_about(clamped_fraction: float) -> None:

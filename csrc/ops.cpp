@@ -8,43 +8,11 @@
 #include "pair_tables.h"
 #include "row_stats_backward.h"
 #include "row_stats_forward.h"
+#include "tensors.h"
 #include "top_columns.h"
 
 namespace contrastive_ext {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
-}
-
-template <class T>
-T* data_if(const Tensor& t, bool wanted) {
-  return wanted ? data<T>(t) : nullptr;
-}
-
-template <class T>
-const T* data(const std::optional<Tensor>& t) {
-  return t ? data<T>(*t) : nullptr;
-}
-
-void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU.");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name,
-                  " has the wrong dtype: u, v, lse and their gradients share float32 or float64, ids are int64.");
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous; call .contiguous().");
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  int64_t axis = 0;
-  for (int64_t size : sizes) same = same && t.size(axis++) == size;
-  STD_TORCH_CHECK(same, name, " has the wrong shape.");
-}
 
 using MaybeTensor = std::optional<Tensor>;
 

@@ -21,14 +21,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from contrastive_ext.triton_kernels import configs, merge, row_stats_backward, row_stats_forward, top_columns
+from contrastive_ext.triton_kernels import (
+    configs,
+    merge,
+    prologue,
+    row_losses,
+    row_stats_backward,
+    row_stats_forward,
+    top_columns,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from contrastive_ext.backends import triton_whole_loss
+
 # bytes a block may use: CUDA C++ programming guide, "Technical Specifications per Compute Capability"
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-MERGE_CONFIG = configs.Config(128, 0, 0, 4, 3)  # Triton's defaults
 MASKED = {"busy": "ids", "lists": "lists", "guide": "gate"}  # variants that make a mask for every tile
+# launches without products: Triton's defaults but for the one program that reduces a batch
+ELEMENTWISE = {
+    "merge": configs.Config(128, 0, 0, 4, 3),
+    "prologue": configs.Config(0, 0, 0, 4, 3),
+    "row_losses": configs.Config(triton_whole_loss.ROWS_AT_ONCE, 0, 0, 8, 3),
+}
 TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
 GUIDE = 256  # features of a gate
 POINTER = {"16-bit": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "ieee": "*fp32", "fp64": "*fp64"}
@@ -46,7 +61,9 @@ class Case(NamedTuple):
     guide   two exponents, a gate, column statistics, scale tensor
 
     The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
-    a partial result, means adds means. The direction "top_columns" has the longest lists.
+    a partial result, means adds means. The direction "top_columns" has the longest lists. "prologue" is that of the
+    short road, plain forward, hard backward with the gradient of a scale tensor; "row_losses" the formula with the most
+    terms.
     """
 
     direction: str
@@ -86,13 +103,15 @@ def cases() -> list[Case]:
     found += [Case("top_columns", "plain", "tf32", 128, architecture) for architecture in (80, 86, 90, 100)]
     found += [Case("top_columns", "plain", products, 128, 86) for products in ("ieee", "fp64")]
     found += [Case("merge", variant, "16-bit", 128, a) for variant in ("plain", "clip", "means") for a in (80, 100)]
+    found += [Case("prologue", v, p, f, 90) for v in ("plain", "hard") for p in ("bf16", "fp64") for f in (128, 1024)]
+    found += [Case("row_losses", "hard", products, 128, a) for products in ("16-bit", "fp64") for a in (80, 100)]
     return found
 
 
 def config_of(case: Case) -> configs.Config:
     """The tile the backend would take."""
-    if case.direction == "merge":
-        return MERGE_CONFIG
+    if case.direction in ELEMENTWISE:
+        return ELEMENTWISE[case.direction]
     direction = "backward" if case.variant == "means" else case.direction
     products = "16-bit" if case.products == "bf16" else case.products
     return configs.choose(direction, products, case.features, case.architecture, MASKED.get(case.variant, "images"))
@@ -115,7 +134,7 @@ def compile_case(case: Case):
 
 def merge_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of a case that adds partial results."""
-    constants = {"EXPONENTS": (0.5, 1.5, 1.0), "NUM_PARTS": 7, "BLOCK": MERGE_CONFIG.block_m}
+    constants = {"EXPONENTS": (0.5, 1.5, 1.0), "NUM_PARTS": 7, "BLOCK": config_of(case).block_m}
     if case.variant == "means":
         constants |= {"D": case.features, "BLOCK": 32, "BLOCK_D": 64}
         return merge.merge_means_kernel, dict.fromkeys(("p_partials", "p_means", "p_out"), "*fp32"), constants
@@ -145,6 +164,29 @@ def rule_arguments(case: Case, accumulator: str) -> tuple[dict, dict]:
     types |= dict.fromkeys(guides, accumulator if guide else None)
     rules = (False, GUIDE if guide else 0, configs.GUIDE_FEATURES[case.architecture], False)
     return types, {"RULES": rules if case.variant in MASKED else None}
+
+
+def prologue_arguments(case: Case) -> tuple[Any, dict, dict]:
+    """Kernel, argument types and constants of a prologue, forward or backward."""
+    block, block_d = triton_whole_loss._prologue_block(case.features)
+    accumulator = "*fp64" if case.products == "fp64" else "*fp32"
+    constants = {"D": case.features, "BLOCK": block, "BLOCK_D": block_d, "NORMALIZE": True}
+    types = dict.fromkeys(("p_z1", "p_z2", "p_operands", "p_dz1", "p_dz2"), POINTER[case.products])
+    if case.variant == "plain":
+        return prologue.prologue_kernel, types | dict.fromkeys(("p_inverse", "p_cosine"), accumulator), constants
+    vectors = ("p_inverse", "p_by_pos", "p_by_scale", "p_du", "p_dv", "p_upstream", "p_dscale", "scale")
+    constants |= {"ONE_SET": True, "SCALE_IS_TENSOR": True}
+    return prologue.prologue_backward_kernel, types | dict.fromkeys(vectors, accumulator), constants
+
+
+def row_losses_arguments(case: Case) -> tuple[Any, dict, dict]:
+    """Kernel, argument types and constants of the row losses, every loss stored too."""
+    accumulator = "*fp64" if case.products == "fp64" else "*fp32"
+    names = ("p_lse", "p_count", "p_cosine", "scale", "p_coefficients", "p_losses", "p_sums", "p_clamped")
+    constants = triton_whole_loss._formula("hard_negative", [0.1, 1.0, 0.0])
+    constants |= {"NUM_LSE": 2, "MEAN": True, "SCALE_IS_TENSOR": True, "BLOCK": config_of(case).block_m}
+    constants |= {"SPAN": triton_whole_loss.ROWS_OF_PROGRAM}
+    return row_losses.row_losses_kernel, dict.fromkeys(names, accumulator), constants
 
 
 def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
@@ -180,7 +222,12 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     return kernel, types, constants
 
 
-ARGUMENTS = {"merge": merge_arguments, "top_columns": top_columns_arguments}  # the others have a tile loop
+ARGUMENTS = {  # the others have a tile loop of the row statistics
+    "merge": merge_arguments,
+    "top_columns": top_columns_arguments,
+    "prologue": prologue_arguments,
+    "row_losses": row_losses_arguments,
+}
 
 
 def examine(case: Case) -> Outcome:
@@ -197,7 +244,7 @@ def examine(case: Case) -> Outcome:
         faults.append(f"{shared} bytes of shared memory > {SHARED_LIMIT[case.architecture]}")
     if case.products in TENSOR_CORES and stack:
         faults.append(f"{stack} bytes on the stack (spills)")
-    if case.products in TENSOR_CORES and case.direction != "merge":
+    if case.products in TENSOR_CORES and case.direction not in ELEMENTWISE:
         if instruction in ("none", "fma.rn"):
             faults.append("no tensor-core instructions")
         if case.products != "tf32" and case.architecture == 90 and instruction != "wgmma.mma_async":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from .. import native
 from ..problem import Problem, Statistics, Upstream
+from .short_road import WholeLossOps, backward_shapes, forward_shapes
 
 NAME = "cpu"
 
@@ -21,12 +24,12 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
     wanted = (columns, means, diagnostics, maximum)
-    return Statistics(*torch.ops.contrastive_ext.row_stats_forward_cpu(*_arguments(problem), *wanted))
+    return Statistics(*torch.ops.contrastive_ext.row_stats_forward_cpu.default(*_arguments(problem), *wanted))
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
-    return torch.ops.contrastive_ext.row_stats_backward_cpu(
+    return torch.ops.contrastive_ext.row_stats_backward_cpu.default(
         *_arguments(problem),
         upstream.lse,
         upstream.grad_lse,
@@ -42,6 +45,19 @@ def top_columns(
 ) -> tuple[Tensor, Tensor]:
     """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
     return torch.ops.contrastive_ext.top_columns_cpu(scorers, features, k, num_images, _contiguous(col_ids))
+
+
+def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
+    """The operators of the short road."""
+    return _whole_loss()
+
+
+@cache
+def _whole_loss() -> WholeLossOps:
+    torch.library.register_fake("contrastive_ext::whole_loss_forward_cpu", forward_shapes)
+    torch.library.register_fake("contrastive_ext::whole_loss_backward_cpu", backward_shapes)
+    ops = torch.ops.contrastive_ext
+    return WholeLossOps(ops.whole_loss_forward_cpu.default, ops.whole_loss_backward_cpu.default)
 
 
 def _arguments(problem: Problem) -> tuple:

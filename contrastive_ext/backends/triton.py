@@ -61,9 +61,9 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     rows, cols = triton_pairs.sides(problem, u, v)
     with _on(problem.u.device):
         if upstream.need_u:
-            du = _weighted_columns(problem, rows, cols, row_term, col_term)
+            du = _total(_weighted_columns(problem, rows, cols, row_term, col_term))
         if upstream.need_v and not problem.one_set:
-            dv = _weighted_columns(problem, cols, rows, col_term, row_term)
+            dv = _total(_weighted_columns(problem, cols, rows, col_term, row_term))
     return du, dv
 
 
@@ -75,9 +75,18 @@ class _Term(NamedTuple):
 
 
 class _Forward:
-    """The launches of one forward call."""
+    """The launches of one forward call; `out` are lse and count of the sides, [sides, K, N] and [sides, 1, N]."""
 
-    def __init__(self, problem: Problem, columns: bool, means: bool, diagnostics: bool, maximum: bool):
+    def __init__(
+        self,
+        problem: Problem,
+        columns: bool,
+        means: bool,
+        diagnostics: bool,
+        maximum: bool,
+        out: tuple[Tensor, Tensor] | None = None,
+    ):
+        self.out = out
         self.problem, self.pairs, self.columns, self.means = problem, problem.pairs, columns, means
         self.u, self.v = _operands(problem)
         self.rows, self.cols = triton_pairs.sides(problem, self.u, self.v)
@@ -114,7 +123,7 @@ class _Forward:
         col_lse, col_aux, mean = self._empty(0), self._empty(0), self._empty(0)
         with _on(self.u.device):
             if self.columns:
-                bytes_of_tile = self.num_parts * self.m * self.problem.u.element_size()
+                bytes_of_tile = self.num_parts * self.m * self.problem.stats_dtype.itemsize
                 at_once = max(1, min(tiles, WORKSPACE_BYTES // max(1, bytes_of_tile)))
                 col_partials = self._empty(at_once + 1, self.num_parts, self.m)
                 for first in range(0, max(1, tiles), at_once):
@@ -122,10 +131,12 @@ class _Forward:
                     # slot 0 carries what earlier launches found
                     self._sweep(first, (count, splits), span, row_partials, col_partials[1:], mean_partials)
                     begin, last = (1 if first == 0 else 0), first + count == tiles
-                    col_lse, col_aux = self._merge(col_partials, begin, count + 1, self._candidates_of_columns(), last)
+                    col_lse, col_aux = self._merge(
+                        1, col_partials, begin, count + 1, self._candidates_of_columns(), last
+                    )
             else:
                 self._sweep(0, (tiles, splits), span, row_partials, None, mean_partials)
-            lse, aux = self._merge(row_partials, 0, splits, self._candidates_of_rows(), finish=True)
+            lse, aux = self._merge(0, row_partials, 0, splits, self._candidates_of_rows(), finish=True)
             if mean_partials is not None:
                 mean = self._merge_means(row_partials, mean_partials)
             elif self.means:
@@ -133,7 +144,7 @@ class _Forward:
         return Statistics(lse, aux, col_lse, col_aux, mean)
 
     def _empty(self, *shape: int) -> Tensor:
-        return self.problem.u.new_empty(shape)
+        return self.problem.u.new_empty(shape, dtype=self.problem.stats_dtype)
 
     def _sweep(self, first_tile, grid, span, row_partials, col_partials, mean_partials) -> None:
         scale, scale_is_tensor = _scale(self.problem)
@@ -153,10 +164,15 @@ class _Forward:
         same_image = pairs.num_rows // pairs.num_images if pairs.num_images else 0
         return self.n, same_image, pairs.positive_offset, pairs.num_rows
 
-    def _merge(self, partials: Tensor, begin: int, end: int, candidates, finish: bool) -> tuple[Tensor, Tensor]:
+    def _merge(
+        self, side: int, partials: Tensor, begin: int, end: int, candidates, finish: bool
+    ) -> tuple[Tensor, Tensor]:
         anchors = partials.shape[-1]
-        lse = self._empty(len(self.problem.exponents), anchors)
-        aux = self._empty(4 if self.flags["DIAGNOSTICS"] else 2 if self.merge_flags["MAXIMUM"] else 1, anchors)
+        if self.out is None:
+            lse = self._empty(len(self.problem.exponents), anchors)
+            aux = self._empty(4 if self.flags["DIAGNOSTICS"] else 2 if self.merge_flags["MAXIMUM"] else 1, anchors)
+        else:
+            lse, aux = self.out[0][side], self.out[1][side]
         _kernels().merge.merge_kernel[(_cdiv(anchors, MERGE_BLOCK),)](
             partials, lse, aux, begin, end, anchors, *candidates, FINISH=finish, BLOCK=MERGE_BLOCK,
             enable_fp_fusion=True, **self.merge_flags,
@@ -177,8 +193,14 @@ class _Forward:
         means = []
         for beta, one_lse in zip(self.problem.exponents, lse.split(1), strict=True):
             term = _Term(one_lse.contiguous(), torch.full_like(one_lse, 1 / beta))
-            means.append(_weighted_columns(self.problem, self.rows, self.cols, term, None, (beta,), times_scale=False))
+            splits = _weighted_columns(self.problem, self.rows, self.cols, term, None, (beta,), times_scale=False)
+            means.append(_total(splits))
         return torch.stack(means)
+
+
+def _total(splits: Tensor) -> Tensor:
+    """[splits, rows, D] -> [rows, D]."""
+    return splits[0] if len(splits) == 1 else splits.sum(0)
 
 
 def top_columns(
@@ -218,10 +240,10 @@ def _weighted_columns(
     exponents: tuple[float, ...] | None = None,
     times_scale: bool = True,
 ) -> Tensor:
-    """[scale] sum_j w_ij cols_j for every row; see triton_kernels/row_stats_backward.py."""
+    """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]; see triton_kernels/row_stats_backward.py."""
     exponents = exponents or problem.exponents
     config = _config("backward", rows.x, triton_pairs.costliest_rule(problem.pairs))
-    (n, d), m, like = rows.x.shape, len(cols.x), problem.u
+    (n, d), m, like = rows.x.shape, len(cols.x), problem.u.new_empty(0, dtype=problem.stats_dtype)
     both = row_term is not None and col_term is not None
     scale, scale_is_tensor = _scale(problem)
     col_largest = None
@@ -245,7 +267,7 @@ def _weighted_columns(
         splits, span = _split(tiles, m, config.block_n, _processors(like.device))
         out = like.new_empty(splits, n, d)
         sweep(0, (tiles, splits), span, out, like.new_empty(0))
-        return out[0] if splits == 1 else out.sum(0)
+        return out
     out = like.new_empty(n, d)
     width = _cdiv(m, 64) * 64  # rows of weights stay aligned
     budget = (WORKSPACE_BYTES if d <= 512 else WIDE_WORKSPACE_BYTES) // (width * rows.x.element_size())
@@ -257,7 +279,7 @@ def _weighted_columns(
         splits, span = _split(tiles, m, config.block_n, 4 * _processors(like.device))
         sweep(begin, (tiles, splits), span, weights, undo)
         torch.mul(_product(weights[:count, :m], cols.x), undo[:count], out=out[begin : begin + count])
-    return out
+    return out[None]
 
 
 def _product(weights: Tensor, x: Tensor) -> Tensor:
@@ -385,6 +407,8 @@ def _kernels():
         merge,
         online_lse,
         pairs,
+        prologue,
+        row_losses,
         row_stats_backward,
         row_stats_forward,
         scores,

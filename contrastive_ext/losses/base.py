@@ -18,13 +18,14 @@ from torch import Tensor
 
 from .. import dispatch
 from ..cancellation import Cancellation
-from ..layouts import Arrangement, Layout, arrange
+from ..layouts import Arrangement, Layout, arrange, check_pairs, resolve_scale
 from ..numerics import logsumexp_pair
-from ..problem import Statistics
+from ..problem import Formula, Statistics
 from ..queue import NegativeQueue
 from ..reference import DenseLogits, dense_logits
 from ..row_stats import row_stats
 from ..stats import Diagnostics, LossStats, summarize, warn_if_clamped
+from ..whole_loss import operators_for, whole_loss
 
 REDUCTIONS = ("mean", "sum", "none")
 _Function = TypeVar("_Function", bound=Callable)
@@ -53,6 +54,12 @@ class RowLoss:
 
     exponents: tuple[float, ...] = (1.0,)  # the beta_k > 0, one or two, whose log-sum-exps the loss needs
     default_temperature: float = 0.5
+    formula: Formula | None = None  # the fused spelling of `from_stats` (csrc/row_losses.h), for the short road
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        if "from_stats" in cls.__dict__ and "formula" not in cls.__dict__:
+            cls.formula = None  # an inherited one is of another loss
 
     def from_stats(self, stats: RowStatistics) -> Tensor:
         """[R] loss of every row, in nats, differentiable in stats.lse, pos, correction and scale."""
@@ -152,6 +159,14 @@ def fused_row_loss(
         labels if ids is None else ids, queue_ids, guide, guide_queue, margin, margin_strategy
     )  # fmt: skip
     with torch.autocast(z1.device.type if isinstance(z1, Tensor) else "cpu", enabled=False):
+        more = (queue, negatives, positives, guide_queue)
+        plain = all(x is None for x in more) and cancellation == Cancellation() and in_batch_negatives
+        if plain and not return_stats and row_loss.formula is not None:
+            check_pairs(z1, z2, layout)
+            operators = operators_for(row_loss, z1, z2, layout, backend)
+            if operators is not None:
+                scale = resolve_scale(temperature, logit_scale, row_loss.default_temperature, z1)
+                return whole_loss(operators, row_loss, z1, z2, scale, layout, normalize, reduction)
         batch = arrange(
             z1, z2, temperature, logit_scale=logit_scale, default_temperature=row_loss.default_temperature,
             layout=layout, queue=queue, negatives=negatives, in_batch_negatives=in_batch_negatives,
@@ -188,7 +203,7 @@ def _streamed(
         losses = _zero_where(empty, row_loss.from_stats(_without_empty(stats, empty)), batch.pos)
     else:
         losses = row_loss.from_stats(stats)
-    warn_if_clamped(row_loss.clamped, stats)
+    warn_if_clamped(lambda: row_loss.clamped(stats), batch.pos.device)
     if not return_stats:
         return losses, stats, None
     negatives, largest, total, lse_squared = aux.unbind(0)

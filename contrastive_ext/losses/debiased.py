@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..numerics import softplus
+from ..problem import Formula
 from ..reference import DenseLogits
 from ..stats import LossStats
 from .base import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
@@ -62,6 +63,11 @@ class Debiased(RowLoss):
 
     def __post_init__(self) -> None:
         check_tau_plus(self.tau_plus)
+
+    @property
+    def formula(self) -> Formula:  # type: ignore[override]
+        """The fused spelling."""
+        return Formula("debiased", (self.tau_plus,))
 
     def from_stats(self, stats: RowStatistics) -> Tensor:
         """[R] loss of every row."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..problem import Formula
 from ..reference import DenseLogits
 from ..stats import LossStats
 from .base import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
@@ -22,6 +23,11 @@ class Decoupled(RowLoss):
     """The row loss lse - weight * pos; positive_weight [B] is shared by the anchors of an image, constant."""
 
     positive_weight: Tensor | None = None
+
+    @property
+    def formula(self) -> Formula | None:  # type: ignore[override]
+        """The fused spelling; weights are a vector and have none."""
+        return Formula("decoupled") if self.positive_weight is None else None
 
     def from_stats(self, stats: RowStatistics) -> Tensor:
         """[R] loss of every row."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import dispatch, numerics
 from ..detection import Candidates, Detected, Lists, detect
-from ..layouts import scale_from
+from ..layouts import resolve_scale
 from ..numerics import logsumexp_pair, softplus
 from ..pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
 from ..queue import NegativeQueue
@@ -135,7 +135,7 @@ class _Batch(NamedTuple):
 def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize) -> _Batch:
     num_views, images, _ = views.shape
     dtype = numerics.stats_dtype(views.dtype)
-    scale = scale_from(temperature, logit_scale, 0.1, dtype, views.device)
+    scale = resolve_scale(temperature, logit_scale, 0.1, views)
 
     def operand(z: Tensor) -> Tensor:
         z = z.to(dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..numerics import softplus
+from ..problem import Formula
 from ..reference import DenseLogits
 from ..stats import LossStats
 from .base import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
@@ -38,6 +39,13 @@ class HardNegative(RowLoss):
     def exponents(self) -> tuple[float, ...]:  # type: ignore[override]
         """beta and 1 + beta; beta = 0 needs one sweep statistic only."""
         return (self.beta, 1.0 + self.beta) if self.beta > 0 else (1.0,)
+
+    @property
+    def formula(self) -> Formula:  # type: ignore[override]
+        """The fused spelling; beta = 0 is the debiased loss."""
+        if self.beta == 0:
+            return Formula("debiased", (self.tau_plus,))
+        return Formula("hard_negative", (self.tau_plus, self.beta, float(self.detach_weights)))
 
     def from_stats(self, stats: RowStatistics) -> Tensor:
         """[R] loss of every row."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..numerics import softplus
+from ..problem import Formula
 from ..reference import DenseLogits
 from ..stats import LossStats
 from .base import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
@@ -21,6 +22,8 @@ from .base import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_func
 @dataclass(frozen=True)
 class InfoNCE(RowLoss):
     """The row loss softplus(lse - pos)."""
+
+    formula = Formula("infonce")
 
     def from_stats(self, stats: RowStatistics) -> Tensor:
         """[R] loss of every row."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..layouts import describe, scale_from
+from ..layouts import describe, resolve_scale
 from ..numerics import softplus
 from ..queue import NegativeQueue
 from ..stats import Record
@@ -130,7 +130,7 @@ def fused_self_labeling_loss(
     _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, lam)
     with torch.autocast(q.device.type, enabled=False):
         dtype = numerics.stats_dtype(q.dtype)
-        scale = scale_from(temperature, None, DEFAULT_TEMPERATURE, dtype, q.device)
+        scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
         keys = [KeySet(operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
         if queue is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..layouts import check_queue, scale_from
+from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair
 from ..pairs import UNFILLED
 from ..queue import NegativeQueue
@@ -84,8 +84,7 @@ def fused_soft_target_loss(
         raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")
     check_positive("teacher_temperature", teacher_temperature)
     with torch.autocast(queries.device.type, enabled=False):
-        dtype = numerics.stats_dtype(queries.dtype)
-        scale = scale_from(temperature, None, DEFAULT_TEMPERATURE, dtype, queries.device)
+        scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, queries)
         sets = [_given_keys(keys, queries, normalize)]
         if queue is not None:
             sets.append(queue_set(queue, queries))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..layouts import scale_from
+from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..row_stats import row_stats
 from .base import REDUCTIONS
@@ -80,7 +80,7 @@ def fused_supcon_loss(
     dispatch.check_backend_name(backend)
     with torch.autocast(features.device.type, enabled=False):
         dtype = numerics.stats_dtype(features.dtype)
-        scale = scale_from(temperature, logit_scale, 0.1, dtype, features.device)
+        scale = resolve_scale(temperature, logit_scale, 0.1, features)
         z = features.to(dtype)
         z = numerics.round_operand(numerics.normalize(z) if normalize else z, features.dtype).flatten(0, -2)
         row_labels = labels.long().repeat(len(z) // len(labels))

@@ -12,6 +12,8 @@
 
 #include "online_lse.h"
 #include "pair_tables.h"
+#include "pairs.h"
+#include "row_losses.h"
 #include "tile.h"
 
 namespace py = pybind11;
@@ -224,6 +226,20 @@ Array<T> weights(const std::string& isa, Array<T> s, int64_t num_rows, int64_t n
   return out;
 }
 
+// Columns loss, dL/dlse_0, dL/dlse_1, dL/dpos, dL/dscale, clamped; rows are those of lse_0, lse_1, pos, count.
+template <class T>
+Array<T> row_losses(const std::string& formula, std::vector<double> parameters, Array<T> rows, T scale) {
+  RowLossParameters<T> p;
+  if (!make_parameters(formula, parameters.data(), parameters.size(), &p)) throw std::invalid_argument(formula);
+  Array<T> out({rows.shape(0), static_cast<py::ssize_t>(6)});
+  for (py::ssize_t i = 0; i < rows.shape(0); ++i) {
+    const RowLossResult<T> row = row_loss(p, rows.at(i, 0), rows.at(i, 1), rows.at(i, 2), rows.at(i, 3), scale);
+    const T values[] = {row.loss, row.by_lse[0], row.by_lse[1], row.by_pos, row.by_scale, T(row.clamped)};
+    for (int c = 0; c < 6; ++c) out.mutable_at(i, c) = values[c];
+  }
+  return out;
+}
+
 template <class T>
 void define(py::module_& m, const char* suffix) {
   const auto name = [&](const char* base) { return std::string(base) + suffix; };
@@ -235,6 +251,7 @@ void define(py::module_& m, const char* suffix) {
   m.def(name("moments_").c_str(), moments<T>);
   m.def(name("exp_sums_").c_str(), exp_sums<T>);
   m.def(name("weights_").c_str(), weights<T>);
+  m.def(name("row_losses_").c_str(), row_losses<T>);
 }
 
 }  // namespace

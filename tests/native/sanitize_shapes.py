@@ -53,6 +53,15 @@ def best(u, v, k):
     ops.top_columns_cpu(u.view(views, n // views, u.shape[1]), v, k, 0, ids)
 
 
+def run_whole(pairs, extra, depth, dtype, layout, formula, parameters, exponents, reduction, normalize):
+    z1, z2 = torch.randn(pairs, depth, dtype=dtype), torch.randn(pairs + extra, depth, dtype=dtype)
+    z1[0] = 0
+    scale = None if normalize else torch.tensor(2.0)
+    call = (z1, z2, scale, 3.0, layout, normalize)
+    loss, *state, _ = ops.whole_loss_forward_cpu(*call, formula, parameters, exponents, reduction)
+    ops.whole_loss_backward_cpu(*call, exponents, reduction, *state, torch.rand_like(loss), not normalize)
+
+
 calls = 0
 rules = itertools.cycle((None, "equal ids", "lists", "gate"))
 for threads in (1, 2, 4):
@@ -70,4 +79,10 @@ for threads in (1, 2, 4):
     u[0, 0] = float("nan")
     run(u, None, 7, [1.0], 2.0, True, False, False, False, True)
     best(u, v, 3)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for pairs, depth, dtype, normalize in itertools.product((1, 2, 37, 300), (1, 15, 65), dtypes, (True, False)):
+        for layout, extra in (("two_view", 0), ("one_way", 5), ("symmetric", 0)):
+            shared = (pairs, extra, depth, dtype, layout)
+            run_whole(*shared, "infonce", [], [1.0], "mean", normalize)
+            run_whole(*shared, "hard_negative", [0.1, 1.0, 0.0], [1.0, 2.0], "none", normalize)
 print(f"{calls} calls of each row_stats op, nothing found")

@@ -21,6 +21,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+
+import contrastive_ext as ce
 
 ROOT = Path(__file__).resolve().parents[2]
 CXX = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "")
@@ -355,3 +358,87 @@ def test_tile_passes(
             if columns:
                 want += np.where(by_col, c_k[None] * np.exp(b * exact - shift_c), 0)
         equal(got, want)
+
+
+# ---- row losses
+
+ROW_LOSSES = [
+    ce.InfoNCE(),
+    ce.Decoupled(),
+    ce.Debiased(0.1),
+    ce.Debiased(0.0),
+    ce.HardNegative(0.1, 1.0),
+    ce.HardNegative(0.0, 0.3),
+    ce.HardNegative(0.05, 2.0, detach_weights=True),
+]
+INF, NAN = math.inf, math.nan
+ODD_ROWS = [  # lse_0, lse_1, pos, count: what it stands for
+    (-200.0, -150.0, 200.0, 510.0),  # converged beyond any float32 exponential
+    (150.0, 290.0, -190.0, 510.0),  # the positive is the least similar of all
+    (3.0, 5.0, 0.0, 1.0),  # one negative
+    (math.log(510.0), math.log(510.0), 0.0, 510.0),  # identical vectors
+    (INF, INF, 1.0, 8.0),
+    (-INF, -INF, 1.0, 8.0),
+    (3.0, 4.0, INF, 8.0),
+    (3.0, 4.0, -INF, 8.0),
+    (NAN, NAN, 1.0, 8.0),
+    (3.0, 4.0, NAN, 8.0),
+]
+
+
+def from_stats(loss: ce.RowLoss, rows: np.ndarray, scale: float) -> np.ndarray:
+    """What row_losses returns, by autograd through the formula in PyTorch."""
+    lse_0, lse_1, pos, count = (torch.from_numpy(np.ascontiguousarray(x)) for x in rows.T)
+    factor = torch.full_like(pos, scale)  # one per row, to see each row's derivative
+    inputs = [x.requires_grad_() for x in (lse_0, lse_1, pos, factor)]
+    stats = ce.RowStatistics((lse_0, lse_1)[: len(loss.exponents)], pos, pos, count, factor)
+    value = loss.from_stats(stats)
+    gradients = torch.autograd.grad(value.sum(), inputs, allow_unused=True)
+    clamped = loss.clamped(stats)
+    columns = [value.detach(), *(torch.zeros_like(value) if g is None else g for g in gradients)]
+    columns.append(torch.zeros_like(value) if clamped is None else clamped.to(value.dtype))
+    return torch.stack(columns, 1).detach().numpy()
+
+
+def random_rows(scale: float, count: int, size: int) -> np.ndarray:
+    """Statistics of rows over `count` negatives with logits up to +-scale: every order of lse, pos and floor."""
+    rng = np.random.default_rng(7)
+    lse_0 = rng.uniform(-scale, scale, size) * 0.5 + math.log(count)
+    lse_1 = lse_0 + rng.uniform(-scale, scale, size) * 0.5
+    return np.stack([lse_0, lse_1, rng.uniform(-scale, scale, size), np.full(size, float(count))], 1)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("scale", [0.01, 2.0, 14.0, 200.0])
+@pytest.mark.parametrize("loss", ROW_LOSSES, ids=str)
+def test_row_losses_are_from_stats(native: ModuleType, kind: str, scale: float, loss: ce.RowLoss) -> None:
+    """In float64 to rounding; in float32 no worse than from_stats in float32 is."""
+    dtype = DTYPES[kind]
+    rows = np.concatenate([random_rows(scale, 510, 4000), random_rows(scale, 1, 500)]).astype(dtype)
+    name, parameters = loss.formula
+    ours = getattr(native, f"row_losses_{kind}")(name, list(parameters), rows, scale).astype(np.float64)
+    truth = from_stats(loss, rows.astype(np.float64), float(dtype(scale)))
+    dense = from_stats(loss, rows, float(dtype(scale))).astype(np.float64)
+    agree = (truth[:, 5] == dense[:, 5]) & (truth[:, 5] == ours[:, 5])  # rounding decides on the very edge of the floor
+    assert agree.mean() > 0.995
+    logit = max(1.0, scale)
+    for column in range(5):
+        error, largest = np.abs(ours - truth)[agree, column].max(), np.abs(truth[agree, column]).max()
+        allowed = 2 * np.abs(dense - truth)[agree, column].max() + 4 * np.finfo(dtype).eps * logit * largest
+        assert error <= allowed, (column, error, allowed)
+
+
+@pytest.mark.parametrize("loss", ROW_LOSSES, ids=str)
+def test_row_losses_at_odd_rows(native: ModuleType, loss: ce.RowLoss) -> None:
+    """Finite where from_stats is, and infinite or NaN where it is: nothing hides."""
+    rows = np.array(ODD_ROWS)
+    name, parameters = loss.formula
+    for kind, dtype in DTYPES.items():
+        ours = getattr(native, f"row_losses_{kind}")(name, list(parameters), rows.astype(dtype), 2.0)[:, 0]
+        expected = from_stats(loss, rows.astype(dtype), 2.0)[:, 0]
+        np.testing.assert_allclose(ours, expected, rtol=16 * np.finfo(dtype).eps, atol=np.finfo(dtype).tiny)
+
+
+def test_an_unknown_formula_is_refused(native: ModuleType) -> None:
+    with pytest.raises(ValueError, match="soft_margin"):
+        native.row_losses_f64("soft_margin", [], np.zeros((1, 4)), 1.0)

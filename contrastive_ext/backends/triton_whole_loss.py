@@ -1,0 +1,152 @@
+"""The short road of the `triton` backend: few launches, because those are what a small batch costs.
+
+Two views: prologue, sweep, merge, row losses with reduction; backward sweep, prologue backward, and for float16 one
+more in between (the largest weight). The column side of "symmetric" costs a merge more, two sets a sweep more. The
+sweep's splits are summed and the upstream gradient enters in the prologue's backward: coefficients are those of the
+unreduced losses.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..numerics import stats_dtype
+from ..pairs import Pairs
+from ..problem import Problem
+from . import triton_pairs
+from .short_road import BACKWARD_SCHEMA, FORWARD_SCHEMA, WholeLossOps, backward_shapes, forward_shapes
+from .triton import (
+    _cdiv,
+    _feature_block,
+    _Forward,
+    _interpreted,
+    _kernels,
+    _on,
+    _operands,
+    _scale,
+    _Term,
+    _weighted_columns,
+)
+
+PROLOGUE_ELEMENTS = 2048  # of a block of rows: 16 for a thread and array
+ROWS_AT_ONCE = 1024
+ROWS_OF_PROGRAM = 8192  # one program reduces small batches; a second launch adds the parts of larger ones
+
+
+def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
+    """The operators of the short road; the interpreter truncates to bf16 where a GPU rounds."""
+    return None if dtype == torch.bfloat16 and _interpreted() else _OPERATORS
+
+
+def _forward(
+    z1, z2, scale, scale_value, layout, normalize, formula, parameters, exponents, reduction
+) -> tuple[Tensor, ...]:
+    images, columns, features = len(z1), len(z2), z1.shape[1]
+    like = z1.new_empty(0, dtype=stats_dtype(z1.dtype))
+    operands, inverse_norm = z1.new_empty(images + columns, features), like.new_empty(images + columns)
+    problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
+    cosine, clamped = like.new_empty(images), like.new_empty(())
+    sides, anchors, k = 2 if layout == "symmetric" else 1, problem.pairs.num_rows, len(exponents)
+    rows = sides * anchors
+    lse, count = like.new_empty(sides, k, anchors), like.new_empty(sides, 1, anchors)
+    coefficients = like.new_empty(sides, k + 2, anchors)
+    losses = like.new_empty(rows) if reduction == "none" else None
+    with _on(z1.device):
+        block, block_d = _prologue_block(features)
+        _kernels().prologue.prologue_kernel[(_cdiv(columns, block),)](
+            z1, z2, operands, inverse_norm, cosine, images, columns, z1.stride(0), z2.stride(0), D=features,
+            BLOCK=block, BLOCK_D=block_d, NORMALIZE=normalize, enable_fp_fusion=True,
+        )  # fmt: skip
+        _Forward(problem, layout == "symmetric", means=False, diagnostics=False, maximum=False, out=(lse, count)).run()
+        parts = _cdiv(rows, ROWS_OF_PROGRAM)
+        loss = like.new_empty(())
+        sums, shares = (loss, clamped) if parts == 1 else (like.new_empty(parts), like.new_empty(parts))
+        scale_argument, scale_is_tensor = _scale(problem)
+        _kernels().row_losses.row_losses_kernel[(parts,)](
+            lse, count, cosine, scale_argument, coefficients, losses, sums, shares, rows, anchors, images,
+            **_formula(formula, parameters), NUM_LSE=k, MEAN=reduction == "mean", SCALE_IS_TENSOR=scale_is_tensor,
+            SPAN=min(ROWS_OF_PROGRAM, _cdiv(rows, ROWS_AT_ONCE) * ROWS_AT_ONCE), BLOCK=ROWS_AT_ONCE, num_warps=8,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        if parts > 1:
+            _kernels().row_losses.add_parts_kernel[(1,)](
+                sums, shares, loss, clamped, parts, BLOCK=ROWS_AT_ONCE, enable_fp_fusion=True
+            )
+    return (loss if losses is None else losses), operands, inverse_norm, lse, coefficients, clamped
+
+
+def _backward(
+    z1, z2, scale, scale_value, layout, normalize, exponents, reduction,
+    operands, inverse_norm, lse, coefficients, grad_loss, need_scale,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    images, columns, features, k = len(z1), len(z2), z1.shape[1], len(exponents)
+    problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
+    sides, _, anchors = lse.shape
+    if reduction == "none":
+        coefficients = coefficients * grad_loss.view(sides, 1, anchors)
+    row_term, col_term = _Term(lse[0], coefficients[0, :k]), None
+    if problem.one_set:
+        col_term = row_term
+    elif layout == "symmetric":
+        col_term = _Term(lse[1], coefficients[1, :k])
+    dz1, dz2 = torch.empty_like(z1), torch.empty_like(z2)
+    with _on(z1.device):
+        u, v = _operands(problem)
+        rows, cols = triton_pairs.sides(problem, u, v)
+        du = _weighted_columns(problem, rows, cols, row_term, col_term)
+        if problem.one_set:
+            dv = du[:, images:]
+        else:
+            dv = _weighted_columns(problem, cols, rows, col_term, row_term)
+        block, block_d = _prologue_block(features)
+        programs = _cdiv(columns, block)
+        dscale = inverse_norm.new_empty(programs) if need_scale else None
+        scale_argument, scale_is_tensor = _scale(problem)
+        second = {"two_view": images, "one_way": 0, "symmetric": (k + 2) * anchors}[layout]
+        _kernels().prologue.prologue_backward_kernel[(programs,)](
+            z1, z2, operands, inverse_norm, coefficients[0, k], coefficients[0, k + 1], du, dv,
+            None if reduction == "none" else grad_loss, scale_argument, dz1, dz2, dscale, len(du), len(dv),
+            du.stride(0), dv.stride(0), images, columns, second, z1.stride(0), z2.stride(0),
+            sides * anchors if reduction == "mean" else 1, D=features, BLOCK=block, BLOCK_D=block_d,
+            NORMALIZE=normalize, ONE_SET=problem.one_set, SCALE_IS_TENSOR=scale_is_tensor, enable_fp_fusion=True,
+        )  # fmt: skip
+        return dz1, dz2, inverse_norm.new_empty(0) if dscale is None else dscale.sum()
+
+
+def _problem(operands: Tensor, scale, scale_value, layout: str, normalize: bool, exponents, images: int) -> Problem:
+    one_set = layout == "two_view"
+    u, v = (operands, None) if one_set else (operands[:images], operands[images:])
+    pairs = Pairs(len(u), len(u if v is None else v), num_images=images, device=operands.device)
+    return Problem(u, v, scale_value if scale is None else scale, tuple(exponents), pairs, normalize, operands.dtype)
+
+
+def _formula(name: str, parameters: list[float]) -> dict[str, object]:
+    """The kernel's constants for a formula; csrc/row_losses.h says what parameters it has."""
+    tau_plus, beta, detach_weights = (*parameters, 0.0, 0.0, 0.0)[:3]
+    first, second = 1.0, 0.0
+    if name == "hard_negative":
+        first, second = (0.0, 1.0 / (1.0 + beta)) if detach_weights else (-1.0, 1.0)
+    log_tau_plus = math.log(tau_plus) if tau_plus > 0 else 0.0
+    return {"FORMULA": name, "TAU_PLUS": tau_plus, "LOG_TAU_PLUS": log_tau_plus, "BY_FIRST": first, "BY_SECOND": second}
+
+
+def _prologue_block(features: int) -> tuple[int, int]:
+    """Rows of a program of the prologue, and features with their padding."""
+    block_d = _feature_block(features)
+    return max(1, PROLOGUE_ELEMENTS // block_d), block_d
+
+
+_library = torch.library.Library("contrastive_ext", "FRAGMENT")
+_library.define(f"whole_loss_forward_triton{FORWARD_SCHEMA}")
+_library.define(f"whole_loss_backward_triton{BACKWARD_SCHEMA}")
+_library.impl("whole_loss_forward_triton", _forward, "CompositeExplicitAutograd")
+_library.impl("whole_loss_backward_triton", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("contrastive_ext::whole_loss_forward_triton", forward_shapes, lib=_library)
+torch.library.register_fake("contrastive_ext::whole_loss_backward_triton", backward_shapes, lib=_library)
+_OPERATORS = WholeLossOps(
+    torch.ops.contrastive_ext.whole_loss_forward_triton.default,
+    torch.ops.contrastive_ext.whole_loss_backward_triton.default,
+)
