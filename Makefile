@@ -10,8 +10,8 @@ BIN       := $(VENV)/bin
 RUN       := $(BIN)/python
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
-CSRC      := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
-CXX_FILES := $(CSRC) $(wildcard tests/native/*.h tests/native/*.cpp)
+CSRC      := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
+CXX_FILES := $(CSRC) $(wildcard tests/native/*.cpp tests/cuda_kernels/*.cu)
 
 .PHONY: help setup test lint format bench sanitize gate interpret gpu clean FORCE
 .DEFAULT_GOAL := help

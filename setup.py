@@ -8,7 +8,7 @@ package; a compile ERROR with the tools present fails the build. Read from the e
 
     CONTRASTIVE_EXT_NATIVE   0: never build native code; 1: a missing tool is an error; unset: as above
     CXX, MAX_JOBS            the compiler, the number of parallel compile jobs
-    CUDA_HOME                toolkit whose nvcc compiles csrc/*.cu (otherwise nvcc from PATH); no GPU is needed
+    CUDA_HOME                toolkit whose nvcc compiles csrc/cuda/*.cu (otherwise nvcc from PATH); no GPU is needed
     TORCH_CUDA_ARCH_LIST     for example "9.0a;10.0a+PTX"; default 9.0a
 """
 
@@ -37,8 +37,8 @@ DEFAULT_CUDA_ARCHS = "9.0a"
 
 
 def sources(*suffixes: str) -> list[str]:
-    """Files of csrc/ with one of the suffixes, relative to this folder as setuptools wants them."""
-    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*") if p.suffix in suffixes)
+    """Files under csrc/ with one of the suffixes, relative to this folder as setuptools wants them."""
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
 
 
 def find_cxx() -> str | None:
@@ -107,7 +107,7 @@ def cuda_gencode(arch_list: str) -> list[str]:
 
 
 def add_cuda_objects(extension: Extension, nvcc: str, folder: Path) -> None:
-    """Compile csrc/*.cu with nvcc and link the objects. torch's CUDAExtension refuses to where torch is a CPU build."""
+    """Compile csrc/cuda/*.cu with nvcc and link the objects. torch's CUDAExtension refuses to where torch is a CPU build."""
     arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
     extension.define_macros.append(("CONTRASTIVE_EXT_CUDA_ARCHS", f'"{arch_list}"'))
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *cuda_gencode(arch_list)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import cpu, torch_blocks, triton
+from .backends import cpu, cuda, torch_blocks, triton
 from .problem import Problem, Statistics, Upstream
 
 REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
@@ -24,6 +24,7 @@ class Backend:
     """A way to compute `Statistics` and their gradient; `why_not` says why it cannot, or None.
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
+    `note`: what a user should know who takes it; `explain` shows it.
     """
 
     name: str
@@ -31,9 +32,11 @@ class Backend:
     forward: Callable[..., Statistics]
     backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
     needs_proof: bool = False
+    note: str = ""
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend(cuda.NAME, cuda.why_not, cuda.forward, cuda.backward, needs_proof=True, note=cuda.NOTE),
     Backend(triton.NAME, triton.why_not, triton.forward, triton.backward, needs_proof=True),
     Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward),
     Backend(torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward),
@@ -76,11 +79,12 @@ def select(name: str, device: torch.device, dtype: torch.dtype, operand_dtype: t
 
 def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> Backend:
     able = [b for b in BACKENDS if b.why_not(device, dtype, operand_dtype, dim) is None]
-    proven = [b for b in able if not b.needs_proof or _is_verified(b, device, operand_dtype)]
-    if able[0] is proven[0] or able[0].name == "cuda":  # unproven CUDA kernels are never taken automatically
-        return proven[0]
-    _announce_unproven(able[0], device)
-    return able[0]
+    # unproven CUDA kernels are never taken automatically
+    able = [b for b in able if b.name != cuda.NAME or _is_verified(b, device, operand_dtype)]
+    chosen = able[0]
+    if chosen.needs_proof and not _is_verified(chosen, device, operand_dtype):
+        _announce_unproven(chosen, device)
+    return chosen
 
 
 def _is_verified(backend: Backend, device: torch.device, operand_dtype: torch.dtype) -> bool:

@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& u, std::optional<Tensor> v
   return {du, dv};
 }
 
-// One line of JSON: what was built and what runs on this CPU.
+// One line of JSON: what was built and what runs on this CPU; without nvcc there are no cuda_archs.
 std::string native_build_info() {
   const uint64_t target = TORCH_FEATURE_VERSION;
   int count = 0;
@@ -161,7 +161,11 @@ std::string native_build_info() {
 #else
          "gcc "
 #endif
-         + std::string(__VERSION__) + "\", \"cpu_isas\": [" + paths + "], \"cpu_isa\": \"" + chosen_isa().name + "\"}";
+         + std::string(__VERSION__) + "\", \"cpu_isas\": [" + paths + "], \"cpu_isa\": \"" + chosen_isa().name +
+#if defined(CONTRASTIVE_EXT_CUDA_ARCHS)
+         "\", \"cuda_archs\": \"" CONTRASTIVE_EXT_CUDA_ARCHS +
+#endif
+         "\"}";
 }
 
 }  // namespace

@@ -57,4 +57,32 @@ struct PairRules {
   }
 };
 
+// One row's pass over the columns of a tile, left to right: which of them show the row's image. They come every
+// num_images columns, so a pair costs a comparison and not a remainder.
+class ImageWalk {
+ public:
+  // Columns [j0, j0 + width).
+  CE_HOST_DEVICE ImageWalk(const PairRules& rules, int64_t row, int64_t j0, int width) : next_(width), end_(0), step_(width) {
+    const int64_t n = rules.num_images;
+    const int64_t begin = rules.positive_offset > j0 ? rules.positive_offset - j0 : 0;
+    int64_t end = rules.positive_offset + rules.num_rows - j0;
+    if (end > width) end = width;
+    if (n <= 0 || begin >= end) return;
+    int64_t distance = (row - (j0 + begin - rules.positive_offset)) % n;
+    if (distance < 0) distance += n;
+    if (begin + distance >= end) return;
+    next_ = static_cast<int>(begin + distance), end_ = static_cast<int>(end);
+    if (n < width) step_ = static_cast<int>(n);
+  }
+
+  // Whether column j0 + column shows the row's image; columns must ascend from call to call.
+  CE_HOST_DEVICE bool meets(int column) {
+    while (next_ < column) next_ += step_;
+    return next_ == column && column < end_;
+  }
+
+ private:
+  int next_, end_, step_;
+};
+
 }  // namespace contrastive_ext

@@ -1,0 +1,25 @@
+// Which of its 32 logits of a row a thread keeps, as bits; tiles that need no mask never ask.
+#pragma once
+
+#include <cstdint>
+
+#include "../pairs.h"
+
+namespace contrastive_ext {
+namespace hopper {
+
+// Bit 2 g + e: column j0 + column + 8 g + e is a negative of `row` (see Fragment), for a tile of 128 columns out of m.
+CE_HOST_DEVICE uint32_t negatives_of_thread(const PairRules& pairs, int64_t row, int64_t j0, int column, int64_t m) {
+  ImageWalk image(pairs, row, j0, 128);
+  uint32_t kept = 0;
+  for (int bit = 0; bit < 32; ++bit) {
+    const int b = column + bit / 2 * 8 + bit % 2;
+    bool keep = !image.meets(b) && j0 + b < m;
+    if (keep && pairs.has_ids()) keep = pairs.id_class(row, j0 + b) & kColumnIsNegative;
+    kept |= static_cast<uint32_t>(keep) << bit;
+  }
+  return kept;
+}
+
+}  // namespace hopper
+}  // namespace contrastive_ext
