@@ -21,6 +21,8 @@ struct ExponentRange<double> {
 };
 
 // Whether unit rows need no shift at all: every exp(beta s) lies between 2^-reach and 2^reach. False for NaN.
-CE_HOST_DEVICE bool fits_without_shift(float reach) { return reach <= static_cast<float>(ExponentRange<float>::kHighest); }
+CE_HOST_DEVICE bool fits_without_shift(float reach) {
+  return reach <= static_cast<float>(ExponentRange<float>::kHighest);
+}
 
 }  // namespace contrastive_ext

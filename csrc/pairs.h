@@ -62,7 +62,8 @@ struct PairRules {
 class ImageWalk {
  public:
   // Columns [j0, j0 + width).
-  CE_HOST_DEVICE ImageWalk(const PairRules& rules, int64_t row, int64_t j0, int width) : next_(width), end_(0), step_(width) {
+  CE_HOST_DEVICE ImageWalk(const PairRules& rules, int64_t row, int64_t j0, int width)
+      : next_(width), end_(0), step_(width) {
     const int64_t n = rules.num_images;
     const int64_t begin = rules.positive_offset > j0 ? rules.positive_offset - j0 : 0;
     int64_t end = rules.positive_offset + rules.num_rows - j0;

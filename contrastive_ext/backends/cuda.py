@@ -1,7 +1,7 @@
 """The `cuda` backend: hand-written Hopper kernels (csrc/cuda/), 128 features, 16-bit operands. Taken by name only.
 
-No hardware has run these kernels. They are compiled for sm_90a, their code is checked (tests/cuda_kernels), what can run
-on a host is tested there; docs/design.md lists what hardware must show, in which order.
+No hardware has run these kernels. They compile for sm_90a, their code is read (tests/cuda_kernels), what can run on a
+host is tested (tests/native/test_hopper.py); docs/design.md lists what hardware must show, in which order.
 
 Forward only: lse at one exponent and the counts of the rows. The gradient is computed by the Triton kernels, from these
 statistics; `explain` and `doctor` say so. What the forward does not make yet (a second exponent, column statistics, the
@@ -24,9 +24,7 @@ IS_COMPLETE = False  # whether it computes every call that why_not lets through
 
 FEATURES = 128
 ARCHITECTURE = "9.0a"  # TMA and WGMMA exist on Hopper alone
-INCOMPLETE = (
-    "its kernels make one log-sum-exp per row and no {} yet. Use backend='triton' or 'auto' for this call."
-)
+INCOMPLETE = "its kernels make one log-sum-exp per row and no {} yet. Use backend='triton' or 'auto' for this call."
 
 
 def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> str | None:

@@ -1,6 +1,6 @@
-// The operator of the Hopper forward: schema, checks, allocation. Compiled by nvcc, so it exists exactly where the kernels
-// do. The stream comes as a number from Python: the stable ABI has no call for it before torch 2.13, and the one of
-// libtorch_cuda is out of sight for a library that must also load beside a CPU build of torch.
+// The operator of the Hopper forward: schema, checks, allocation. Compiled by nvcc, so it exists exactly where the
+// kernels do. The stream comes as a number from Python: the stable ABI has no call for it before torch 2.13, and the
+// one of libtorch_cuda is out of sight for a library that must also load beside a CPU build of torch.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -17,13 +17,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check_cuda(cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, "CUDA: ", cudaGetErrorString(status));
-}
+void check_cuda(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, "CUDA: ", cudaGetErrorString(status)); }
 
 void check_tensor(const Tensor& t, const char* name, ScalarType dtype, int device, int64_t rows, int64_t features) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, name, " must be on the CUDA device of u.");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype: u and v share float16 or bfloat16, ids are int64.");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name,
+                  " has the wrong dtype: u and v share float16 or bfloat16, ids are int64.");
   STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous; call .contiguous().");
   STD_TORCH_CHECK(t.dim() == (features ? 2 : 1) && t.size(0) == rows && (!features || t.size(1) == features), name,
                   " has the wrong shape.");
@@ -79,9 +78,8 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& u, std::optional<Tensor> v
   arguments.scale_tensor = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
   arguments.unit = unit, arguments.partials = data(partials);
   const void* columns = v ? v->const_data_ptr() : u.const_data_ptr();
-  const char* error =
-      hopper::row_stats_forward(u.const_data_ptr(), columns, dtype == ScalarType::BFloat16, arguments, splits,
-                                data(lse), data(count), reinterpret_cast<cudaStream_t>(stream));
+  const char* error = hopper::row_stats_forward(u.const_data_ptr(), columns, dtype == ScalarType::BFloat16, arguments,
+                                                splits, data(lse), data(count), reinterpret_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(!error, "row_stats_forward_cuda: ", error);
   return {lse, count};
 }

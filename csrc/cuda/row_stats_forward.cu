@@ -1,12 +1,12 @@
 // lse and count of every row over its negatives, on Hopper, for 128 features. NO HARDWARE HAS RUN THIS YET.
 //
-// A block owns 128 rows and one split of the column tiles. Warp 8 has TMA fill a ring of column tiles; warps 0-3 and 4-7
-// are two consumer warpgroups with 64 rows each, which take turns (ping-pong): while one has its tile multiplied, the
-// other turns its logits into exponentials and sums. At 128 features both take about 512 cycles for 64 x 128 logits
+// A block owns 128 rows and one split of the column tiles. Warp 8 has TMA fill a ring of column tiles; warps 0-3 and
+// 4-7 are two consumer warpgroups with 64 rows each, which take turns (ping-pong): while one has its tile multiplied,
+// the other turns its logits into exponentials and sums. At 128 features both take about 512 cycles for 64 x 128 logits
 // (tensor cores: 2 * 64 * 128 * 128 flops at 4096 a cycle; exp2: 64 * 128 at 16 a cycle), so neither should wait.
 //
-// A thread keeps the sums of its own logits, 32 of each of two rows per tile; lanes meet only after the last tile. So even
-// the online maximum, each thread's own, needs no shuffles.
+// A thread keeps the sums of its own logits, 32 of each of two rows per tile; lanes meet only after the last tile. So
+// even the online maximum, each thread's own, needs no shuffles.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -115,7 +115,8 @@ __device__ __forceinline__ void add_exponentials(const float (&s)[kFragment], Ro
 }
 
 template <Operand kOperand, bool kOnline>
-__device__ __forceinline__ void consume(Shared& shared, const ForwardArguments& arguments, TileSpan span, float factor) {
+__device__ __forceinline__ void consume(Shared& shared, const ForwardArguments& arguments, TileSpan span,
+                                        float factor) {
   const int consumer = threadIdx.x / kConsumerThreads;
   const Fragment own(threadIdx.x % kConsumerThreads);
   const int64_t i0 = int64_t{blockIdx.x} * kTile + consumer * kConsumerRows;
@@ -125,13 +126,13 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardArguments& 
   Rows rows(i0 + own.row, arguments.n, kOnline);
   RingPosition<kStages> at;
   wait(shared.rows_full, 0);
-  if (consumer == 1) give_turn(0);
+  if (gives_first_turn(consumer)) give_turn(1 - consumer);
   for (int tile = span.begin; tile < span.end; ++tile, at.advance()) {
     float s[kFragment];
     wait(shared.full[at.stage], at.full_parity());
     wait_for_turn(consumer);
     issue_products<kOperand, kFeatures, kTile, kTile>(s, a, b + descriptor_offset(at.stage * kTileBytes));
-    if (consumer == 0 || tile + 1 < span.end) give_turn(1 - consumer);  // every turn that is given is taken
+    if (gives_turn(consumer, tile + 1 == span.end)) give_turn(1 - consumer);
     const int64_t j0 = int64_t{tile} * kTile;
     const bool plain = !arguments.pairs.has_ids() && j0 + kTile <= arguments.m &&
                        !arguments.pairs.may_share_image(i0, i1, j0, j0 + kTile);
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     init_barrier(shared.rows_full, 1);
     for (int stage = 0; stage < kStages; ++stage) {
-      init_barrier(shared.full[stage], 1);                      // the producer; TMA adds its bytes
+      init_barrier(shared.full[stage], 1);                                    // the producer; TMA adds its bytes
       init_barrier(shared.empty[stage], kConsumers * kConsumerThreads / 32);  // every warp reads every column
     }
     publish_barriers();
@@ -214,8 +215,8 @@ int tiles(int64_t rows) { return static_cast<int>((rows + kTile - 1) / kTile); }
 
 int forward_splits(int64_t n, int64_t m, int processors) { return choose_splits(tiles(n), tiles(m), processors); }
 
-const char* row_stats_forward(const void* u, const void* v, bool bfloat16, const ForwardArguments& arguments, int splits,
-                              float* lse, float* count, cudaStream_t stream) {
+const char* row_stats_forward(const void* u, const void* v, bool bfloat16, const ForwardArguments& arguments,
+                              int splits, float* lse, float* count, cudaStream_t stream) {
   if (arguments.n == 0) return nullptr;
   if (arguments.m > 0) {
     CUtensorMap u_map, v_map;
@@ -231,7 +232,8 @@ const char* row_stats_forward(const void* u, const void* v, bool bfloat16, const
   }
   constexpr int kMergeThreads = 128;
   const int64_t blocks = (arguments.n + kMergeThreads - 1) / kMergeThreads;
-  merge_kernel<<<static_cast<int>(blocks), kMergeThreads, 0, stream>>>(arguments.partials, arguments.n, splits, lse, count);
+  merge_kernel<<<static_cast<int>(blocks), kMergeThreads, 0, stream>>>(arguments.partials, arguments.n, splits, lse,
+                                                                       count);
   const cudaError_t status = cudaGetLastError();
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

@@ -28,8 +28,8 @@ int forward_splits(int64_t n, int64_t m, int processors);
 
 // u [n, 128], v [m, 128] contiguous fp16 or bf16, 16-byte aligned (v == u: one set); lse and count [n] float.
 // Returns null or what went wrong.
-const char* row_stats_forward(const void* u, const void* v, bool bfloat16, const ForwardArguments& arguments, int splits,
-                              float* lse, float* count, cudaStream_t stream);
+const char* row_stats_forward(const void* u, const void* v, bool bfloat16, const ForwardArguments& arguments,
+                              int splits, float* lse, float* count, cudaStream_t stream);
 
 }  // namespace hopper
 }  // namespace contrastive_ext

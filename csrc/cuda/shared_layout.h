@@ -1,8 +1,8 @@
 // How a tile of 16-bit rows lies in shared memory, and how that is told to WGMMA.
 //
 // TMA with 128-byte swizzle takes boxes of 64 features (128 bytes): a tile [rows, 128] is two boxes, one after the
-// other. Eight rows of a box, 1024 bytes, are an atom; inside it the 16-byte chunk c of row r lies at chunk c ^ (r % 8),
-// so that a column of chunks touches every bank once. An atom starts at a multiple of 1024 bytes.
+// other. Eight rows of a box, 1024 bytes, are an atom; inside it the 16-byte chunk c of row r lies at chunk c ^ (r %
+// 8), so that a column of chunks touches every bank once. An atom starts at a multiple of 1024 bytes.
 //
 // The matrix descriptor of WGMMA (PTX ISA, "Matrix Descriptor Format") for features in the fastest direction:
 //
@@ -39,7 +39,8 @@ constexpr CE_HOST_DEVICE uint64_t matrix_descriptor(uint32_t address) {
          uint64_t{1} << 62;
 }
 
-// What to add to a descriptor to move the start by `bytes`. Shared memory ends below 2^18 bytes: no carry leaves the field.
+// What to add to a descriptor to move the start by `bytes`. Shared memory ends below 2^18 bytes: no carry leaves the
+// field.
 constexpr CE_HOST_DEVICE uint64_t descriptor_offset(int bytes) { return static_cast<uint64_t>(bytes >> 4); }
 
 // Byte offset of the features of step `step` in a tile of `rows` rows.
@@ -52,7 +53,8 @@ constexpr CE_HOST_DEVICE int step_offset(int rows, int step) {
 // row + 8 h, column column + 8 g + e.
 struct Fragment {
   int row, column;
-  constexpr CE_HOST_DEVICE explicit Fragment(int thread) : row(thread / 32 * 16 + thread % 32 / 4), column(thread % 4 * 2) {}
+  constexpr CE_HOST_DEVICE explicit Fragment(int thread)
+      : row(thread / 32 * 16 + thread % 32 / 4), column(thread % 4 * 2) {}
 };
 
 }  // namespace hopper

@@ -1,5 +1,5 @@
-// What TMA has to know of a matrix. The driver encodes it; the runtime finds the driver's function, so that nothing links
-// libcuda and the library loads on machines without a driver.
+// What TMA has to know of a matrix. The driver encodes it; the runtime finds the driver's function, so that nothing
+// links libcuda and the library loads on machines without a driver.
 #pragma once
 
 #include <cuda.h>

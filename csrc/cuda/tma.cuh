@@ -18,8 +18,8 @@ __device__ __forceinline__ void load_tile(uint8_t* tile, const CUtensorMap& matr
 #pragma unroll
   for (int feature = 0; feature < kFeatures; feature += kBoxFeatures)
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-            "r"(shared_address(tile) + feature / kBoxFeatures * kRows * 128),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+        "[%4];" ::"r"(shared_address(tile) + feature / kBoxFeatures * kRows * 128),
         "l"(reinterpret_cast<uint64_t>(&matrix)), "r"(feature), "r"(row), "r"(shared_address(&barrier))
         : "memory");
 }

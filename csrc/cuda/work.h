@@ -1,7 +1,8 @@
 // Who computes what: a block owns one tile of rows and one split of the column tiles.
 //
-// A plain grid (row tile, split), not a persistent one: all blocks of a launch have the same work to within one tile, so
-// a queue of work would only re-create this order. (A sweep of the upper triangle will need one: there work differs.)
+// A plain grid (row tile, split), not a persistent one: all blocks of a launch have the same work to within one tile,
+// so a queue of work would only re-create this order. (A sweep of the upper triangle will need one: there work
+// differs.)
 #pragma once
 
 #include <cstdint>
@@ -21,8 +22,8 @@ constexpr CE_HOST_DEVICE TileSpan span_of_split(int tiles, int splits, int split
 }
 
 // How many splits finish first: waves of blocks, each as long as its column tiles plus what a block costs anyway (its
-// start, the load of its rows, the first tile's latency: about three tiles of 1024 cycles). The smallest such number, so
-// that there are few partial results to merge.
+// start, the load of its rows, the first tile's latency: about three tiles of 1024 cycles). The smallest such number,
+// so that there are few partial results to merge.
 inline int choose_splits(int row_tiles, int column_tiles, int processors) {
   constexpr int64_t kStart = 3;
   int best = 1;

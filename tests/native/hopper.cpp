@@ -1,0 +1,245 @@
+// The host side of the Hopper kernels for Python: layouts, masks, partition of the work, merge, and the ring protocol
+// played by threads. Built by test_hopper.py without CUDA; never shipped.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <optional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "cuda/partials.h"
+#include "cuda/ring.h"
+#include "cuda/shared_layout.h"
+#include "cuda/tile_mask.h"
+#include "cuda/work.h"
+#include "exponent_range.h"
+
+namespace py = pybind11;
+using namespace contrastive_ext;
+using namespace contrastive_ext::hopper;
+
+namespace {
+
+using Ids = std::optional<py::array_t<int64_t, py::array::c_style | py::array::forcecast>>;
+
+std::vector<int> fragment_row(int thread) {
+  const Fragment f(thread);
+  return {f.row, f.column};
+}
+
+// [32] bits of one thread and row, as the kernel masks them
+std::vector<bool> negatives(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
+                            const Ids& col_ids, int64_t row, int64_t j0, int column, int64_t m) {
+  PairRules rules;
+  rules.num_rows = rows, rules.num_images = num_images, rules.positive_offset = positive_offset;
+  rules.row_ids = row_ids ? row_ids->data() : nullptr;
+  rules.col_ids = col_ids ? col_ids->data() : nullptr;
+  const uint32_t bits = negatives_of_thread(rules, row, j0, column, m);
+  std::vector<bool> kept;
+  for (int k = 0; k < 32; ++k) kept.push_back(bits >> k & 1);
+  return kept;
+}
+
+std::pair<int, int> span(int tiles, int splits, int split) {
+  const TileSpan s = span_of_split(tiles, splits, split);
+  return {s.begin, s.end};
+}
+
+// (lse, count) of every row of partials [splits, 3, rows]
+std::vector<std::pair<float, float>> merge(py::array_t<float, py::array::c_style> partials) {
+  std::vector<std::pair<float, float>> out;
+  for (int64_t row = 0; row < partials.shape(2); ++row) {
+    const RowPartial total = merge_splits(partials.data(), partials.shape(2), partials.shape(0), row);
+    out.emplace_back(total.lse.lse(), total.count);
+  }
+  return out;
+}
+
+// ---- the ring, played by threads
+
+struct Deadlock : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// What PTX says of an mbarrier: a phase ends when `arrivals` have come and no bytes are outstanding.
+class Barrier {
+ public:
+  explicit Barrier(int arrivals) : arrivals_(arrivals), missing_(arrivals) {}
+  void arrive(int64_t expected_bytes = 0) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (missing_ == 0) throw std::logic_error("more arrivals than the phase takes");
+    bytes_ += expected_bytes, --missing_;
+    end_phase_if_complete();
+  }
+  void complete(int64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes_ -= bytes;
+    end_phase_if_complete();
+  }
+  // Until the phase of that parity is over; the phase before the first one counts as over.
+  void wait(uint32_t parity, const char* who) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!over_.wait_for(lock, std::chrono::seconds(5), [&] { return (phase_ & 1) != parity; })) throw Deadlock(who);
+  }
+  bool is_idle() const { return missing_ == arrivals_ && bytes_ == 0; }
+
+ private:
+  void end_phase_if_complete() {
+    if (missing_ > 0 || bytes_ != 0) return;
+    ++phase_, missing_ = arrivals_;
+    over_.notify_all();
+  }
+  std::mutex mutex_;
+  std::condition_variable over_;
+  int arrivals_, missing_;
+  int64_t bytes_ = 0;
+  uint32_t phase_ = 0;
+};
+
+// A barrier by number: `threads` come, those that sync wait for all of them.
+class NamedBarrier {
+ public:
+  explicit NamedBarrier(int threads) : threads_(threads) {}
+  void arrive() { come(); }
+  void sync() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const uint64_t mine = generation_;
+    count();
+    if (!over_.wait_for(lock, std::chrono::seconds(5), [&] { return generation_ != mine; })) throw Deadlock("turn");
+  }
+  bool is_idle() const { return came_ == 0; }
+
+ private:
+  void come() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    count();
+  }
+  void count() {
+    if (++came_ < threads_) return;
+    came_ = 0, ++generation_;
+    over_.notify_all();
+  }
+  std::mutex mutex_;
+  std::condition_variable over_;
+  int threads_, came_ = 0;
+  uint64_t generation_ = 0;
+};
+
+struct JoiningThread {
+  std::thread thread;
+  ~JoiningThread() { join(); }
+  void join() {
+    if (thread.joinable()) thread.join();
+  }
+};
+
+// A producer, a "TMA" that delivers later and piecewise, two consumers of four warps each: every warp must find every
+// tile, whole, in order; products are issued in turns; nothing is left over. Throws on the first violation.
+template <int kStages>
+void play(int tiles, int seed, int delays) {
+  constexpr int kWarps = 4, kBoxes = 2, kBytes = 64;
+  std::vector<std::unique_ptr<Barrier>> full, empty;
+  for (int s = 0; s < kStages; ++s)
+    full.push_back(std::make_unique<Barrier>(1)), empty.push_back(std::make_unique<Barrier>(2 * kWarps));
+  std::vector<std::unique_ptr<NamedBarrier>> turns;
+  for (int c = 0; c < 2; ++c) turns.push_back(std::make_unique<NamedBarrier>(2 * kWarps));
+  std::atomic<int> buffer[kStages][kBoxes];
+  for (auto& stage : buffer)
+    for (auto& box : stage) box = -1;
+  std::atomic<int> issued{0};  // warps that have issued: 8 per tile, consumer 0's four before consumer 1's
+  std::mutex error_mutex;
+  std::string error;
+
+  const auto guarded = [&](int id, const auto& body) {
+    return std::thread([&, id, body] {
+      try {
+        std::mt19937 random(static_cast<unsigned>(seed * 31 + id));
+        body([&] {
+          if (delays && random() % 4 == 0)
+            std::this_thread::sleep_for(std::chrono::microseconds(random() % static_cast<unsigned>(delays)));
+        });
+      } catch (const std::exception& e) {
+        const std::lock_guard<std::mutex> lock(error_mutex);
+        if (error.empty()) error = e.what();
+      }
+    });
+  };
+  std::vector<std::thread> threads;
+  threads.push_back(guarded(0, [&](const auto& dawdle) {
+    RingPosition<kStages> at;
+    JoiningThread deliveries[kStages];
+    for (int tile = 0; tile < tiles; ++tile, at.advance()) {
+      empty[at.stage]->wait(at.empty_parity(), "producer");
+      deliveries[at.stage].join();
+      full[at.stage]->arrive(kBoxes * kBytes);
+      deliveries[at.stage].thread = std::thread([&, tile, stage = at.stage] {
+        for (int box = 0; box < kBoxes; ++box) {
+          buffer[stage][box] = tile;
+          full[stage]->complete(kBytes);
+        }
+      });
+      dawdle();
+    }
+  }));
+  for (int warp = 0; warp < 2 * kWarps; ++warp)
+    threads.push_back(guarded(1 + warp, [&, consumer = warp / kWarps](const auto& dawdle) {
+      RingPosition<kStages> at;
+      if (gives_first_turn(consumer)) turns[1 - consumer]->arrive();
+      for (int tile = 0; tile < tiles; ++tile, at.advance()) {
+        full[at.stage]->wait(at.full_parity(), "consumer");
+        turns[consumer]->sync();
+        const int before = issued.fetch_add(1);
+        if (before / kWarps != 2 * tile + consumer) throw std::logic_error("issued out of turn");
+        if (gives_turn(consumer, tile + 1 == tiles)) turns[1 - consumer]->arrive();
+        dawdle();
+        for (auto& box : buffer[at.stage])
+          if (box != tile) throw std::logic_error("a stage was overwritten or not filled");
+        empty[at.stage]->arrive();
+        dawdle();
+      }
+    }));
+  for (auto& thread : threads) thread.join();
+  if (!error.empty()) throw std::runtime_error(error);
+  for (const auto& barrier : full)
+    if (!barrier->is_idle()) throw std::runtime_error("a phase of full was left open");
+  for (const auto& turn : turns)
+    if (!turn->is_idle()) throw std::runtime_error("a turn was given that nobody took");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(hopper_headers, m) {
+  m.attr("UNFILLED") = kUnfilled;
+  m.def("swizzled_offset", swizzled_offset);
+  m.def("step_offset", step_offset);
+  m.def("matrix_descriptor", matrix_descriptor);
+  m.def("descriptor_offset", descriptor_offset);
+  m.def("fragment", fragment_row);
+  m.def("negatives", negatives);
+  m.def("span_of_split", span);
+  m.def("choose_splits", choose_splits);
+  m.def("merge", merge);
+  m.def("fits_without_shift", fits_without_shift);
+  m.def("play", [](int stages, int tiles, int seed, int delays) {
+    const py::gil_scoped_release release;
+    switch (stages) {
+      case 1:
+        return play<1>(tiles, seed, delays);
+      case 2:
+        return play<2>(tiles, seed, delays);
+      case 4:
+        return play<4>(tiles, seed, delays);
+      default:
+        throw std::invalid_argument("stages must be 1, 2 or 4");
+    }
+  });
+}
