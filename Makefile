@@ -62,8 +62,9 @@ interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, g
 	  tests/test_golden.py tests/test_losses.py tests/triton_kernels \
 	  -k "not (many_tiles or every_temperature or every_shape or reductions or hard_detached or dclw or debiased_positives)"
 
-gate: $(BUILT) ## compile every Triton kernel for sm_80, sm_86, sm_90 and sm_100: no spills, tensor cores; needs no GPU
+gate: $(BUILT) ## compile every GPU kernel, Triton for sm_80 to sm_100, CUDA for sm_90a: no spills, tensor cores; needs no GPU
 	$(RUN) -W ignore tools/gate.py $(ARGS)
+	$(RUN) tools/cuda_gate.py
 
 # -O1: the optimised kernels take minutes to compile with sanitizers and are no different in what they touch
 sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer and UBSan

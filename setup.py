@@ -107,7 +107,7 @@ def cuda_gencode(arch_list: str) -> list[str]:
 
 
 def add_cuda_objects(extension: Extension, nvcc: str, folder: Path) -> None:
-    """Compile csrc/cuda/*.cu with nvcc and link the objects; torch's CUDAExtension refuses where torch is a CPU build."""
+    """Compile csrc/cuda with nvcc and link the objects; torch's CUDAExtension refuses where torch is a CPU build."""
     arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
     extension.define_macros.append(("CONTRASTIVE_EXT_CUDA_ARCHS", f'"{arch_list}"'))
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *cuda_gencode(arch_list)]

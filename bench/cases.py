@@ -204,9 +204,11 @@ def cuda_cases(quick: bool) -> list[Case]:
 
 def smoke_cases() -> list[Case]:
     """Every loss and layout at sizes that no tile divides, small enough for compute-sanitizer."""
-    return [
+    small = [
         _case(short_name(name), layout, n, m, dim, dtype=dtype)
         for name in LOSSES
         for layout, n, m, dim in (("two_view", 70, 70, 32), ("symmetric", 67, 67, 40), ("queue", 33, 129, 32))
         for dtype in ("float32", "bfloat16", "float16", "float64")
     ]
+    # what the Hopper kernels compute, over several of their tiles
+    return small + [_case("infonce", "two_view", 300, dtype=dtype) for dtype in ("bfloat16", "float16")]

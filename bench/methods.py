@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import contrastive_ext
+from contrastive_ext.backends import cuda
 
 from . import baselines
 from .cases import Case, Inputs, fused
@@ -64,9 +65,10 @@ def backends_for(case: Case, device: Device) -> list[Method]:
     """The package's streaming backends that can run the case on the device."""
     probe = torch.empty(1, case.dim, dtype=case.torch_dtype, device=device.torch)
     reasons = contrastive_ext.explain(probe).reasons
-    return [
-        _backend(name) for name in contrastive_ext.available_backends() if name != "reference" and not reasons[name]
-    ]
+    reasons["cuda"] = reasons["cuda"] or cuda.why_not_call(
+        len(case.dense.exponents), columns=case.layout == "symmetric", means=case.layout == "queue", diagnostics=False
+    )
+    return [_backend(name) for name, reason in reasons.items() if name != "reference" and reason is None]
 
 
 def methods_for(case: Case, device: Device) -> list[Method]:

@@ -24,7 +24,6 @@ IS_COMPLETE = False  # whether it computes every call that why_not lets through
 
 FEATURES = 128
 ARCHITECTURE = "9.0a"  # TMA and WGMMA exist on Hopper alone
-INCOMPLETE = "its kernels make one log-sum-exp per row and no {} yet. Use backend='triton' or 'auto' for this call."
 
 
 def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> str | None:
@@ -48,17 +47,25 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     return None if reason is None else f"the Triton kernels compute its gradient: {reason}"
 
 
-def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
-    """Row statistics of `problem`; see `Statistics`. Raises RuntimeError for parts the kernels do not make yet."""
-    lacks = {
-        "second exponent": len(problem.exponents) > 1,
+def why_not_call(num_exponents: int, columns: bool, means: bool, diagnostics: bool) -> str | None:
+    """None, or which part of the forward the kernels do not make yet."""
+    parts = {
+        "second exponent": num_exponents > 1,
         "column statistics (symmetric layouts)": columns,
         "means of frozen columns (gradients against a queue)": means,
         "diagnostics (return_stats)": diagnostics,
     }
-    for what, is_asked in lacks.items():
-        if is_asked:
-            raise RuntimeError(f"backend {NAME!r} cannot run this call: {INCOMPLETE.format(what)}")
+    lacking = next((part for part, is_asked in parts.items() if is_asked), None)
+    if lacking is None:
+        return None
+    return f"its kernels make one log-sum-exp per row and no {lacking} yet. Use backend='triton' or 'auto'."
+
+
+def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool) -> Statistics:
+    """Row statistics of `problem`; see `Statistics`. Raises RuntimeError for parts the kernels do not make yet."""
+    reason = why_not_call(len(problem.exponents), columns, means, diagnostics)
+    if reason is not None:
+        raise RuntimeError(f"backend {NAME!r} cannot run this call: {reason}")
     pairs, scale = problem.pairs, problem.scale
     scale_tensor = scale if isinstance(scale, Tensor) else None
     lse, count = torch.ops.contrastive_ext.row_stats_forward_cuda(

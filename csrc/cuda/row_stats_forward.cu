@@ -29,7 +29,10 @@ namespace {
 constexpr int kTile = 128;  // rows of a block, and columns of a tile
 constexpr int kConsumers = 2, kConsumerThreads = 128, kConsumerRows = kTile / kConsumers;
 constexpr int kProducerWarp = kConsumers * kConsumerThreads / 32;
-constexpr int kThreads = kConsumers * kConsumerThreads + 32;  // 288: up to 224 registers a thread, nothing to hand over
+// Nine warps, three of them on one of the four partitions: up to 168 registers a thread (65,536 / (4 * 3 * 32), in
+// steps of 8). 64 logits and what surrounds them fit (tools/cuda_gate.py), so no registers are handed over (setmaxnreg)
+// yet.
+constexpr int kThreads = kConsumers * kConsumerThreads + 32;
 constexpr int kTileBytes = kTile * kFeatures * 2;
 constexpr int kStages = 4;  // a tile lasts two turns, 1024 cycles or more: three ahead cover the latency of memory
 constexpr float kLog2E = 1.44269504f;
