@@ -17,7 +17,7 @@
 #include "row_stats_forward.h"
 #include "shared_layout.h"
 #include "tensor_map.h"
-#include "tile_mask.h"
+#include "thread_rows.h"
 #include "tma.cuh"
 #include "wgmma.cuh"
 #include "work.h"
@@ -35,7 +35,6 @@ constexpr int kProducerWarp = kConsumers * kConsumerThreads / 32;
 constexpr int kThreads = kConsumers * kConsumerThreads + 32;
 constexpr int kTileBytes = kTile * kFeatures * 2;
 constexpr int kStages = 4;  // a tile lasts two turns, 1024 cycles or more: three ahead cover the latency of memory
-constexpr float kLog2E = 1.44269504f;
 
 struct Shared {
   uint8_t rows[kTileBytes];
@@ -44,12 +43,6 @@ struct Shared {
 };
 static_assert(kTileBytes % kAtomBytes == 0, "every tile starts an atom");
 constexpr int kSharedBytes = sizeof(Shared) + kAtomBytes;  // room to align the first tile
-
-__device__ __forceinline__ float exp2_fast(float x) {  // relative error 2^-22; 0 for -inf, NaN for NaN
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // One lane of the producer warp: the rows once, then column tiles as stages become empty.
 __device__ __forceinline__ void produce(Shared& shared, const CUtensorMap& u, const CUtensorMap& v, TileSpan span) {
@@ -63,60 +56,6 @@ __device__ __forceinline__ void produce(Shared& shared, const CUtensorMap& u, co
   }
 }
 
-// The thread's two rows: where they are, what they have seen. Rows beyond the last one repeat it and are not stored.
-struct Rows {
-  int64_t index[2];
-  RowPartial partial[2];
-
-  __device__ Rows(int64_t first, int64_t n, bool online) {
-    for (int h = 0; h < 2; ++h) {
-      index[h] = first + 8 * h < n ? first + 8 * h : n - 1;
-      if (!online) partial[h].lse.shift = 0;
-    }
-  }
-};
-
-// Sets the logits of pairs that are ignored to -inf and counts the others.
-__device__ __forceinline__ void mask_tile(float (&s)[kFragment], Rows& rows, int column, int64_t j0,
-                                          const PairRules& pairs, int64_t m) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t kept = negatives_of_thread(pairs, rows.index[h], j0, column, m);
-    rows.partial[h].count += static_cast<float>(__popc(kept));
-#pragma unroll
-    for (int bit = 0; bit < 32; ++bit)
-      if (!(kept >> bit & 1)) s[bit / 2 * 4 + 2 * h + bit % 2] = -INFINITY;
-  }
-}
-
-// Adds the exponentials of a tile. Four sums in flight hide the latency of addition and keep its error small.
-template <bool kOnline>
-__device__ __forceinline__ void add_exponentials(const float (&s)[kFragment], Rows& rows, float factor) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    OnlineLse<float>& lse = rows.partial[h].lse;
-    float shift = 0;
-    if (kOnline) {
-      float largest = -INFINITY;
-#pragma unroll
-      for (int k = 2 * h; k < kFragment; k += 4) largest = fmaxf(largest, fmaxf(s[k], s[k + 1]));
-      lse.raise(__fmul_rn(largest, factor));
-      if (lse.shift != -INFINITY) shift = lse.shift;
-    }
-    float sums[4] = {};
-#pragma unroll
-    for (int g = 0; g < kTile / 8; ++g)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float logit = s[4 * g + 2 * h + e];
-        // online: the product is rounded as the shift was, so the largest term is exactly 1 (docs/measurements.md)
-        const float x = kOnline ? (__fmul_rn(logit, factor) - shift) * kLog2E : logit * (factor * kLog2E);
-        sums[2 * (g % 2) + e] += exp2_fast(x);
-      }
-    lse.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  }
-}
-
 template <Operand kOperand, bool kOnline>
 __device__ __forceinline__ void consume(Shared& shared, const ForwardArguments& arguments, TileSpan span,
                                         float factor) {
@@ -126,7 +65,7 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardArguments& 
   const int64_t i1 = i0 + kConsumerRows < arguments.n ? i0 + kConsumerRows : arguments.n;
   const uint64_t a = matrix_descriptor(shared_address(shared.rows) + consumer * kConsumerRows * 128);
   const uint64_t b = matrix_descriptor(shared_address(shared.columns));
-  Rows rows(i0 + own.row, arguments.n, kOnline);
+  ThreadRows rows(i0 + own.row, arguments.n, kOnline);
   RingPosition<kStages> at;
   wait(shared.rows_full, 0);
   if (gives_first_turn(consumer)) give_turn(1 - consumer);
@@ -142,10 +81,10 @@ __device__ __forceinline__ void consume(Shared& shared, const ForwardArguments& 
     wait_for_products(s);
     if (threadIdx.x % 32 == 0) arrive(shared.empty[at.stage]);
     if (plain)
-      for (RowPartial& partial : rows.partial) partial.count += kTile / 4;
+      rows.count_all();
     else
-      mask_tile(s, rows, own.column, j0, arguments.pairs, arguments.m);
-    add_exponentials<kOnline>(s, rows, factor);
+      rows.mask(s, own.column, j0, arguments.pairs, arguments.m);
+    rows.add<kOnline>(s, factor);
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

@@ -8,6 +8,14 @@
 namespace contrastive_ext {
 namespace hopper {
 
+CE_HOST_DEVICE int number_of_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
+
 // Bit 2 g + e: column j0 + column + 8 g + e is a negative of `row` (see Fragment), for a tile of 128 columns out of m.
 CE_HOST_DEVICE uint32_t negatives_of_thread(const PairRules& pairs, int64_t row, int64_t j0, int column, int64_t m) {
   ImageWalk image(pairs, row, j0, 128);

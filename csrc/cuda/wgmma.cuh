@@ -8,13 +8,12 @@
 #include <cstdint>
 
 #include "shared_layout.h"
+#include "thread_rows.h"
 
 namespace contrastive_ext {
 namespace hopper {
 
 enum class Operand { kHalf, kBfloat16 };
-
-constexpr int kFragment = 64;  // accumulators a thread holds of a tile of 64 x 128
 
 // clang-format off
 #define CE_REGISTERS \

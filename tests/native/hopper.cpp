@@ -4,9 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <limits>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <random>
@@ -19,6 +22,7 @@
 #include "cuda/partials.h"
 #include "cuda/ring.h"
 #include "cuda/shared_layout.h"
+#include "cuda/thread_rows.h"
 #include "cuda/tile_mask.h"
 #include "cuda/work.h"
 #include "exponent_range.h"
@@ -36,13 +40,19 @@ std::vector<int> fragment_row(int thread) {
   return {f.row, f.column};
 }
 
-// [32] bits of one thread and row, as the kernel masks them
-std::vector<bool> negatives(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
-                            const Ids& col_ids, int64_t row, int64_t j0, int column, int64_t m) {
+PairRules make_rules(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
+                     const Ids& col_ids) {
   PairRules rules;
   rules.num_rows = rows, rules.num_images = num_images, rules.positive_offset = positive_offset;
   rules.row_ids = row_ids ? row_ids->data() : nullptr;
   rules.col_ids = col_ids ? col_ids->data() : nullptr;
+  return rules;
+}
+
+// [32] bits of one thread and row, as the kernel masks them
+std::vector<bool> negatives(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
+                            const Ids& col_ids, int64_t row, int64_t j0, int column, int64_t m) {
+  const PairRules rules = make_rules(rows, num_images, positive_offset, row_ids, col_ids);
   const uint32_t bits = negatives_of_thread(rules, row, j0, column, m);
   std::vector<bool> kept;
   for (int k = 0; k < 32; ++k) kept.push_back(bits >> k & 1);
@@ -59,6 +69,58 @@ std::vector<std::pair<float, float>> merge(py::array_t<float, py::array::c_style
   std::vector<std::pair<float, float>> out;
   for (int64_t row = 0; row < partials.shape(2); ++row) {
     const RowPartial total = merge_splits(partials.data(), partials.shape(2), partials.shape(0), row);
+    out.emplace_back(total.lse.lse(), total.count);
+  }
+  return out;
+}
+
+// Every block, warpgroup and thread of the forward in turn, with float products: what the kernel computes but for
+// loads, WGMMA and the order of time. Returns (lse, count) of every row.
+template <bool kOnline>
+std::vector<std::pair<float, float>> play_blocks(const py::array_t<float, py::array::c_style>& u,
+                                                 const py::array_t<float, py::array::c_style>& v,
+                                                 const PairRules& pairs, float factor, int splits) {
+  const int64_t n = u.shape(0), m = v.shape(0), depth = u.shape(1);
+  const auto product = [&](int64_t i, int64_t j) {  // rows outside are zeros, as TMA delivers them
+    float sum = 0;
+    for (int64_t k = 0; i < n && j < m && k < depth; ++k) sum += u.at(i, k) * v.at(j, k);
+    return sum;
+  };
+  const int tiles = static_cast<int>((m + 127) / 128);
+  std::vector<float> partials(static_cast<size_t>(splits * kParts * n), std::numeric_limits<float>::quiet_NaN());
+  for (int64_t i0 = 0; i0 < (n + 127) / 128 * 128; i0 += 64)  // a warpgroup
+    for (int split = 0; split < splits; ++split)
+      for (int quad = 0; quad < 32; ++quad) {  // the four threads that share two rows
+        std::vector<ThreadRows> threads;
+        for (int thread = 4 * quad; thread < 4 * quad + 4; ++thread) {
+          const Fragment own(thread);
+          ThreadRows rows(i0 + own.row, n, kOnline);
+          const TileSpan span = span_of_split(tiles, splits, split);
+          for (int tile = span.begin; tile < span.end; ++tile) {
+            const int64_t j0 = int64_t{tile} * 128, i1 = std::min(i0 + 64, n);
+            float s[kFragment];
+            for (int k = 0; k < kFragment; ++k)
+              s[k] = product(i0 + own.row + 8 * (k / 2 % 2), j0 + own.column + k / 4 * 8 + k % 2);
+            if (!pairs.has_ids() && j0 + 128 <= m && !pairs.may_share_image(i0, i1, j0, j0 + 128))
+              rows.count_all();
+            else
+              rows.mask(s, own.column, j0, pairs, m);
+            rows.add<kOnline>(s, factor);
+          }
+          threads.push_back(rows);
+        }
+        for (int h = 0; h < 2; ++h) {
+          for (int lane = 1; lane <= 2; lane *= 2) {
+            const std::vector<ThreadRows> before = threads;
+            for (int k = 0; k < 4; ++k) threads[k].partial[h].merge(before[k ^ lane].partial[h]);
+          }
+          const int64_t row = i0 + Fragment(4 * quad).row + 8 * h;
+          if (row < n) threads[0].partial[h].store(partials.data(), n, split, row);
+        }
+      }
+  std::vector<std::pair<float, float>> out;
+  for (int64_t row = 0; row < n; ++row) {
+    const RowPartial total = merge_splits(partials.data(), n, splits, row);
     out.emplace_back(total.lse.lse(), total.count);
   }
   return out;
@@ -229,6 +291,12 @@ PYBIND11_MODULE(hopper_headers, m) {
   m.def("choose_splits", choose_splits);
   m.def("merge", merge);
   m.def("fits_without_shift", fits_without_shift);
+  m.def("play_blocks", [](py::array_t<float, py::array::c_style> u, py::array_t<float, py::array::c_style> v,
+                          int64_t num_images, int64_t positive_offset, Ids row_ids, Ids col_ids, float factor,
+                          bool online, int splits) {
+    const PairRules pairs = make_rules(u.shape(0), num_images, positive_offset, row_ids, col_ids);
+    return online ? play_blocks<true>(u, v, pairs, factor, splits) : play_blocks<false>(u, v, pairs, factor, splits);
+  });
   m.def("play", [](int stages, int tiles, int seed, int delays) {
     const py::gil_scoped_release release;
     switch (stages) {

@@ -165,6 +165,40 @@ def test_no_shift_is_chosen_up_to_a_reach_of_2_to_the_100(hopper: ModuleType) ->
     assert np.float32(2**24 * largest) < np.inf and np.float32(smallest) >= np.finfo(np.float32).tiny
 
 
+# ---- whole blocks
+
+PROBLEMS = [  # rows, columns, images, offset, ids, splits: why
+    (128, 256, 0, 0, False, 1, "full tiles"),
+    (70, 333, 0, 0, False, 2, "tails"),
+    (300, 300, 150, 0, False, 2, "two views"),
+    (60, 60, 1, 0, False, 1, "every row is empty"),
+    (140, 500, 70, 130, False, 3, "a shard of gathered columns"),
+    (150, 150, 75, 0, True, 1, "ids and padding"),
+]
+
+
+@pytest.mark.parametrize("online", [False, True], ids=["static", "online"])
+@pytest.mark.parametrize("scale", [2.0, 60.0])
+@pytest.mark.parametrize("n, m, images, offset, has_ids, splits, reason", PROBLEMS, ids=[p[-1] for p in PROBLEMS])
+def test_blocks_add_up_to_the_definition(
+    hopper: ModuleType, n, m, images, offset, has_ids, splits, reason, scale: float, online: bool
+) -> None:
+    rng = np.random.default_rng(n)
+    u, v = rng.standard_normal((n, 8)), rng.standard_normal((m, 8))
+    v = u if n == m else v
+    u, v = ((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (u, v))
+    ids = np.where(rng.random(n) < 0.2, hopper.UNFILLED, rng.integers(0, 9, n)) if has_ids else None
+    kept = naive_classes(n, m, images, offset, ids, ids, hopper.UNFILLED) & 1 > 0
+    logits = np.where(kept, scale * (u.astype(float) @ v.astype(float).T), -np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        top = np.where(kept.any(1), logits.max(1), 0)
+        exact = top + np.log(np.exp(logits - top[:, None]).sum(1))
+    got = np.array(hopper.play_blocks(u, v, images, offset, ids, ids, scale, online, splits))
+    np.testing.assert_array_equal(got[:, 1], kept.sum(1))
+    # a few ulps of the largest logit and of the result
+    np.testing.assert_allclose(got[:, 0], exact, rtol=0, atol=4 * np.finfo(np.float32).eps * (scale + 10))
+
+
 # ---- the ring
 
 
