@@ -27,8 +27,9 @@ namespace hopper {
 namespace {
 
 constexpr int kTile = 128;  // rows of a block, and columns of a tile
-constexpr int kConsumers = 2, kConsumerThreads = 128, kConsumerRows = kTile / kConsumers;
-constexpr int kProducerWarp = kConsumers * kConsumerThreads / 32;
+constexpr int kConsumers = 2, kConsumerThreads = 128;
+[[maybe_unused]] constexpr int kConsumerRows = kTile / kConsumers;  // builds for other architectures have no kernel
+[[maybe_unused]] constexpr int kProducerWarp = kConsumers * kConsumerThreads / 32;
 // Nine warps, three of them on one of the four partitions: up to 168 registers a thread (65,536 / (4 * 3 * 32), in
 // steps of 8). 64 logits and what surrounds them fit (tools/cuda_gate.py), so no registers are handed over (setmaxnreg)
 // yet.
