@@ -3,8 +3,12 @@
 
 #if defined(__CUDACC__)
 #define CE_HOST_DEVICE __host__ __device__ __forceinline__
-#define CE_UNROLL _Pragma("unroll")
 #else
 #define CE_HOST_DEVICE inline
+#endif
+
+#if defined(__CUDA_ARCH__)  // host compilers, nvcc's too, do not know the pragma
+#define CE_UNROLL _Pragma("unroll")
+#else
 #define CE_UNROLL
 #endif

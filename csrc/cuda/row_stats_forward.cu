@@ -28,7 +28,8 @@ namespace {
 
 constexpr int kTile = 128;  // rows of a block, and columns of a tile
 constexpr int kConsumers = 2, kConsumerThreads = 128;
-[[maybe_unused]] constexpr int kConsumerRows = kTile / kConsumers;  // builds for other architectures have no kernel
+// unused in builds for other architectures, which have no kernel
+[[maybe_unused]] constexpr int kConsumerRows = kTile / kConsumers;
 [[maybe_unused]] constexpr int kProducerWarp = kConsumers * kConsumerThreads / 32;
 // Nine warps, three of them on one of the four partitions: up to 168 registers a thread (65,536 / (4 * 3 * 32), in
 // steps of 8). 64 logits and what surrounds them fit (tools/cuda_gate.py), so no registers are handed over (setmaxnreg)
@@ -46,7 +47,8 @@ static_assert(kTileBytes % kAtomBytes == 0, "every tile starts an atom");
 constexpr int kSharedBytes = sizeof(Shared) + kAtomBytes;  // room to align the first tile
 
 // One lane of the producer warp: the rows once, then column tiles as stages become empty.
-__device__ __forceinline__ void produce(Shared& shared, const CUtensorMap& u, const CUtensorMap& v, TileSpan span) {
+[[maybe_unused]] __device__ __forceinline__ void produce(Shared& shared, const CUtensorMap& u, const CUtensorMap& v,
+                                                         TileSpan span) {
   arrive_expecting(shared.rows_full, kTileBytes);
   load_tile<kFeatures, kTile>(shared.rows, u, static_cast<int>(blockIdx.x) * kTile, shared.rows_full);
   RingPosition<kStages> at;
