@@ -10,8 +10,8 @@ BIN       := $(VENV)/bin
 RUN       := $(BIN)/python
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
-CSRC      := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
-CXX_FILES := $(CSRC) $(wildcard tests/native/*.h tests/native/*.cpp)
+CSRC      := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
+CXX_FILES := $(CSRC) $(wildcard tests/native/*.cpp tests/cuda_kernels/*.cu)
 
 .PHONY: help setup test lint format bench sanitize gate interpret gpu clean FORCE
 .DEFAULT_GOAL := help
@@ -64,8 +64,9 @@ interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, g
 	  -k "not (many_tiles or every_kind_of_input or composed_one_gives or every_temperature or every_shape or reductions \
 	  or hard_detached or dclw or debiased_positives)"
 
-gate: $(BUILT) ## compile every Triton kernel for sm_80, sm_86, sm_90 and sm_100: no spills, tensor cores; needs no GPU
+gate: $(BUILT) ## compile every GPU kernel, Triton for sm_80 to sm_100, CUDA for sm_90a: no spills, tensor cores; needs no GPU
 	$(RUN) -W ignore tools/gate.py $(ARGS)
+	$(RUN) tools/cuda_gate.py
 
 # -O1: the optimised kernels take minutes to compile with sanitizers and are no different in what they touch
 sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer and UBSan

@@ -8,7 +8,7 @@ package; a compile ERROR with the tools present fails the build. Read from the e
 
     CONTRASTIVE_EXT_NATIVE   0: never build native code; 1: a missing tool is an error; unset: as above
     CXX, MAX_JOBS            the compiler, the number of parallel compile jobs
-    CUDA_HOME                toolkit whose nvcc compiles csrc/*.cu (otherwise nvcc from PATH); no GPU is needed
+    CUDA_HOME                toolkit whose nvcc compiles csrc/cuda/*.cu (otherwise nvcc from PATH); no GPU is needed
     TORCH_CUDA_ARCH_LIST     for example "9.0a;10.0a+PTX"; default 9.0a
 """
 
@@ -34,11 +34,12 @@ SWITCH = os.environ.get("CONTRASTIVE_EXT_NATIVE", "auto")
 HOW_TO = "install torch>=2.10 and a C++ compiler, then run: pip install --no-build-isolation ."
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the oldest torch the library may be loaded by
 DEFAULT_CUDA_ARCHS = "9.0a"
+OLDEST_CUDA = 12
 
 
 def sources(*suffixes: str) -> list[str]:
-    """Files of csrc/ with one of the suffixes, relative to this folder as setuptools wants them."""
-    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*") if p.suffix in suffixes)
+    """Files under csrc/ with one of the suffixes, relative to this folder as setuptools wants them."""
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
 
 
 def find_cxx() -> str | None:
@@ -49,6 +50,17 @@ def find_cxx() -> str | None:
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+
+
+def why_not_cuda(nvcc: str | None) -> str | None:
+    """The reason why csrc/cuda cannot be compiled here, or None."""
+    if nvcc is None:
+        return "nvcc was not found (CUDA_HOME, PATH)"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.", version)
+    if release and int(release.group(1)) < OLDEST_CUDA:
+        return f"{nvcc} is of CUDA {release.group(1)} and sm_90a needs {OLDEST_CUDA}"
+    return None
 
 
 def why_not_native() -> str | None:
@@ -107,7 +119,7 @@ def cuda_gencode(arch_list: str) -> list[str]:
 
 
 def add_cuda_objects(extension: Extension, nvcc: str, folder: Path) -> None:
-    """Compile csrc/*.cu with nvcc and link the objects. torch's CUDAExtension refuses to where torch is a CPU build."""
+    """Compile csrc/cuda with nvcc and link the objects; torch's CUDAExtension refuses where torch is a CPU build."""
     arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHS
     extension.define_macros.append(("CONTRASTIVE_EXT_CUDA_ARCHS", f'"{arch_list}"'))
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *cuda_gencode(arch_list)]
@@ -162,12 +174,11 @@ def native_build() -> tuple[list[Extension], type[build_ext]]:
             try:
                 if sources(".cu"):
                     nvcc = find_nvcc()
-                    if nvcc:
+                    missing = why_not_cuda(nvcc)
+                    if nvcc and missing is None:
                         add_cuda_objects(extension, nvcc, Path(self.build_temp).resolve() / "cuda")
                     else:
-                        print(
-                            "contrastive_ext: nvcc was not found (CUDA_HOME, PATH): CPU kernels only.", file=sys.stderr
-                        )
+                        print(f"contrastive_ext: {missing}: CPU kernels only.", file=sys.stderr)
                 super().build_extensions()
             except Exception as error:  # whatever the compiler, ninja or torch raised: the build must not go on
                 reason = f"compiling csrc/ failed: {error}"

@@ -267,10 +267,12 @@ _SMOKE_SHAPES = {
 
 def smoke_cases() -> list[Case]:
     """Every loss and layout at sizes that no tile divides, small enough for compute-sanitizer."""
-    return [
+    small = [
         _case(short_name(name), layout, n, m, dim, dtype=dtype)
         for name, row in LOSSES.items()
         for layout in row.layouts
         for n, m, dim in (_SMOKE_SHAPES.get(layout, _SMOKE_SHAPES["queue"]),)
         for dtype in ("float32", "bfloat16", "float16", "float64")
     ]
+    # what the Hopper kernels compute, over several of their tiles
+    return small + [_case("infonce", "two_view", 300, dtype=dtype) for dtype in ("bfloat16", "float16")]

@@ -18,7 +18,7 @@ except ImportError:  # a GPU machine without network has what it has
     rich = None  # type: ignore[assignment]
 
 _COLUMNS = (
-    "case", "method", "fwd ms", "bwd ms", "sum ms", "MiB", "of GEMM, f / b", "gate",
+    "case", "method", "fwd ms", "bwd ms", "sum ms", "MiB", "GEMM TFLOP/s", "of GEMM, f / b", "gate",
 )  # fmt: skip
 _WIDTH_WITHOUT_TERMINAL = 160
 
@@ -127,10 +127,11 @@ def _measurements(row: Row) -> list[str]:
     gate = f"{row.gate:.2f}" if row.gate is not None and (row.is_ours or row.status == RED) else ""
     peak = "" if row.peak_extra_mib is None else f"{row.peak_extra_mib:,.0f}"
     if row.status != OK or row.total_quartiles_ms is None:
-        return [row.status, "", "", peak, "", gate]
+        return [row.status, "", "", peak, "", "", gate]
     shares = [f"{share:.0%}" if share else "-" for share in (row.forward_gemm_share, row.backward_gemm_share)]
     return [
         _milliseconds(row.forward_ms), _milliseconds(row.backward_ms), _milliseconds(row.total_quartiles_ms[1]), peak,
+        f"{row.gemm_tflops:.3g}" if row.gemm_tflops else "",
         " / ".join(shares) if row.forward_gemm_share else "", gate,
     ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import cpu, torch_blocks, triton, triton_whole_loss
+from .backends import cpu, cuda, torch_blocks, triton, triton_whole_loss
 from .backends.short_road import WholeLossOps
 from .problem import Problem, Statistics, Upstream
 
@@ -26,6 +26,7 @@ class Backend:
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
     `whole_loss`: its operators of the short road (whole_loss.py) for inputs of a dtype, or None.
+    `note`: what a user should know who takes it; `explain` shows it.
     """
 
     name: str
@@ -35,22 +36,18 @@ class Backend:
     top_columns: Callable[..., tuple[Tensor, Tensor]]
     whole_loss: Callable[[torch.dtype], WholeLossOps | None] = lambda dtype: None
     needs_proof: bool = False
+    note: str = ""
+
+
+def _backend(module, **more) -> Backend:
+    return Backend(module.NAME, module.why_not, module.forward, module.backward, module.top_columns, **more)
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        triton.NAME,
-        triton.why_not,
-        triton.forward,
-        triton.backward,
-        triton.top_columns,
-        triton_whole_loss.whole_loss,
-        needs_proof=True,
-    ),
-    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, cpu.top_columns, cpu.whole_loss),
-    Backend(
-        torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward, torch_blocks.top_columns
-    ),
+    _backend(cuda, needs_proof=True, note=cuda.NOTE),
+    _backend(triton, whole_loss=triton_whole_loss.whole_loss, needs_proof=True),
+    _backend(cpu, whole_loss=cpu.whole_loss),
+    _backend(torch_blocks),
 )
 
 # (backend, architecture, operand dtype) -> file in bench/results that shows it correct and measured on hardware.
@@ -90,11 +87,12 @@ def select(name: str, device: torch.device, dtype: torch.dtype, operand_dtype: t
 
 def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> Backend:
     able = [b for b in BACKENDS if b.why_not(device, dtype, operand_dtype, dim) is None]
-    proven = [b for b in able if not b.needs_proof or _is_verified(b, device, operand_dtype)]
-    if able[0] is proven[0] or able[0].name == "cuda":  # unproven CUDA kernels are never taken automatically
-        return proven[0]
-    _announce_unproven(able[0], device)
-    return able[0]
+    # unproven CUDA kernels are never taken automatically
+    able = [b for b in able if b.name != cuda.NAME or _is_verified(b, device, operand_dtype)]
+    chosen = able[0]
+    if chosen.needs_proof and not _is_verified(chosen, device, operand_dtype):
+        _announce_unproven(chosen, device)
+    return chosen
 
 
 def _is_verified(backend: Backend, device: torch.device, operand_dtype: torch.dtype) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,14 +13,17 @@ from .numerics import SUPPORTED_DTYPES, stats_dtype
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend `auto` takes, and for every backend the reason it cannot run the call (None: it can)."""
+    """The backend `auto` takes; for every backend the reason it cannot run the call (None: it can), for some a note."""
 
     chosen: str
     reasons: dict[str, str | None]
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"backend='auto' takes {self.chosen!r}:"]
-        lines += [f"  {name:<10} {'can run this call' if why is None else why}" for name, why in self.reasons.items()]
+        for name, why in self.reasons.items():
+            able = "can run this call" + (f" ({self.notes[name]})" if name in self.notes else "")
+            lines.append(f"  {name:<10} {able if why is None else why}")
         return "\n".join(lines)
 
 
@@ -41,4 +44,5 @@ def explain_for(device: torch.device, dtype: torch.dtype, dim: int) -> Explanati
     call = (device, stats_dtype(dtype), dtype, dim)
     reasons: dict[str, str | None] = {b.name: b.why_not(*call) for b in dispatch.BACKENDS}
     reasons[dispatch.REFERENCE] = None
-    return Explanation(dispatch.select("auto", *call).name, reasons)
+    notes = {b.name: b.note for b in dispatch.BACKENDS if b.note}
+    return Explanation(dispatch.select("auto", *call).name, reasons, notes)

@@ -6,3 +6,9 @@
 #else
 #define CE_HOST_DEVICE inline
 #endif
+
+#if defined(__CUDA_ARCH__)  // host compilers, nvcc's too, do not know the pragma
+#define CE_UNROLL _Pragma("unroll")
+#else
+#define CE_UNROLL
+#endif

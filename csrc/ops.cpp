@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& 
   return {scores, columns};
 }
 
-// One line of JSON: what was built and what runs on this CPU.
+// One line of JSON: what was built and what runs on this CPU; without nvcc there are no cuda_archs.
 std::string native_build_info() {
   const uint64_t target = TORCH_FEATURE_VERSION;
   int count = 0;
@@ -222,7 +222,11 @@ std::string native_build_info() {
 #else
          "gcc "
 #endif
-         + std::string(__VERSION__) + "\", \"cpu_isas\": [" + paths + "], \"cpu_isa\": \"" + chosen_isa().name + "\"}";
+         + std::string(__VERSION__) + "\", \"cpu_isas\": [" + paths + "], \"cpu_isa\": \"" + chosen_isa().name +
+#if defined(CONTRASTIVE_EXT_CUDA_ARCHS)
+         "\", \"cuda_archs\": \"" CONTRASTIVE_EXT_CUDA_ARCHS +
+#endif
+         "\"}";
 }
 
 }  // namespace

@@ -10,8 +10,6 @@
 
 namespace contrastive_ext {
 
-constexpr int64_t kUnfilled = INT64_MIN;  // the caller's id of padding
-
 // The memory behind SortedLists.
 class ListStorage {
  public:

@@ -15,6 +15,8 @@
 
 namespace contrastive_ext {
 
+constexpr int64_t kUnfilled = INT64_MIN;  // the caller's id of padding
+
 // A pair's class is a bit set, so that one byte serves both directions.
 constexpr uint8_t kColumnIsNegative = 1;  // keep(i -> j): column j counts for anchor i
 constexpr uint8_t kRowIsNegative = 2;     // keep(j -> i): row i counts for anchor j
@@ -29,19 +31,16 @@ struct SortedLists {
   const int64_t* item = nullptr;
 };
 
-struct PairRules {
+// Row i and column j show one image.
+struct ImageRule {
   int64_t num_rows = 0;
   int64_t num_images = 0;       // 0: no pair shows the same image (a queue)
   int64_t positive_offset = 0;  // first column that shows an image
-  bool only_equal_ids = false;
-  const int32_t* row_ids = nullptr;  // null: no ids on either side; readable kColumnPad beyond the last column
-  const int32_t* col_ids = nullptr;
-  int64_t num_lists = 0;  // 0: none
-  SortedLists ignored;    // row i ignores the columns in list i % num_lists
-  SortedLists ignoring;   // one set: the lists that hold row i, which the columns with j % num_lists in it ignore
 
-  // Whether any pair but those of one image may have to be ignored.
-  CE_HOST_DEVICE bool has_tables() const { return row_ids || num_lists > 0; }
+  CE_HOST_DEVICE bool same_image(int64_t i, int64_t j) const {
+    const int64_t shown = j - positive_offset;
+    return num_images > 0 && shown >= 0 && shown < num_rows && (shown - i) % num_images == 0;
+  }
 
   // Whether rows [i0, i1) x columns [j0, j1) can hold a pair of one image: the difference j - i takes every value of an
   // interval, so the question is whether a multiple of num_images lies in it.
@@ -55,6 +54,47 @@ struct PairRules {
     const int64_t multiple = (high >= 0 ? high / num_images : -((-high + num_images - 1) / num_images)) * num_images;
     return multiple >= low;
   }
+};
+
+struct PairRules : ImageRule {
+  bool only_equal_ids = false;
+  const int32_t* row_ids = nullptr;  // null: no ids on either side; readable kColumnPad beyond the last column
+  const int32_t* col_ids = nullptr;
+  int64_t num_lists = 0;  // 0: none
+  SortedLists ignored;    // row i ignores the columns in list i % num_lists
+  SortedLists ignoring;   // one set: the lists that hold row i, which the columns with j % num_lists in it ignore
+
+  // Whether any pair but those of one image may have to be ignored.
+  CE_HOST_DEVICE bool has_tables() const { return row_ids || num_lists > 0; }
+};
+
+// One row's pass over the columns of a tile, left to right: which of them show the row's image. They come every
+// num_images columns, so a pair costs a comparison and not a remainder.
+class ImageWalk {
+ public:
+  // Columns [j0, j0 + width).
+  CE_HOST_DEVICE ImageWalk(const ImageRule& rules, int64_t row, int64_t j0, int width)
+      : next_(width), end_(0), step_(width) {
+    const int64_t n = rules.num_images;
+    const int64_t begin = rules.positive_offset > j0 ? rules.positive_offset - j0 : 0;
+    int64_t end = rules.positive_offset + rules.num_rows - j0;
+    if (end > width) end = width;
+    if (n <= 0 || begin >= end) return;
+    int64_t distance = (row - (j0 + begin - rules.positive_offset)) % n;
+    if (distance < 0) distance += n;
+    if (begin + distance >= end) return;
+    next_ = static_cast<int>(begin + distance), end_ = static_cast<int>(end);
+    if (n < width) step_ = static_cast<int>(n);
+  }
+
+  // Whether column j0 + column shows the row's image; columns must ascend from call to call.
+  CE_HOST_DEVICE bool meets(int column) {
+    while (next_ < column) next_ += step_;
+    return next_ == column && column < end_;
+  }
+
+ private:
+  int next_, end_, step_;
 };
 
 }  // namespace contrastive_ext

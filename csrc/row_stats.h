@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "compat.h"
+#include "exponent_range.h"
 #include "pairs.h"
 #include "scorers.h"
 #include "scores.h"
@@ -49,21 +50,6 @@ struct Problem {
 
   // exp(beta s_ij) for unit rows lies between 2^-reach and 2^reach.
   double reach(double beta) const { return beta * scale * kLog2E; }
-};
-
-// The exponent range of T that a static shift may use: sums of up to 2^24 terms must stay below the largest number and
-// the smallest term of unit rows (rounded to 16 bits: cosines up to 1.008) above the smallest normal one.
-template <class T>
-struct ExponentRange;
-template <>
-struct ExponentRange<float> {
-  static constexpr double kLowest = -124.0, kHighest = 100.0;
-  static constexpr double kProduct = 64.0;  // backward: exp(beta s) times a coefficient that holds exp(-lse)
-};
-template <>
-struct ExponentRange<double> {
-  static constexpr double kLowest = -1000.0, kHighest = 900.0;
-  static constexpr double kProduct = 480.0;
 };
 
 // Rows per block and columns per tile. 256 x 512 keeps the tile and its operands in L2 up to D = 128; from 128 x 256 to

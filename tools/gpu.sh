@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # On a GPU machine, without network: build against the torch found there, test, check, time. Run as `make gpu`.
 #
-#   tools/gpu.sh [step...]     the steps named (install tests gradcheck sanitizer bench), or all of them in that order
+#   tools/gpu.sh [step...]     the steps named, or all of them in the order of ALL_STEPS
+#
+#   ladder                the Hopper kernels from one tile to the whole, without torch (tests/cuda_kernels/ladder.cu);
+#                         ladder-* the same under compute-sanitizer's tools
+#   sanitizer, racecheck  every backend at tiny shapes under memcheck and racecheck
 #
 #   PYTHON   interpreter that has torch (python3); the package is installed there, editable
 #   OUT      folder of the logs (bench/results/gpu-logs); every step writes its log as it runs
@@ -14,7 +18,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu-logs}
 DEVICE=${DEVICE:-cuda}
-STEPS=" ${*:-install tests gradcheck sanitizer bench} "
+ALL_STEPS="install ladder tests gradcheck ladder-memcheck ladder-racecheck ladder-synccheck sanitizer racecheck bench"
+STEPS=" ${*:-$ALL_STEPS} "
 failed=0
 report=()
 mkdir -p "$OUT"
@@ -59,14 +64,14 @@ step() {
   timeout --kill-after=30 "$limit" "$@" > "$log" 2>&1 || status=$?
   if ((status == 0)); then
     tail -n 3 "$log"
-  elif [[ $name == sanitizer ]] && grep -q "Device not supported" "$log"; then
+  elif [[ $1 == compute-sanitizer ]] && grep -q "Device not supported" "$log"; then
     result="not allowed on this device"
   else
     ((status == 124 || status == 137)) && result="FAILED (over $limit s)" || result="FAILED ($status)"
     failed=$((failed + 1))
     tail -n 40 "$log"
   fi
-  report+=("$(printf '%-10s %s, %d s' "$name" "$result" $((SECONDS - began)))")
+  report+=("$(printf '%-16s %s, %d s' "$name" "$result" $((SECONDS - began)))")
 }
 
 describe > "$OUT/summary.txt" || exit 1
@@ -78,12 +83,23 @@ fi
 # NATIVE=1: a missing compiler is a failure here, not a pure-Python package
 CONTRASTIVE_EXT_NATIVE=1 PIP_BREAK_SYSTEM_PACKAGES=1 \
   step install 300 "$PYTHON" -m pip install -v --no-build-isolation --no-deps --no-index -e .
+if [[ $DEVICE == cuda ]] && command -v nvcc > /dev/null; then
+  step ladder 300 "$PYTHON" tools/cuda_gate.py ladder
+else
+  report+=("ladder           not run: needs a GPU and nvcc")
+fi
 step tests 1500 "$PYTHON" -m pytest tests -q -m "not interpreter"
 step gradcheck 600 "$PYTHON" -m pytest tests -q -m "not interpreter" -k gradcheck
 if command -v compute-sanitizer > /dev/null; then
+  if [[ $DEVICE == cuda && -x build/ladder ]]; then
+    for tool in memcheck racecheck synccheck; do
+      step "ladder-$tool" 600 compute-sanitizer --tool "$tool" --error-exitcode 99 build/ladder
+    done
+  fi
   step sanitizer 600 compute-sanitizer --error-exitcode 99 "$PYTHON" -m bench smoke
+  step racecheck 900 compute-sanitizer --tool racecheck --error-exitcode 99 "$PYTHON" -m bench smoke
 elif [[ $STEPS == *" sanitizer "* ]]; then
-  report+=("sanitizer  not installed")
+  report+=("sanitizer        not installed")
 fi
 step bench 1800 "$PYTHON" -m bench --device "$DEVICE" --out bench/results
 

@@ -33,14 +33,12 @@ FMA_ULPS, PLAIN_ULPS = 1.25, 1.6
 LOG2_E = (1.4426950408889634, 2.0355273740931033e-17)
 
 
-@pytest.fixture(scope="session")
-def native(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def compile_module(folder: Path, name: str, sources: list[Path]) -> ModuleType:
+    """Build a pybind11 module of C++ files that include headers of csrc/, and import it."""
     pybind11 = pytest.importorskip("pybind11")
     if not CXX:
         pytest.skip("no C++ compiler was found")
-    folder = tmp_path_factory.mktemp("native_headers")
-    target = folder / f"native_headers{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [ROOT / "tests/native/headers.cpp", ROOT / "csrc/isa.cpp", *sorted(ROOT.glob("csrc/tile_kernels_*.cpp"))]
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     flags = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
     flags += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     objects = [folder / f"{source.stem}.o" for source in sources]
@@ -49,12 +47,18 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
         for s, o in zip(sources, objects, strict=True)
     ]
     assert all([job.wait() == 0 for job in jobs])  # a list: every compiler is waited for
-    subprocess.run([*shlex.split(CXX), "-shared", *map(str, objects), "-o", str(target)], check=True)
-    spec = importlib.util.spec_from_file_location("native_headers", target)
+    subprocess.run([*shlex.split(CXX), "-shared", "-pthread", *map(str, objects), "-o", str(target)], check=True)
+    spec = importlib.util.spec_from_file_location(name, target)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    sources = [ROOT / "tests/native/headers.cpp", ROOT / "csrc/isa.cpp", *sorted(ROOT.glob("csrc/tile_kernels_*.cpp"))]
+    return compile_module(tmp_path_factory.mktemp("native_headers"), "native_headers", sources)
 
 
 @pytest.fixture(params=["avx512", "avx2", "generic"])

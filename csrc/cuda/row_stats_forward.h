@@ -1,0 +1,35 @@
+// The launcher of the Hopper forward, free of torch so that it compiles and runs on its own (tests/cuda_kernels).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "partials.h"
+#include "tile_mask.h"
+
+namespace contrastive_ext {
+namespace hopper {
+
+constexpr int kFeatures = 128;
+
+struct ForwardArguments {
+  DevicePairs pairs;  // pointers on the device
+  int64_t n, m;       // rows and columns, below 2^31
+  float beta;
+  float scale;                // unless scale_tensor
+  const float* scale_tensor;  // on the device, or null
+  bool unit;                  // |<u_i, v_j>| <= 1 up to rounding
+  float* partials;            // [splits, 3, n]
+};
+
+// Number of partial results per row, hence the size of `partials`.
+int forward_splits(int64_t n, int64_t m, int processors);
+
+// u [n, 128], v [m, 128] contiguous fp16 or bf16, 16-byte aligned (v == u: one set); lse and count [n] float.
+// Returns null or what went wrong.
+const char* row_stats_forward(const void* u, const void* v, bool bfloat16, const ForwardArguments& arguments,
+                              int splits, float* lse, float* count, cudaStream_t stream);
+
+}  // namespace hopper
+}  // namespace contrastive_ext

@@ -1,0 +1,244 @@
+// The first steps of the Hopper kernels on hardware, from the smallest piece to the whole, each against plain code on
+// the host. Stops at the first rung that is wrong: what stands above it would only repeat the fault. No torch, one
+// process.
+//
+//   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc tests/cuda_kernels/ladder.cu
+//   csrc/cuda/row_stats_forward.cu
+//
+// `make gpu` builds and runs it under a time limit: a barrier that waits for nobody hangs.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "cuda/mbarrier.cuh"
+#include "cuda/row_stats_forward.h"
+#include "cuda/shared_layout.h"
+#include "cuda/tensor_map.h"
+#include "cuda/tma.cuh"
+#include "cuda/wgmma.cuh"
+
+using namespace contrastive_ext;
+using namespace contrastive_ext::hopper;
+
+namespace {
+
+constexpr int kRows = 128, kTileBytes = kRows * kFeatures * 2;
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::printf("FAILED %s: %s\n", what, cudaGetErrorString(status));
+  std::exit(1);
+}
+
+void verdict(const char* rung, double error, double allowed) {
+  const bool good = error <= allowed;  // false for NaN
+  std::printf("%s %s: error %.3g, allowed %.3g\n", good ? "ok    " : "FAILED", rung, error, allowed);
+  std::fflush(stdout);
+  if (!good) std::exit(1);
+}
+
+template <class T>
+struct DeviceArray {
+  T* data = nullptr;
+  size_t size;
+  explicit DeviceArray(size_t size) : size(size) { check(cudaMalloc(&data, size * sizeof(T)), "cudaMalloc"); }
+  explicit DeviceArray(const std::vector<T>& host) : DeviceArray(host.size()) {
+    check(cudaMemcpy(data, host.data(), size * sizeof(T), cudaMemcpyHostToDevice), "copy");
+  }
+  ~DeviceArray() { cudaFree(data); }
+  std::vector<T> host(const char* what) const {
+    std::vector<T> out(size);
+    check(cudaDeviceSynchronize(), what);
+    check(cudaMemcpy(out.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost), what);
+    return out;
+  }
+};
+
+// Unit rows of 16-bit numbers, and the same values as float.
+template <class T>
+struct Matrix {
+  std::vector<T> bits;
+  std::vector<float> values;
+  int64_t rows;
+
+  Matrix(int64_t rows, unsigned seed) : rows(rows) {
+    std::srand(seed);
+    for (int64_t i = 0; i < rows; ++i) {
+      float row[kFeatures], norm = 0;
+      for (float& x : row) x = static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.4f, norm += x * x;
+      for (float x : row) {
+        bits.push_back(static_cast<T>(x / std::sqrt(norm)));
+        values.push_back(static_cast<float>(bits.back()));
+      }
+    }
+  }
+  double product(int64_t i, const Matrix& other, int64_t j) const {
+    double sum = 0;
+    for (int k = 0; k < kFeatures; ++k) sum += double{values[i * kFeatures + k]} * other.values[j * kFeatures + k];
+    return sum;
+  }
+};
+
+template <class T>
+CUtensorMap map_of(const DeviceArray<T>& data, int64_t rows) {
+  CUtensorMap map;
+  const char* error = describe_matrix(&map, data.data, rows, kFeatures, std::is_same_v<T, __nv_bfloat16>, kRows);
+  if (!error) return map;
+  std::printf("FAILED tensor map: %s\n", error);
+  std::exit(1);
+}
+
+template <class T>
+constexpr Operand operand = std::is_same_v<T, __nv_bfloat16> ? Operand::kBfloat16 : Operand::kHalf;
+
+// One warpgroup: one tile of a and one of b by TMA, both copied out as they lie, and the product of 64 rows of a.
+template <class T>
+__global__ void one_tile(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+                         int first, uint8_t* bytes, float* out) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t memory[];
+  uint8_t* a = memory + (kAtomBytes - shared_address(memory) % kAtomBytes) % kAtomBytes;
+  uint8_t* b = a + kTileBytes;
+  __shared__ uint64_t full;
+  if (threadIdx.x == 0) {
+    init_barrier(full, 1);
+    publish_barriers();
+    arrive_expecting(full, 2 * kTileBytes);
+    load_tile<kFeatures, kRows>(a, a_map, 0, full);
+    load_tile<kFeatures, kRows>(b, b_map, 0, full);
+  }
+  __syncthreads();
+  wait(full, 0);
+  for (int k = threadIdx.x; k < 2 * kTileBytes; k += blockDim.x) bytes[k] = a[k];
+  float s[kFragment];
+  issue_products<operand<T>, kFeatures, kRows, kRows>(s, matrix_descriptor(shared_address(a) + first * 128),
+                                                      matrix_descriptor(shared_address(b)));
+  wait_for_products(s);
+  const Fragment own(threadIdx.x);
+  for (int g = 0; g < 16; ++g)
+    for (int h = 0; h < 2; ++h)
+      for (int e = 0; e < 2; ++e) out[(own.row + 8 * h) * kRows + own.column + 8 * g + e] = s[4 * g + 2 * h + e];
+#endif
+}
+
+// Rungs 1 and 2: TMA puts elements where swizzled_offset says, zeros beyond the matrix; WGMMA reads them as meant.
+template <class T>
+void climb_tile(const char* name, int64_t rows_a, int64_t rows_b) {
+  const Matrix<T> a(rows_a, 1), b(rows_b, 2);
+  const DeviceArray<T> a_data(a.bits), b_data(b.bits);
+  const CUtensorMap a_map = map_of(a_data, rows_a), b_map = map_of(b_data, rows_b);
+  const DeviceArray<uint8_t> bytes(2 * kTileBytes);
+  const DeviceArray<float> out(64 * kRows);
+  constexpr int kSharedBytes = 2 * kTileBytes + kAtomBytes;
+  check(cudaFuncSetAttribute(one_tile<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "attribute");
+  for (int first : {0, 64}) {
+    one_tile<T><<<1, 128, kSharedBytes>>>(a_map, b_map, first, bytes.data, out.data);
+    check(cudaGetLastError(), "launch of one tile");
+    const std::vector<uint8_t> raw = bytes.host("TMA of one tile");
+    double wrong = 0;
+    for (int tile = 0; tile < 2; ++tile)
+      for (int row = 0; row < kRows; ++row)
+        for (int k = 0; k < kFeatures; ++k) {
+          const Matrix<T>& matrix = tile ? b : a;
+          T element;
+          std::memcpy(&element, &raw[tile * kTileBytes + swizzled_offset(kRows, row, k)], 2);
+          wrong += static_cast<float>(element) != (row < matrix.rows ? matrix.values[row * kFeatures + k] : 0.0f);
+        }
+    std::printf("%s, %ld and %ld rows, from row %d\n", name, static_cast<long>(rows_a), static_cast<long>(rows_b),
+                first);
+    verdict("  TMA and swizzle, elements out of place", wrong, 0);
+    const std::vector<float> s = out.host("WGMMA of one tile");
+    double error = 0;
+    for (int i = 0; i < 64; ++i)
+      for (int j = 0; j < kRows; ++j) {
+        const double exact = first + i < rows_a && j < rows_b ? a.product(first + i, b, j) : 0.0;
+        const double here = std::fabs(s[i * kRows + j] - exact);
+        if (!(here <= error)) error = here;
+      }
+    verdict("  WGMMA, products", error, 1e-5);
+  }
+}
+
+// The whole forward against the definition, and again, bit for bit.
+template <class T>
+void climb_forward(const char* rung, int64_t n, int64_t m, int splits, float scale, bool unit, DevicePairs pairs) {
+  const Matrix<T> u(n, 3), v(m, 4);
+  const Matrix<T>& columns = m == n ? u : v;
+  const DeviceArray<T> u_data(u.bits), v_data(columns.bits);
+  const DeviceArray<float> lse(n), count(n), partials(static_cast<size_t>(splits) * kParts * n);
+  ForwardArguments arguments{};
+  arguments.pairs = pairs, arguments.pairs.num_rows = n;
+  arguments.n = n, arguments.m = m, arguments.beta = 1, arguments.scale = scale, arguments.unit = unit;
+  arguments.partials = partials.data;
+  std::vector<float> first;
+  for (int run = 0; run < 3; ++run) {
+    check(cudaMemset(partials.data, 0xFF, partials.size * sizeof(float)), "poison");  // NaN
+    const char* error = row_stats_forward(u_data.data, v_data.data, operand<T> == Operand::kBfloat16, arguments, splits,
+                                          lse.data, count.data, nullptr);
+    if (error) std::printf("FAILED %s: %s\n", rung, error), std::exit(1);
+    const std::vector<float> got = lse.host(rung), counted = count.host(rung);
+    if (run > 0) {
+      if (std::memcmp(first.data(), got.data(), got.size() * sizeof(float))) verdict("  a second run, bits", 1, 0);
+      continue;
+    }
+    first = got;
+    double worst = 0, miscounted = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      double largest = -INFINITY, sum = 0, kept = 0;
+      std::vector<double> logits;
+      for (int64_t j = 0; j < m; ++j)
+        if (!arguments.pairs.same_image(i, j)) logits.push_back(scale * u.product(i, columns, j));
+      for (double s : logits) largest = s > largest ? s : largest;
+      for (double s : logits) sum += std::exp(s - largest), kept += 1;
+      const double exact = logits.empty() ? -INFINITY : largest + std::log(sum);
+      const double error = exact == got[i] ? 0 : std::fabs(got[i] - exact);
+      if (!(error <= worst)) worst = error;
+      miscounted += kept != counted[i];
+    }
+    std::printf("%s: %ld x %ld, %d splits\n", rung, static_cast<long>(n), static_cast<long>(m), splits);
+    verdict("  counts that differ", miscounted, 0);
+    verdict("  lse", worst, 4e-7 * (10 + 4 * scale));  // a few ulps of the largest logit and of the result
+  }
+}
+
+DevicePairs images(int64_t num_images, int64_t positive_offset = 0) {
+  DevicePairs rules;
+  rules.num_images = num_images, rules.positive_offset = positive_offset;
+  return rules;
+}
+
+template <class T>
+void climb(const char* name) {
+  std::printf("---- %s\n", name);
+  climb_tile<T>(name, 128, 128);
+  climb_tile<T>(name, 100, 37);
+  climb_forward<T>("one block, one tile, nothing masked", 128, 128, 1, 10, true, images(0));
+  climb_forward<T>("one block, ring without reuse, ping-pong", 128, 4 * 128, 1, 10, true, images(0));
+  climb_forward<T>("one block, ring with reuse", 128, 21 * 128, 1, 10, true, images(0));
+  climb_forward<T>("tails of rows and columns", 70, 333, 1, 10, true, images(0));
+  climb_forward<T>("splits and merge", 130, 21 * 128 + 5, 7, 10, true, images(0));
+  climb_forward<T>("two views: the mask", 600, 600, 2, 10, true, images(300));
+  climb_forward<T>("every column is a positive: empty rows", 200, 200, 1, 10, true, images(1));
+  climb_forward<T>("a shard of gathered columns", 140, 900, 3, 10, true, images(70, 333));
+  climb_forward<T>("online maximum by temperature", 600, 600, 2, 200, true, images(300));
+  climb_forward<T>("online maximum by request", 130, 700, 3, 10, false, images(0));
+  climb_forward<T>("more blocks than processors", 40000, 200, 1, 10, true, images(0));
+}
+
+}  // namespace
+
+int main() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "attribute");
+  if (major != 9) return std::printf("this GPU is no Hopper: nothing was checked\n"), 0;
+  climb<__half>("float16");
+  climb<__nv_bfloat16>("bfloat16");
+  std::printf("the whole ladder is green\n");
+  return 0;
+}

@@ -1,0 +1,54 @@
+"""The Hopper kernels compile for sm_90a to what was meant; needs nvcc and cuobjdump, no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = importlib.util.spec_from_file_location("cuda_gate", ROOT / "tools" / "cuda_gate.py")
+assert SPEC is not None and SPEC.loader is not None
+cuda_gate = importlib.util.module_from_spec(SPEC)
+sys.modules["cuda_gate"] = cuda_gate
+SPEC.loader.exec_module(cuda_gate)
+
+NVCC, CUOBJDUMP = cuda_gate.find_nvcc(), cuda_gate.find_cuobjdump()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found (CUDA_HOME, PATH).")
+
+
+@needs_nvcc
+@pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump was not found (PATH, Triton's wheel).")
+def test_kernels_use_wgmma_and_tma_and_spill_nothing():
+    kernels, faults = cuda_gate.examine(NVCC, CUOBJDUMP)
+    assert faults == []
+    assert sorted(k.name for k in kernels) == ["merge", "row_stats_forward bf16", "row_stats_forward fp16"]
+    steps_per_tile, ways_to_shift = 128 // 16, 2
+    for kernel in kernels:
+        if kernel.has_tiles:
+            assert kernel.counts["HGMMA"] == steps_per_tile * ways_to_shift
+            # rows and columns, two boxes of 64 features each
+            assert kernel.counts["UTMALDG"] == 4
+
+
+@needs_nvcc
+def test_the_ladder_for_the_first_run_on_hardware_compiles(tmp_path):
+    """tests/cuda_kernels/ladder.cu is run by `make gpu`; here only the compiler sees it."""
+    cuda_gate.build_ladder(NVCC, tmp_path / "ladder")
+
+
+@pytest.mark.parametrize(
+    "flaw, says",
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"spills": 4}, "4 of spills"),
+        ({"registers": 176}, "176 registers > 168"),
+        ({"counts": {"HGMMA": 0, "UTMALDG": 1, "STL": 0, "LDL": 0}}, "no HGMMA"),
+    ],
+)
+def test_gate_sees_what_must_not_pass(flaw, says):
+    good = cuda_gate.Kernel("sweep", 168, 0, 0, {"HGMMA": 8, "UTMALDG": 2, "STL": 0, "LDL": 0})
+    assert good.faults() == []
+    assert any(says in fault for fault in good._replace(**flaw).faults())

@@ -1,0 +1,313 @@
+// The host side of the Hopper kernels for Python: layouts, masks, partition of the work, merge, and the ring protocol
+// played by threads. Built by test_hopper.py without CUDA; never shipped.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "cuda/partials.h"
+#include "cuda/ring.h"
+#include "cuda/shared_layout.h"
+#include "cuda/thread_rows.h"
+#include "cuda/tile_mask.h"
+#include "cuda/work.h"
+#include "exponent_range.h"
+
+namespace py = pybind11;
+using namespace contrastive_ext;
+using namespace contrastive_ext::hopper;
+
+namespace {
+
+using Ids = std::optional<py::array_t<int64_t, py::array::c_style | py::array::forcecast>>;
+
+std::vector<int> fragment_row(int thread) {
+  const Fragment f(thread);
+  return {f.row, f.column};
+}
+
+DevicePairs make_rules(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
+                       const Ids& col_ids) {
+  DevicePairs rules;
+  rules.num_rows = rows, rules.num_images = num_images, rules.positive_offset = positive_offset;
+  rules.row_ids = row_ids ? row_ids->data() : nullptr;
+  rules.col_ids = col_ids ? col_ids->data() : nullptr;
+  return rules;
+}
+
+// [32] bits of one thread and row, as the kernel masks them
+std::vector<bool> negatives(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
+                            const Ids& col_ids, int64_t row, int64_t j0, int column, int64_t m) {
+  const DevicePairs rules = make_rules(rows, num_images, positive_offset, row_ids, col_ids);
+  const uint32_t bits = negatives_of_thread(rules, row, j0, column, m);
+  std::vector<bool> kept;
+  for (int k = 0; k < 32; ++k) kept.push_back(bits >> k & 1);
+  return kept;
+}
+
+std::pair<int, int> span(int tiles, int splits, int split) {
+  const TileSpan s = span_of_split(tiles, splits, split);
+  return {s.begin, s.end};
+}
+
+// (lse, count) of every row of partials [splits, 3, rows]
+std::vector<std::pair<float, float>> merge(py::array_t<float, py::array::c_style> partials) {
+  std::vector<std::pair<float, float>> out;
+  for (int64_t row = 0; row < partials.shape(2); ++row) {
+    const RowPartial total = merge_splits(partials.data(), partials.shape(2), partials.shape(0), row);
+    out.emplace_back(total.lse.lse(), total.count);
+  }
+  return out;
+}
+
+// Every block, warpgroup and thread of the forward in turn, with float products: what the kernel computes but for
+// loads, WGMMA and the order of time. Returns (lse, count) of every row.
+template <bool kOnline>
+std::vector<std::pair<float, float>> play_blocks(const py::array_t<float, py::array::c_style>& u,
+                                                 const py::array_t<float, py::array::c_style>& v,
+                                                 const DevicePairs& pairs, float factor, int splits) {
+  const int64_t n = u.shape(0), m = v.shape(0), depth = u.shape(1);
+  const auto product = [&](int64_t i, int64_t j) {  // rows outside are zeros, as TMA delivers them
+    float sum = 0;
+    for (int64_t k = 0; i < n && j < m && k < depth; ++k) sum += u.at(i, k) * v.at(j, k);
+    return sum;
+  };
+  const int tiles = static_cast<int>((m + 127) / 128);
+  std::vector<float> partials(static_cast<size_t>(splits * kParts * n), std::numeric_limits<float>::quiet_NaN());
+  for (int64_t i0 = 0; i0 < (n + 127) / 128 * 128; i0 += 64)  // a warpgroup
+    for (int split = 0; split < splits; ++split)
+      for (int quad = 0; quad < 32; ++quad) {  // the four threads that share two rows
+        std::vector<ThreadRows> threads;
+        for (int thread = 4 * quad; thread < 4 * quad + 4; ++thread) {
+          const Fragment own(thread);
+          ThreadRows rows(i0 + own.row, n, kOnline);
+          const TileSpan span = span_of_split(tiles, splits, split);
+          for (int tile = span.begin; tile < span.end; ++tile) {
+            const int64_t j0 = int64_t{tile} * 128, i1 = std::min(i0 + 64, n);
+            float s[kFragment];
+            for (int k = 0; k < kFragment; ++k)
+              s[k] = product(i0 + own.row + 8 * (k / 2 % 2), j0 + own.column + k / 4 * 8 + k % 2);
+            if (!pairs.has_ids() && j0 + 128 <= m && !pairs.may_share_image(i0, i1, j0, j0 + 128))
+              rows.count_all();
+            else
+              rows.mask(s, own.column, j0, pairs, m);
+            rows.add<kOnline>(s, factor);
+          }
+          threads.push_back(rows);
+        }
+        for (int h = 0; h < 2; ++h) {
+          for (int lane = 1; lane <= 2; lane *= 2) {
+            const std::vector<ThreadRows> before = threads;
+            for (int k = 0; k < 4; ++k) threads[k].partial[h].merge(before[k ^ lane].partial[h]);
+          }
+          const int64_t row = i0 + Fragment(4 * quad).row + 8 * h;
+          if (row < n) threads[0].partial[h].store(partials.data(), n, split, row);
+        }
+      }
+  std::vector<std::pair<float, float>> out;
+  for (int64_t row = 0; row < n; ++row) {
+    const RowPartial total = merge_splits(partials.data(), n, splits, row);
+    out.emplace_back(total.lse.lse(), total.count);
+  }
+  return out;
+}
+
+// ---- the ring, played by threads
+
+struct Deadlock : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// What PTX says of an mbarrier: a phase ends when `arrivals` have come and no bytes are outstanding.
+class Barrier {
+ public:
+  explicit Barrier(int arrivals) : arrivals_(arrivals), missing_(arrivals) {}
+  void arrive(int64_t expected_bytes = 0) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (missing_ == 0) throw std::logic_error("more arrivals than the phase takes");
+    bytes_ += expected_bytes, --missing_;
+    end_phase_if_complete();
+  }
+  void complete(int64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes_ -= bytes;
+    end_phase_if_complete();
+  }
+  // Until the phase of that parity is over; the phase before the first one counts as over.
+  void wait(uint32_t parity, const char* who) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!over_.wait_for(lock, std::chrono::seconds(5), [&] { return (phase_ & 1) != parity; })) throw Deadlock(who);
+  }
+  bool is_idle() const { return missing_ == arrivals_ && bytes_ == 0; }
+
+ private:
+  void end_phase_if_complete() {
+    if (missing_ > 0 || bytes_ != 0) return;
+    ++phase_, missing_ = arrivals_;
+    over_.notify_all();
+  }
+  std::mutex mutex_;
+  std::condition_variable over_;
+  int arrivals_, missing_;
+  int64_t bytes_ = 0;
+  uint32_t phase_ = 0;
+};
+
+// A barrier by number: `threads` come, those that sync wait for all of them.
+class NamedBarrier {
+ public:
+  explicit NamedBarrier(int threads) : threads_(threads) {}
+  void arrive() { come(); }
+  void sync() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const uint64_t mine = generation_;
+    count();
+    if (!over_.wait_for(lock, std::chrono::seconds(5), [&] { return generation_ != mine; })) throw Deadlock("turn");
+  }
+  bool is_idle() const { return came_ == 0; }
+
+ private:
+  void come() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    count();
+  }
+  void count() {
+    if (++came_ < threads_) return;
+    came_ = 0, ++generation_;
+    over_.notify_all();
+  }
+  std::mutex mutex_;
+  std::condition_variable over_;
+  int threads_, came_ = 0;
+  uint64_t generation_ = 0;
+};
+
+struct JoiningThread {
+  std::thread thread;
+  ~JoiningThread() { join(); }
+  void join() {
+    if (thread.joinable()) thread.join();
+  }
+};
+
+// A producer, a "TMA" that delivers later and piecewise, two consumers of four warps each: every warp must find every
+// tile, whole, in order; products are issued in turns; nothing is left over. Throws on the first violation.
+template <int kStages>
+void play(int tiles, int seed, int delays) {
+  constexpr int kWarps = 4, kBoxes = 2, kBytes = 64;
+  std::vector<std::unique_ptr<Barrier>> full, empty;
+  for (int s = 0; s < kStages; ++s)
+    full.push_back(std::make_unique<Barrier>(1)), empty.push_back(std::make_unique<Barrier>(2 * kWarps));
+  std::vector<std::unique_ptr<NamedBarrier>> turns;
+  for (int c = 0; c < 2; ++c) turns.push_back(std::make_unique<NamedBarrier>(2 * kWarps));
+  std::atomic<int> buffer[kStages][kBoxes];
+  for (auto& stage : buffer)
+    for (auto& box : stage) box = -1;
+  std::atomic<int> issued{0};  // warps that have issued: 8 per tile, consumer 0's four before consumer 1's
+  std::mutex error_mutex;
+  std::string error;
+
+  const auto guarded = [&](int id, const auto& body) {
+    return std::thread([&, id, body] {
+      try {
+        std::mt19937 random(static_cast<unsigned>(seed * 31 + id));
+        body([&] {
+          if (delays && random() % 4 == 0)
+            std::this_thread::sleep_for(std::chrono::microseconds(random() % static_cast<unsigned>(delays)));
+        });
+      } catch (const std::exception& e) {
+        const std::lock_guard<std::mutex> lock(error_mutex);
+        if (error.empty()) error = e.what();
+      }
+    });
+  };
+  std::vector<std::thread> threads;
+  threads.push_back(guarded(0, [&](const auto& dawdle) {
+    RingPosition<kStages> at;
+    JoiningThread deliveries[kStages];
+    for (int tile = 0; tile < tiles; ++tile, at.advance()) {
+      empty[at.stage]->wait(at.empty_parity(), "producer");
+      deliveries[at.stage].join();
+      full[at.stage]->arrive(kBoxes * kBytes);
+      deliveries[at.stage].thread = std::thread([&, tile, stage = at.stage] {
+        for (int box = 0; box < kBoxes; ++box) {
+          buffer[stage][box] = tile;
+          full[stage]->complete(kBytes);
+        }
+      });
+      dawdle();
+    }
+  }));
+  for (int warp = 0; warp < 2 * kWarps; ++warp)
+    threads.push_back(guarded(1 + warp, [&, consumer = warp / kWarps](const auto& dawdle) {
+      RingPosition<kStages> at;
+      if (gives_first_turn(consumer)) turns[1 - consumer]->arrive();
+      for (int tile = 0; tile < tiles; ++tile, at.advance()) {
+        full[at.stage]->wait(at.full_parity(), "consumer");
+        turns[consumer]->sync();
+        const int before = issued.fetch_add(1);
+        if (before / kWarps != 2 * tile + consumer) throw std::logic_error("issued out of turn");
+        if (gives_turn(consumer, tile + 1 == tiles)) turns[1 - consumer]->arrive();
+        dawdle();
+        for (auto& box : buffer[at.stage])
+          if (box != tile) throw std::logic_error("a stage was overwritten or not filled");
+        empty[at.stage]->arrive();
+        dawdle();
+      }
+    }));
+  for (auto& thread : threads) thread.join();
+  if (!error.empty()) throw std::runtime_error(error);
+  for (const auto& barrier : full)
+    if (!barrier->is_idle()) throw std::runtime_error("a phase of full was left open");
+  for (const auto& turn : turns)
+    if (!turn->is_idle()) throw std::runtime_error("a turn was given that nobody took");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(hopper_headers, m) {
+  m.attr("UNFILLED") = kUnfilled;
+  m.def("swizzled_offset", swizzled_offset);
+  m.def("step_offset", step_offset);
+  m.def("matrix_descriptor", matrix_descriptor);
+  m.def("descriptor_offset", descriptor_offset);
+  m.def("fragment", fragment_row);
+  m.def("negatives", negatives);
+  m.def("span_of_split", span);
+  m.def("choose_splits", choose_splits);
+  m.def("merge", merge);
+  m.def("fits_without_shift", fits_without_shift);
+  m.def("play_blocks", [](py::array_t<float, py::array::c_style> u, py::array_t<float, py::array::c_style> v,
+                          int64_t num_images, int64_t positive_offset, Ids row_ids, Ids col_ids, float factor,
+                          bool online, int splits) {
+    const DevicePairs pairs = make_rules(u.shape(0), num_images, positive_offset, row_ids, col_ids);
+    return online ? play_blocks<true>(u, v, pairs, factor, splits) : play_blocks<false>(u, v, pairs, factor, splits);
+  });
+  m.def("play", [](int stages, int tiles, int seed, int delays) {
+    const py::gil_scoped_release release;
+    switch (stages) {
+      case 1:
+        return play<1>(tiles, seed, delays);
+      case 2:
+        return play<2>(tiles, seed, delays);
+      case 4:
+        return play<4>(tiles, seed, delays);
+      default:
+        throw std::invalid_argument("stages must be 1, 2 or 4");
+    }
+  });
+}

@@ -1,0 +1,211 @@
+"""What of the Hopper kernels runs on a host: shared-memory layout, masks, partition, merge, and the ring protocol.
+
+The same headers are compiled into the kernels; here they are compared with plain models.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import ModuleType
+
+import numpy as np
+import pytest
+from test_headers import PAIR_CASES, ROOT, PairProblem, compile_module
+
+TILE, FEATURES = 128, 128
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return compile_module(tmp_path_factory.mktemp("hopper"), "hopper_headers", [ROOT / "tests/native/hopper.cpp"])
+
+
+# ---- shared memory
+
+
+def tile_in_memory(rows: int) -> np.ndarray:
+    """Which element (row * 128 + feature) lies at which 2-byte place, as TMA's 128-byte swizzle is documented.
+
+    A box has 64 features; its rows of 128 bytes follow each other; address bits 4-6 are xor-ed with bits 7-9.
+    """
+    place = np.full(rows * FEATURES, -1)
+    for box in range(2):
+        for row in range(rows):
+            for feature in range(64):
+                address = box * rows * 128 + row * 128 + feature * 2
+                address ^= (address >> 7 & 7) << 4
+                place[address // 2] = row * FEATURES + box * 64 + feature
+    return place
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_swizzled_offset_is_where_tma_puts_an_element(hopper: ModuleType, rows: int) -> None:
+    place = tile_in_memory(rows)
+    assert (np.sort(place) == np.arange(rows * FEATURES)).all()
+    for row in range(rows):
+        for feature in range(FEATURES):
+            assert place[hopper.swizzled_offset(rows, row, feature) // 2] == row * FEATURES + feature
+
+
+def read_as_wgmma(descriptor: int, memory: np.ndarray, rows: int) -> np.ndarray:
+    """The [rows, 16] operand that a descriptor names, with its fields taken apart as the PTX ISA lists them."""
+    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+    assert descriptor >> 62 == 1 and descriptor >> 49 & 7 == 0  # 128-byte swizzle, atoms at multiples of 1024 bytes
+    operand = np.empty((rows, 16), int)
+    for row in range(rows):
+        for k in range(16):
+            address = start + row // 8 * stride + row % 8 * 128 + 2 * k
+            address ^= (address >> 7 & 7) << 4
+            operand[row, k] = memory[address // 2]
+    return operand
+
+
+@pytest.mark.parametrize("first, rows", [(0, 64), (64, 64), (0, 128)], ids=["rows 0-63", "rows 64-127", "columns"])
+def test_descriptors_name_the_features_of_each_step(hopper: ModuleType, first: int, rows: int) -> None:
+    base = 3 * 32768 + 1024
+    memory = np.concatenate([np.full(base // 2, -1), tile_in_memory(TILE), np.full(4096, -1)])
+    for step in range(FEATURES // 16):
+        descriptor = hopper.matrix_descriptor(base + first * 128)
+        descriptor += hopper.descriptor_offset(hopper.step_offset(TILE, step))
+        expected = (first + np.arange(rows))[:, None] * FEATURES + step * 16 + np.arange(16)
+        np.testing.assert_array_equal(read_as_wgmma(descriptor, memory, rows), expected)
+
+
+def test_descriptors_keep_their_fields_up_to_the_end_of_shared_memory(hopper: ModuleType) -> None:
+    end = 227 * 1024
+    descriptor = hopper.matrix_descriptor(0) + hopper.descriptor_offset(end - 16)
+    assert descriptor == hopper.matrix_descriptor(end - 16)
+    assert (descriptor >> 16) == (hopper.matrix_descriptor(0) >> 16)
+
+
+def test_fragments_cover_the_tile_once(hopper: ModuleType) -> None:
+    seen = np.zeros((64, TILE), int)
+    for thread in range(128):
+        row, column = hopper.fragment(thread)
+        for value in range(64):
+            g, h, e = value // 4, value // 2 % 2, value % 2
+            seen[row + 8 * h, column + 8 * g + e] += 1
+    assert (seen == 1).all()
+
+
+# ---- which pairs
+
+MANY_TILES = [(300, 300, 150, 0), (140, 500, 70, 130), (130, 400, 1, 7)]
+
+
+@pytest.mark.parametrize("n, m, images, offset", [*PAIR_CASES, *MANY_TILES])
+@pytest.mark.parametrize("sides", ["none", "rows", "columns", "both"])
+def test_mask_bits_are_the_pair_rules(hopper: ModuleType, n: int, m: int, images: int, offset: int, sides: str) -> None:
+    rng = np.random.default_rng(n + m)
+    ids = lambda count: np.where(rng.random(count) < 0.3, hopper.UNFILLED, rng.integers(0, 4, count))  # noqa: E731
+    row_ids = ids(n) if sides in ("rows", "both") else None
+    col_ids = ids(m) if sides in ("columns", "both") else None
+    rows = rng.permutation(n)[:20]
+    expected = np.zeros((n, -(-m // TILE) * TILE), bool)
+    problem = PairProblem(n, m, images, offset, row_ids=row_ids, col_ids=col_ids)
+    expected[:, :m], _ = problem.expected(hopper.UNFILLED)
+    for row in rows:
+        for j0 in range(0, m, TILE):
+            for column in (0, 2, 4, 6):
+                bits = hopper.negatives(n, images, offset, row_ids, col_ids, row, j0, column, m)
+                columns = [j0 + column + k // 2 * 8 + k % 2 for k in range(32)]
+                assert bits == expected[row, columns].tolist(), (row, j0, column)
+
+
+# ---- partition and merge
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 7, 128, 1000, 2**23])
+@pytest.mark.parametrize("splits", [1, 2, 3, 131])
+def test_every_column_tile_belongs_to_one_split(hopper: ModuleType, tiles: int, splits: int) -> None:
+    spans = [hopper.span_of_split(tiles, splits, k) for k in range(splits)]
+    assert spans[0][0] == 0 and spans[-1][1] == tiles
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+    lengths = [end - begin for begin, end in spans]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_splits_fill_the_processors_and_leave_none_without_tiles(hopper: ModuleType) -> None:
+    for rows in (1, 3, 8, 32, 128, 131, 512, 8192):
+        for tiles in (1, 2, 8, 32, 512):
+            splits = hopper.choose_splits(rows, tiles, 132)
+            assert 1 <= splits <= tiles
+            waves = lambda s, rows=rows: -(-rows * s // 132)  # noqa: E731
+            time = lambda s, tiles=tiles, waves=waves: waves(s) * (-(-tiles // s) + 3)  # noqa: E731
+            assert time(splits) <= min(time(s) for s in range(1, min(tiles, 132) + 1))
+    assert hopper.choose_splits(32, 32, 132) == 4  # 4096 x 4096: 128 blocks of 132
+    assert hopper.choose_splits(512, 512, 132) == 1  # 65,536: four waves anyway
+    assert hopper.choose_splits(0, 0, 132) == 1 and hopper.choose_splits(4, 0, 132) == 1
+
+
+def test_merge_adds_splits_and_knows_empty_rows(hopper: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    splits, rows = 5, 6
+    shift = rng.uniform(-50, 50, (splits, rows)).astype(np.float32)
+    total = rng.uniform(0.5, 100, (splits, rows)).astype(np.float32)
+    count = rng.integers(0, 1000, (splits, rows)).astype(np.float32)
+    shift[:, 1], total[:, 1], count[:, 1] = -np.inf, 0, 0  # nothing anywhere
+    shift[1:, 2], total[1:, 2] = -np.inf, 0  # only the first split has negatives
+    shift[:, 3] = 0  # without a shift
+    total[2, 4] = np.nan
+    got = hopper.merge(np.ascontiguousarray(np.stack([shift, total, count], 1)))
+    exact = shift.astype(float) + np.log(np.where(total > 0, total, np.nan).astype(float))
+    for row in (0, 2, 3, 5):
+        expected = np.logaddexp.reduce(exact[:, row][~np.isnan(exact[:, row])])
+        assert got[row][0] == pytest.approx(expected, rel=3e-7, abs=3e-7)
+        assert got[row][1] == count[:, row].sum()
+    assert got[1] == (-math.inf, 0.0)
+    assert math.isnan(got[4][0])
+
+
+def test_no_shift_is_chosen_up_to_a_reach_of_2_to_the_100(hopper: ModuleType) -> None:
+    assert hopper.fits_without_shift(100.0) and not hopper.fits_without_shift(100.01)
+    assert not hopper.fits_without_shift(math.nan) and not hopper.fits_without_shift(math.inf)
+    largest, smallest = 2.0 ** (1.008 * 100), 2.0 ** (-1.008 * 100)  # cosines of rounded unit vectors
+    assert np.float32(2**24 * largest) < np.inf and np.float32(smallest) >= np.finfo(np.float32).tiny
+
+
+# ---- whole blocks
+
+PROBLEMS = [  # rows, columns, images, offset, ids, splits: why
+    (128, 256, 0, 0, False, 1, "full tiles"),
+    (70, 333, 0, 0, False, 2, "tails"),
+    (300, 300, 150, 0, False, 2, "two views"),
+    (60, 60, 1, 0, False, 1, "every row is empty"),
+    (140, 500, 70, 130, False, 3, "a shard of gathered columns"),
+    (150, 150, 75, 0, True, 1, "ids and padding"),
+]
+
+
+@pytest.mark.parametrize("online", [False, True], ids=["static", "online"])
+@pytest.mark.parametrize("scale", [2.0, 60.0])
+@pytest.mark.parametrize("n, m, images, offset, has_ids, splits, reason", PROBLEMS, ids=[p[-1] for p in PROBLEMS])
+def test_blocks_add_up_to_the_definition(
+    hopper: ModuleType, n, m, images, offset, has_ids, splits, reason, scale: float, online: bool
+) -> None:
+    rng = np.random.default_rng(n)
+    u, v = rng.standard_normal((n, 8)), rng.standard_normal((m, 8))
+    v = u if n == m else v
+    u, v = ((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (u, v))
+    ids = np.where(rng.random(n) < 0.2, hopper.UNFILLED, rng.integers(0, 9, n)) if has_ids else None
+    kept, _ = PairProblem(n, m, images, offset, row_ids=ids, col_ids=ids).expected(hopper.UNFILLED)
+    logits = np.where(kept, scale * (u.astype(float) @ v.astype(float).T), -np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        top = np.where(kept.any(1), logits.max(1), 0)
+        exact = top + np.log(np.exp(logits - top[:, None]).sum(1))
+    got = np.array(hopper.play_blocks(u, v, images, offset, ids, ids, scale, online, splits))
+    np.testing.assert_array_equal(got[:, 1], kept.sum(1))
+    # a few ulps of the largest logit and of the result
+    np.testing.assert_allclose(got[:, 0], exact, rtol=0, atol=4 * np.finfo(np.float32).eps * (scale + 10))
+
+
+# ---- the ring
+
+
+@pytest.mark.parametrize("delays", [0, 60])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 9, 64])
+def test_ring_delivers_every_tile_to_every_warp_in_turns(hopper: ModuleType, stages, tiles, delays) -> None:
+    for seed in range(5):
+        hopper.play(stages, tiles, seed, delays)

@@ -1,0 +1,151 @@
+"""Compiles the Hopper kernels (csrc/cuda) for sm_90a and reads the code, without a GPU.
+
+    python tools/cuda_gate.py          part of `make gate`; needs nvcc, and cuobjdump from CUDA or Triton
+    python tools/cuda_gate.py ladder   build build/ladder and run it: needs a Hopper GPU
+
+Fails unless every kernel with a tile loop uses WGMMA and TMA, spills nothing, uses no stack and fits the registers that
+its warps may have, and the compiler has not serialised its asynchronous products. Prints the table of
+docs/measurements.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "csrc" / "cuda" / "row_stats_forward.cu"
+ARCHITECTURE = "90a"
+# 288 threads are nine warps, three of them on one of the four partitions: 16,384 registers / 96, in steps of 8
+MOST_REGISTERS = 168
+INSTRUCTIONS = ("HGMMA", "UTMALDG", "MUFU.EX2", "STL", "LDL")
+
+
+class Kernel(NamedTuple):
+    """What the compiler made of a kernel."""
+
+    name: str
+    registers: int
+    stack: int
+    spills: int
+    counts: dict[str, int]
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether it is one of the sweeps and not the merge."""
+        return "merge" not in self.name
+
+    def faults(self) -> list[str]:
+        """Why it must not pass."""
+        found = []
+        if self.stack or self.spills or self.counts["STL"] or self.counts["LDL"]:
+            found.append(f"{self.stack} bytes of stack, {self.spills} of spills")
+        if self.has_tiles and self.registers > MOST_REGISTERS:
+            found.append(f"{self.registers} registers > {MOST_REGISTERS}")
+        if self.has_tiles:
+            found += [f"no {wanted}" for wanted in ("HGMMA", "UTMALDG") if not self.counts[wanted]]
+        return [f"{self.name}: {fault}" for fault in found]
+
+
+def find_nvcc() -> str | None:
+    """As setup.py looks for it."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+
+
+def find_cuobjdump() -> str | None:
+    """CUDA's, or the one that Triton ships."""
+    spec = importlib.util.find_spec("triton")
+    shipped = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec and spec.origin else Path("none")
+    return shutil.which("cuobjdump") or (str(shipped) if shipped.is_file() else None)
+
+
+def run_nvcc(nvcc: str, *arguments: str) -> str:
+    """Compile with the flags of setup.py; what the compiler said."""
+    flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{ARCHITECTURE},code=sm_{ARCHITECTURE}"]
+    done = subprocess.run([nvcc, *flags, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def build_ladder(nvcc: str, program: Path) -> None:
+    """The program that climbs from one tile to the whole kernel; it needs a GPU to run."""
+    ladder = ROOT / "tests" / "cuda_kernels" / "ladder.cu"
+    run_nvcc(nvcc, "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", str(ladder), str(SOURCE), "-o", str(program))
+
+
+def readable(mangled: str) -> str:
+    """ "row_stats_forward fp16" of the mangled name of a kernel."""
+    (name,) = re.findall(r"\d([a-z][a-z_]*)_kernel", mangled)
+    operand = re.search(r"OperandE(\d)", mangled)
+    return f"{name} {('fp16', 'bf16')[int(operand.group(1))]}" if operand else name
+
+
+def read_kernels(log: str, sass: str) -> list[Kernel]:
+    """The kernels in the compiler's log and in the disassembly."""
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass, flags=re.DOTALL))
+    kernels = []
+    for mangled, text in re.findall(r"Compiling entry function '(\S+)'(.*?)(?=Compiling entry|\Z)", log, re.DOTALL):
+        stack, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", text))
+        (registers,) = map(int, re.findall(r"Used (\d+) registers", text))
+        counts = {i: len(re.findall(rf"\b{re.escape(i)}\b", code[mangled])) for i in INSTRUCTIONS}
+        kernels.append(Kernel(readable(mangled), registers, stack, stores + loads, counts))
+    return kernels
+
+
+def examine(nvcc: str, cuobjdump: str) -> tuple[list[Kernel], list[str]]:
+    """All kernels, and what is wrong with them."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        log = run_nvcc(nvcc, "-Xptxas=-v", "-cubin", str(SOURCE), "-o", str(cubin))
+        sass = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    kernels = read_kernels(log, sass)
+    faults = [fault for kernel in kernels for fault in kernel.faults()]
+    # "Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    faults += [line.strip() for line in log.splitlines() if "serialized" in line or "warning" in line.lower()]
+    return kernels, faults
+
+
+def table(kernels: list[Kernel]) -> str:
+    """Markdown, one line per kernel."""
+    lines = ["| kernel | registers | stack | spills | HGMMA | UTMALDG | MUFU.EX2 |", "|---|---|---|---|---|---|---|"]
+    for kernel in kernels:
+        counts = " | ".join(str(kernel.counts[i]) for i in INSTRUCTIONS[:3])
+        lines.append(f"| {kernel.name} | {kernel.registers} | {kernel.stack} | {kernel.spills} | {counts} |")
+    return "\n".join(lines)
+
+
+def climb_ladder(nvcc: str | None) -> int:
+    """Build the ladder and run it."""
+    if nvcc is None:
+        print("The ladder needs nvcc (CUDA_HOME, PATH).")
+        return 1
+    program = ROOT / "build" / "ladder"
+    program.parent.mkdir(exist_ok=True)
+    build_ladder(nvcc, program)
+    return subprocess.run([program], check=False).returncode
+
+
+def main() -> int:
+    if sys.argv[1:] == ["ladder"]:
+        return climb_ladder(find_nvcc())
+    nvcc, cuobjdump = find_nvcc(), find_cuobjdump()
+    if nvcc is None or cuobjdump is None:
+        print(f"The Hopper kernels are not examined: {'nvcc' if nvcc is None else 'cuobjdump'} was not found.")
+        return 0
+    kernels, faults = examine(nvcc, cuobjdump)
+    print(f"sm_{ARCHITECTURE}, {len(kernels)} kernels\n\n{table(kernels)}\n")
+    print("\n".join(faults or ["gate: green"]))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
