@@ -1,3 +1,5 @@
+// Forward and backward of a whole loss: what surrounds the sweeps is linear in the rows, in a fixed order, and only the
+// passes over [rows, d] are shared out to threads.
 #include "whole_loss.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -30,8 +32,8 @@ void whole_loss_forward(const WholeLoss& whole, const RowLossParameters<T>& para
     T* coefficients = state.coefficients + side * (k + 2) * n;
     for (int64_t i = 0; i < n; ++i) {
       const T positive = pos[whole.image(i)];
-      RowLossResult<T> row{
-          T(0) * positive, {0, 0}, 0, 0, false};  // no negatives: 0, or NaN if the positive is not finite
+      // no negatives: 0, or NaN if the positive is not finite
+      RowLossResult<T> row{T(0) * positive, {0, 0}, 0, 0, false};
       if (count[side * n + i] > 0)
         row = row_loss(parameters, lse[i], k > 1 ? lse[n + i] : T(0), positive, count[side * n + i],
                        static_cast<T>(whole.scale));
