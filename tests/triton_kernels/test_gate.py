@@ -28,6 +28,8 @@ FEW = [
     gate.Case("backward", "plain", "fp64", 64, 86),
     gate.Case("prologue", "hard", "bf16", 128, 90),
     gate.Case("row_losses", "hard", "16-bit", 128, 90),
+    gate.Case("backward", "lists", "16-bit", 128, 90),
+    gate.Case("top_columns", "plain", "tf32", 128, 80),
 ]
 
 

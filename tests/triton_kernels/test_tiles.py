@@ -129,12 +129,12 @@ def test_rows_that_list_every_column():
     assert dv.isfinite().all()
 
 
-@pytest.mark.parametrize("k", [1, 40, 129])
+@pytest.mark.parametrize("k", [1, 20, 129])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_best_columns_over_splits_and_chunks(dtype, k):
     """Small integers: scores are exact and most are equal. 129 columns are more than a program lists."""
     scorers = torch.randint(-1, 2, (2, 40, 300), device=DEVICE).to(dtype)
-    features = torch.randint(-1, 2, (400, 300), device=DEVICE).to(dtype)
+    features = torch.randint(-1, 2, (200, 300), device=DEVICE).to(dtype)
     ours, theirs = (top_columns(scorers, features, k, num_images=40, backend=name) for name in ("triton", "torch"))
     assert torch.equal(ours.scores, theirs.scores)
     assert torch.equal(ours.columns, theirs.columns)
