@@ -81,20 +81,19 @@ class TileBuffer {
   // Its pairs are tested only if one of them may have to be ignored.
   Tile<T> compute(const TileRange& range) const {
     const int64_t d = problem_.d;
-    Tile<T> tile{s_.get(),         ld_,        range.i0, range.i1 - range.i0, range.j0, range.j1 - range.j0,
-                 &problem_.pairs,
-                 /*special=*/true, range.upper};
+    const PairRules& pairs = problem_.pairs;
+    const Gate<T>& gate = problem_.gate;
+    const bool special = gate || pairs.has_tables() || pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
+    Tile<T> tile{s_.get(), ld_,     range.i0,   range.i1 - range.i0, range.j0, range.j1 - range.j0,
+                 &pairs,   special, range.upper};
     score_tile(tile.s, ld_, problem_.scale, problem_.u + tile.i0 * d, tile.rows, problem_.v + tile.j0 * d, tile.cols,
                d);
-    const Gate<T>& gate = problem_.gate;
     if (gate) {
       best_score_tile(gate.scorers, range.i0, range.i1, range.j0, range.j1, gate_.get(), gate_.get() + size_, ld_);
       tile.gate = gate_.get();
       tile.row_limit = gate.row_limit + tile.i0;
       tile.col_limit = gate.col_limit.empty() ? nullptr : gate.col_limit.data() + tile.j0;
     }
-    const PairRules& pairs = problem_.pairs;
-    tile.special = gate || pairs.has_tables() || pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
     return tile;
   }
 
