@@ -11,20 +11,32 @@ import sys
 from types import ModuleType
 
 from ._version import __version__
+from .alpha import estimate_alpha, linear_alpha
 from .dispatch import available_backends
 from .explain import Explanation, explain
 from .losses.base import RowLoss, RowStatistics, fused_row_loss
+from .losses.bayesian import Bayesian, fused_bayesian_loss
 from .losses.debiased import Debiased, fused_debiased_loss
 from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
 from .memory import MemoryEstimate, estimate_memory
-from .modules import DebiasedLoss, DecoupledLoss, HardNegativeLoss, InfoNCELoss, LogitScale, RowLossModule
+from .modules import (
+    BayesianLoss,
+    DebiasedLoss,
+    DecoupledLoss,
+    HardNegativeLoss,
+    InfoNCELoss,
+    LogitScale,
+    RowLossModule,
+)
 from .queue import NegativeQueue
 from .row_stats import row_stats
 from .stats import LossStats
 
 __all__ = [
+    "Bayesian",
+    "BayesianLoss",
     "Debiased",
     "DebiasedLoss",
     "Decoupled",
@@ -43,13 +55,16 @@ __all__ = [
     "RowStatistics",
     "__version__",
     "available_backends",
+    "estimate_alpha",
     "estimate_memory",
     "explain",
+    "fused_bayesian_loss",
     "fused_debiased_loss",
     "fused_decoupled_loss",
     "fused_hard_negative_loss",
     "fused_infonce_loss",
     "fused_row_loss",
+    "linear_alpha",
     "row_stats",
 ]
 

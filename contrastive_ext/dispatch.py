@@ -13,15 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import cpu, torch_blocks, triton
+from .backends import cpu, torch_blocks, torch_ranked, triton
 from .problem import Problem, Statistics, Upstream
+from .ranking import RankedStatistics
 
 REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute `Statistics` and their gradient; `why_not` says why it cannot, or None.
+    """A way to compute `Statistics` and `RankedStatistics` and their gradients; `why_not` says why it cannot, or None.
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
     """
@@ -30,14 +31,22 @@ class Backend:
     why_not: Callable[[torch.device, torch.dtype, torch.dtype, int], str | None]
     forward: Callable[..., Statistics]
     backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
+    ranked_forward: Callable[..., RankedStatistics]
+    ranked_backward: Callable[..., tuple[Tensor, Tensor]]
     needs_proof: bool = False
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend(triton.NAME, triton.why_not, triton.forward, triton.backward, needs_proof=True),
-    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward),
-    Backend(torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward),
-)
+    Backend(
+        triton.NAME, triton.why_not, triton.forward, triton.backward, torch_ranked.ranked_forward,
+        torch_ranked.ranked_backward, needs_proof=True,
+    ),
+    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, torch_ranked.ranked_forward, torch_ranked.ranked_backward),
+    Backend(
+        torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward,
+        torch_ranked.ranked_forward, torch_ranked.ranked_backward,
+    ),
+)  # fmt: skip
 
 # (backend, architecture, operand dtype) -> file in bench/results that shows it correct and measured on hardware.
 VERIFIED: dict[tuple[str, str, torch.dtype], str] = {}

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import dispatch
 from .numerics import SUPPORTED_DTYPES, stats_dtype
+from .ranking import choose_ranks
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend `auto` takes, and for every backend the reason it cannot run the call (None: it can)."""
+    """The backend `auto` takes, and for every backend the reason it cannot run the call (None: it can).
+
+    ranks  what ranks="auto" of the Bayesian loss takes for the batch in layout "two_view": "exact" or "histogram"
+    """
 
     chosen: str
     reasons: dict[str, str | None]
+    ranks: str | None = None
 
     def __str__(self) -> str:
         lines = [f"backend='auto' takes {self.chosen!r}:"]
         lines += [f"  {name:<10} {'can run this call' if why is None else why}" for name, why in self.reasons.items()]
+        if self.ranks is not None:
+            lines.append(f"ranks='auto' (fused_bayesian_loss, two views) takes {self.ranks!r}")
         return "\n".join(lines)
 
 
@@ -33,7 +40,8 @@ def explain(z1: Tensor, z2: Tensor | None = None) -> Explanation:
         raise ValueError(f"z1 must be a floating-point [B, D] tensor; got {z1.dtype} {list(z1.shape)}.")
     if z2 is not None and (z2.dtype != z1.dtype or z2.device != z1.device):
         raise TypeError(f"z1 and z2 must share dtype and device; got {z1.dtype} and {z2.dtype}.")
-    return explain_for(z1.device, z1.dtype, z1.shape[1])
+    explanation = explain_for(z1.device, z1.dtype, z1.shape[1])
+    return replace(explanation, ranks=choose_ranks("auto", 2 * len(z1)))
 
 
 def explain_for(device: torch.device, dtype: torch.dtype, dim: int) -> Explanation:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .losses.base import LossOptions, RowLoss, fused_row_loss
+from .losses.bayesian import Bayesian
 from .losses.debiased import Debiased
 from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
+from .ranking import Ranks
 from .stats import LossStats
 
 
@@ -89,6 +92,28 @@ class HardNegativeLoss(RowLossModule):
         **options: Unpack[LossOptions],
     ):
         super().__init__(HardNegative(tau_plus, beta, detach_weights), temperature, **options)
+
+
+class BayesianLoss(RowLossModule):
+    """Module of `fused_bayesian_loss`: BCL; `alpha` may be given to the call, for a schedule."""
+
+    def __init__(
+        self,
+        temperature: float | None = None,
+        tau_plus: float = 0.1,
+        alpha: float = 0.9,
+        beta: float = 0.9,
+        *,
+        ranks: Ranks = "auto",
+        bins: int = 256,
+        eps: float = 1e-3,
+        **options: Unpack[LossOptions],
+    ):
+        super().__init__(Bayesian(tau_plus, alpha, beta, ranks, bins, eps), temperature, **options)
+
+    def _loss(self, z1: Tensor, z2: Tensor, *, alpha: float | None = None, **arguments):
+        row_loss = self.row_loss if alpha is None else replace(self.row_loss, alpha=alpha)
+        return fused_row_loss(row_loss, z1, z2, **arguments)
 
 
 class LogitScale(nn.Module):
