@@ -41,7 +41,7 @@ BACKENDS: tuple[Backend, ...] = (
         triton.NAME, triton.why_not, triton.forward, triton.backward, torch_ranked.ranked_forward,
         torch_ranked.ranked_backward, needs_proof=True,
     ),
-    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, torch_ranked.ranked_forward, torch_ranked.ranked_backward),
+    Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, cpu.ranked_forward, cpu.ranked_backward),
     Backend(
         torch_blocks.NAME, torch_blocks.why_not, torch_blocks.forward, torch_blocks.backward,
         torch_ranked.ranked_forward, torch_ranked.ranked_backward,

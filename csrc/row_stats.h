@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "compat.h"
@@ -53,6 +54,20 @@ struct ExponentRange<double> {
   static constexpr double kLowest = -1000.0, kHighest = 900.0;
   static constexpr double kProduct = 480.0;
 };
+
+// The shift for terms whose largest logit is `max`: finite, so that an infinite logit gives inf and not NaN; -inf for
+// none.
+template <class T>
+inline T shift_for(T beta, T max) {
+  constexpr T kLargest = std::numeric_limits<T>::max() / 4;
+  const T shift = beta * max;
+  return shift > kLargest ? kLargest : shift;
+}
+
+template <class T>
+inline T shift_in_use(T shift) {
+  return shift == -INFINITY ? T(0) : shift;
+}
 
 // Rows per block and columns per tile. 256 x 512 keeps the tile and its operands in L2 up to D = 128; from 128 x 256 to
 // 512 x 1024 the difference is within 10 % (docs/measurements.md). Forward and backward must agree: where one negative

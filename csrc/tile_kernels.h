@@ -1,77 +1,11 @@
-// The passes over one tile, written once and compiled per instruction set (tile_kernels_*.cpp).
-//
-// Every pass walks the tile in strips of kRowStep rows: four independent exponentials hide each other's latency and a
-// per-column accumulator is read and written once per four rows. A strip without ignored pairs and without ragged edges
-// takes the plain loop; the others get one class byte per pair. Padding rows and columns have class 0.
+// The passes over one tile, written once and compiled per instruction set (tile_kernels_*.cpp); strips.h walks it.
 #pragma once
 
-#include "exp2.h"
-#include "tile.h"
+#include "strips.h"
+#include "tile_histogram.h"
 
 namespace contrastive_ext {
 namespace CE_ISA {
-
-struct StripClasses {
-  uint8_t pair[kRowStep][kMaxTileCols];
-};
-
-inline int64_t padded_columns(int64_t cols, int64_t width) { return (cols + width - 1) / width * width; }
-
-inline void classify_row(const PairRules& rules, int64_t i, int64_t j0, int64_t cols, uint8_t* pair) {
-  if (rules.has_ids()) {
-    for (int64_t j = 0; j < cols; ++j) pair[j] = rules.id_class(i, j0 + j);
-  } else {
-    memset(pair, kBothNegative, static_cast<size_t>(cols));
-  }
-  if (rules.num_images <= 0) return;
-  const int64_t begin = j0 > rules.positive_offset ? j0 : rules.positive_offset;
-  const int64_t shown_end = rules.positive_offset + rules.num_rows;
-  const int64_t end = j0 + cols < shown_end ? j0 + cols : shown_end;
-  int64_t to_match = (i - (begin - rules.positive_offset)) % rules.num_images;
-  if (to_match < 0) to_match += rules.num_images;
-  for (int64_t j = begin + to_match; j < end; j += rules.num_images) pair[j - j0] = 0;
-}
-
-template <class T>
-inline void classify_strip(const Tile<T>& tile, int64_t row, StripClasses& classes) {
-  const int64_t padded = padded_columns(tile.cols, Simd<T>::kWidth);
-  for (int64_t r = 0; r < kRowStep; ++r) {
-    uint8_t* pair = classes.pair[r];
-    memset(pair, 0, static_cast<size_t>(padded));
-    if (row + r >= tile.rows) continue;
-    const int64_t i = tile.i0 + row + r;
-    if (tile.special)
-      classify_row(*tile.pairs, i, tile.j0, tile.cols, pair);
-    else
-      memset(pair, kBothNegative, static_cast<size_t>(tile.cols));
-    if (!tile.upper) continue;
-    const int64_t below = i - tile.j0;  // this many columns lie below the diagonal
-    if (below > 0) memset(pair, 0, static_cast<size_t>(below < tile.cols ? below : tile.cols));
-    if (below >= 0 && below < tile.cols) pair[below] &= kColumnIsNegative;
-  }
-}
-
-// Calls Strip<T>::template run<masked>(tile, row, classes, args) for every strip.
-template <class Strip, class T, class Args>
-inline void for_each_strip(const Tile<T>& tile, const Args& args) {
-  StripClasses classes;
-  const bool ragged = tile.cols % Simd<T>::kWidth != 0;
-  for (int64_t row = 0; row < tile.rows; row += kRowStep) {
-    if (tile.special || tile.upper || ragged || row + kRowStep > tile.rows) {
-      classify_strip(tile, row, classes);
-      Strip::template run<true>(tile, row, classes, args);
-    } else {
-      Strip::template run<false>(tile, row, classes, args);
-    }
-  }
-}
-
-// exp(beta s - shift). beta s is rounded before the shift comes off, as the shift itself was: where one negative
-// dominates its row, shift = beta s, the difference is 0 and its weight exactly 1.
-template <class T>
-inline typename Simd<T>::V exp_shifted(typename Simd<T>::V s, T beta, typename Simd<T>::V shift) {
-  return exp<T>(rounded(s * beta) - shift);
-}
 
 template <class T, bool kColumns>
 struct MomentsStrip {
@@ -263,12 +197,16 @@ void exp_array(const T* x, T* y, int64_t n) {
   exp2_array<T>(x, y, n, T(0), T(0), T(0));
 }
 
+template <class T>
+constexpr TileKernels<T> all_kernels() {
+  return {moments<T>,     exp_sums<T>,       weights<T>,   extremes<T>,  bin_counts<T>,
+          ranked_sums<T>, ranked_weights<T>, exp_array<T>, exp2_array<T>};
+}
+
 extern const TileKernels<float> kKernelsF32;
 extern const TileKernels<double> kKernelsF64;
-const TileKernels<float> kKernelsF32 = {moments<float>, exp_sums<float>, weights<float>, exp_array<float>,
-                                        exp2_array<float>};
-const TileKernels<double> kKernelsF64 = {moments<double>, exp_sums<double>, weights<double>, exp_array<double>,
-                                         exp2_array<double>};
+const TileKernels<float> kKernelsF32 = all_kernels<float>();
+const TileKernels<double> kKernelsF64 = all_kernels<double>();
 
 }  // namespace CE_ISA
 }  // namespace contrastive_ext

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import native
 from ..problem import Problem, Statistics, Upstream
+from ..ranking import RankedStatistics, Ranking
 
 NAME = "cpu"
 
@@ -34,6 +35,24 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
         upstream.grad_col_lse,
         upstream.need_u,
         upstream.need_v,
+    )
+
+
+def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
+    """Ranked statistics of `problem`; see `RankedStatistics`."""
+    rule = list(ranking.coefficients), ranking.bins
+    return RankedStatistics(
+        *torch.ops.contrastive_ext.ranked_stats_forward_cpu(*_arguments(problem), *rule, diagnostics)
+    )
+
+
+def ranked_backward(
+    problem: Problem, ranking: Ranking, stats: RankedStatistics, grad_lse: Tensor, *, need_u: bool, need_v: bool
+) -> tuple[Tensor, Tensor]:
+    """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
+    rule = list(ranking.coefficients), ranking.bins
+    return torch.ops.contrastive_ext.ranked_stats_backward_cpu(
+        *_arguments(problem), *rule, stats.lse, stats.axis, stats.below, grad_lse, need_u, need_v
     )
 
 

@@ -1,0 +1,108 @@
+// Forward blocks of whole rows: what exact and histogram ranks share.
+#pragma once
+
+#include <algorithm>
+
+#include "online_lse.h"
+#include "ranked_stats.h"
+#include "row_stats.h"
+
+namespace contrastive_ext {
+
+// Blocks of whole rows. The resident logits of a thread stay below 16 MiB (one strip of rows where that is more); 64
+// rows are enough for the products.
+inline void choose_row_blocks(TileGrid& grid) {
+  constexpr int64_t kElements = int64_t{1} << 22;
+  const int64_t threads = torch::stable::get_num_threads();
+  grid.tile_cols = grid.cols;
+  grid.block_rows = 64;
+  while (grid.block_rows > kRowStep && grid.block_rows * grid.cols > kElements) grid.block_rows /= 2;
+  while (grid.block_rows > kRowStep && grid.block_rows * 4 * threads > grid.rows) grid.block_rows /= 2;
+}
+
+// Calls f(part) for parts of whole rows that the kernels can classify.
+template <class T, class F>
+void for_each_part(const Tile<T>& tile, const F& f) {
+  constexpr int64_t kPartCols = 512;
+  for (int64_t j = 0; j < tile.cols; j += kPartCols) {
+    Tile<T> part = tile;
+    part.s += j, part.j0 += j;
+    part.cols = std::min(kPartCols, tile.cols - j);
+    part.special = tile.pairs->has_ids() ||
+                   tile.pairs->may_share_image(part.i0, part.i0 + part.rows, part.j0, part.j0 + part.cols);
+    f(part);
+  }
+}
+
+// Calls f(strip) for kRowStep rows of a block at a time: what several passes read stays in L2.
+template <class T, class F>
+void for_each_strip_of_rows(const Tile<T>& tile, const F& f) {
+  for (int64_t row = 0; row < tile.rows; row += kRowStep) {
+    Tile<T> strip = tile;
+    strip.s += row * tile.ld, strip.i0 += row;
+    strip.rows = std::min(kRowStep, tile.rows - row);
+    f(strip);
+  }
+}
+
+// Per row of a strip.
+template <class T>
+struct StripSums {
+  alignas(64) T max[kRowStep], total[kRowStep], shift[kRowStep], part[kRowStep], part_square[kRowStep];
+  double sum[kRowStep], square[kRowStep];
+};
+
+template <class T>
+class ForwardBlocks {
+ public:
+  ForwardBlocks(const Problem<T>& problem, const TileGrid& grid, const RankedResults<T>& results)
+      : problem_(problem),
+        results_(results),
+        ld_((grid.tile_cols + kColumnPad - 1) / kColumnPad * kColumnPad),
+        s_(grid.block_rows * ld_) {}
+
+  void begin(int64_t, int64_t) {}
+  void add_columns(const TileRange&) {}
+  void end(int64_t, int64_t) {}
+
+ protected:
+  // Largest logit and sum of logits of every row of a strip.
+  void find_moments(const Tile<T>& strip, StripSums<T>& rows) const {
+    for (int64_t r = 0; r < kRowStep; ++r) rows.max[r] = -INFINITY, rows.sum[r] = 0;
+    for_each_part(strip, [&](const Tile<T>& part) {
+      tile_kernels<T>().moments(part, {rows.part, rows.total, nullptr, nullptr});
+      for (int64_t r = 0; r < strip.rows; ++r) {
+        if (rows.part[r] > rows.max[r]) rows.max[r] = rows.part[r];
+        rows.sum[r] += rows.total[r];
+      }
+    });
+  }
+  void use_max_as_shift(StripSums<T>& rows) const {
+    for (int64_t r = 0; r < kRowStep; ++r) {
+      rows.shift[r] = shift_in_use(shift_for(T(1), rows.max[r]));
+      rows.sum[r] = rows.square[r] = 0;
+    }
+  }
+  void store_moments(const Tile<T>& strip, const StripSums<T>& rows) const {
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      aux(1, strip.i0 + r) = rows.max[r];
+      aux(2, strip.i0 + r) = static_cast<T>(rows.sum[r]);
+    }
+  }
+  void store_sums(const Tile<T>& strip, const StripSums<T>& rows) const {
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      const double shift = rows.shift[r];
+      results_.lse[strip.i0 + r] = static_cast<T>(OnlineLse<double>{rows.sum[r], shift}.lse());
+      if (results_.diagnostics)
+        aux(3, strip.i0 + r) = static_cast<T>(OnlineLse<double>{rows.square[r], 2 * shift}.lse());
+    }
+  }
+  T& aux(int64_t statistic, int64_t i) const { return results_.aux[statistic * problem_.n + i]; }
+
+  const Problem<T>& problem_;
+  const RankedResults<T>& results_;
+  int64_t ld_;
+  Workspace<T> s_;
+};
+
+}  // namespace contrastive_ext
