@@ -14,10 +14,11 @@ namespace contrastive_ext {
 inline void choose_row_blocks(TileGrid& grid) {
   constexpr int64_t kElements = int64_t{1} << 22;
   const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = 2 * threads > 8 ? 2 * threads : 8;  // as in choose_tile_sizes
   grid.tile_cols = grid.cols;
   grid.block_rows = 64;
   while (grid.block_rows > kRowStep && grid.block_rows * grid.cols > kElements) grid.block_rows /= 2;
-  while (grid.block_rows > kRowStep && grid.block_rows * 4 * threads > grid.rows) grid.block_rows /= 2;
+  while (grid.block_rows > kRowStep && grid.block_rows * blocks > grid.rows) grid.block_rows /= 2;
 }
 
 // Calls f(part) for parts of whole rows that the kernels can classify.

@@ -9,13 +9,13 @@ import torch
 
 import contrastive_ext as ce
 from bench.cases import LOSSES as BENCH_LOSSES
-from rows import LOSSES, random_pairs
+from rows import LOSSES, RANKED, random_pairs
 
 PUBLIC = {name for name in ce.__all__ if name.startswith("fused_") and name != "fused_row_loss"}
 
 
 def test_every_public_loss_has_a_test_row():
-    assert {loss.function.__name__ for loss in LOSSES} == PUBLIC
+    assert {loss.function.__name__ for loss in LOSSES + RANKED} == PUBLIC
 
 
 def test_every_public_loss_has_a_bench_row():
@@ -23,7 +23,7 @@ def test_every_public_loss_has_a_bench_row():
 
 
 def test_every_public_loss_has_a_module_and_shows_every_option():
-    for loss in LOSSES:
+    for loss in LOSSES + RANKED:
         assert issubclass(loss.module, ce.RowLossModule)
         shown = inspect.signature(loss.function).parameters
         assert {"z1", "z2", "temperature", "logit_scale", "layout", "queue", "negatives", "in_batch_negatives"} <= set(

@@ -152,8 +152,8 @@ def fused_bayesian_loss(
                  and `estimate_alpha`; 0.5 knows nothing
     beta         in [0, 1], concentration on hard negatives; alpha = beta = 1 is refused
     ranks        "exact": every row is sorted, ties share the largest rank. "histogram": ranks interpolated in `bins`
-                 bins over the row's range, 2e-5 in loss and 3e-4 in gradient from exact at 256 bins; ties spread over
-                 their bin. "auto": exact up to 32,768 candidates per anchor, histogram beyond (`explain` says which)
+                 bins over the row's range; with 256 bins and 1,024 anchors or more the loss is 4e-5 and the gradient
+                 1e-3 from exact (docs/math.md); ties spread over their bin. "auto": exact up to 32,768 candidates per anchor, histogram beyond (`explain` says which)
     bins         from 2 to 65536, of a histogram; 4 bytes per anchor and bin
     eps          the constant the released code adds to two denominators; 0 is the paper's formula
     options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`; negatives [K, D] only
