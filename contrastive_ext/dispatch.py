@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import cpu, torch_blocks, torch_ranked, triton
+from .backends import cpu, torch_blocks, torch_ranked, triton, triton_ranked
 from .problem import Problem, Statistics, Upstream
 from .ranking import RankedStatistics
 
@@ -38,8 +38,9 @@ class Backend:
 
 BACKENDS: tuple[Backend, ...] = (
     Backend(
-        triton.NAME, triton.why_not, triton.forward, triton.backward, torch_ranked.ranked_forward,
-        torch_ranked.ranked_backward, needs_proof=True,
+        triton.NAME, triton.why_not, triton.forward, triton.backward, triton_ranked.ranked_forward,
+        triton_ranked.ranked_backward,
+        needs_proof=True,
     ),
     Backend(cpu.NAME, cpu.why_not, cpu.forward, cpu.backward, cpu.ranked_forward, cpu.ranked_backward),
     Backend(

@@ -112,6 +112,7 @@ class BayesianLoss(RowLossModule):
         super().__init__(Bayesian(tau_plus, alpha, beta, ranks, bins, eps), temperature, **options)
 
     def _loss(self, z1: Tensor, z2: Tensor, *, alpha: float | None = None, **arguments):
+        assert isinstance(self.row_loss, Bayesian)
         row_loss = self.row_loss if alpha is None else replace(self.row_loss, alpha=alpha)
         return fused_row_loss(row_loss, z1, z2, **arguments)
 

@@ -1,6 +1,6 @@
 """The streaming primitive of losses that weigh negatives by rank, and its gradient, without the matrix.
 
-    lse_i = log sum_{j negative of i} omega(u_ij) exp(s_ij),   s_ij = scale <u_i, v_j>,   u_ij = rank of s_ij in row i / N
+    lse_i = log sum_{j negative of i} omega(u_ij) exp(s_ij),   s_ij = scale <u_i, v_j>,   u_ij = rank in row i / N
 
 A sibling of `row_stats` with the same anatomy: schema, shape function, autograd by hand, first derivative only. Ranks
 span all columns of a row, so everything an anchor is compared with has to be one call: concatenate, do not merge. The
@@ -68,14 +68,19 @@ def ranked_stats(
 def _forward(*args) -> tuple[Tensor, ...]:
     *problem_args, ranking, bins, diagnostics = args
     problem, backend = _problem(*problem_args)
-    return tuple(backend.ranked_forward(problem, Ranking(*ranking, bins), diagnostics=diagnostics))
+    return tuple(backend.ranked_forward(problem, _ranking(ranking, bins), diagnostics=diagnostics))
 
 
 def _backward(*args) -> tuple[Tensor, Tensor]:
     *problem_args, ranking, bins, lse, aux, axis, below, grad_lse, need_u, need_v = args
     problem, backend = _problem(*problem_args)
     stats = RankedStatistics(lse, aux, axis, below)
-    return backend.ranked_backward(problem, Ranking(*ranking, bins), stats, grad_lse, need_u=need_u, need_v=need_v)
+    return backend.ranked_backward(problem, _ranking(ranking, bins), stats, grad_lse, need_u=need_u, need_v=need_v)
+
+
+def _ranking(parameters: list[float], bins: int) -> Ranking:
+    tau_plus, alpha, beta, eps = parameters
+    return Ranking(tau_plus, alpha, beta, eps, bins)
 
 
 def _forward_shapes(u, *rest) -> tuple[Tensor, ...]:

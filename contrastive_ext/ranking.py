@@ -1,7 +1,7 @@
 """How a negative's rank among all negatives of its anchor becomes an importance weight (BCL, arXiv:2301.11673).
 
     u     = rank / N, the share of the anchor's negatives whose logit is not larger; equal logits share the largest rank
-    Phi   = root of a Phi^2 + b Phi = u,   a = (1 - 2 alpha)(1 - 2 tau) + eps,   b = 2 (alpha (1 - tau) + (1 - alpha) tau)
+    Phi   = root of a Phi^2 + b Phi = u,  a = (1 - 2 alpha)(1 - 2 tau) + eps,  b = 2 (alpha (1 - tau) + (1 - alpha) tau)
     omega = [2 alpha (1 - beta)(1 - Phi) + 2 (1 - alpha) beta Phi]
             / (alpha (1 - beta) + (1 - alpha) beta + eps) / [b (1 - Phi) + (2 - b) Phi]
 

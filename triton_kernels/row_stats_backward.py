@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .histogram_ranks import rank_weights
 from .online_lse import exponentials
 from .pairs import keep_tile, load_ids, needs_mask
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
@@ -53,10 +54,10 @@ def where_kept(m_keep, b_value):
 
 @triton.jit
 def weight_tile(
-    b_x, row_term, col_term, m_keep, m_reverse,
+    b_x, row_term, col_term, b_row_omega, b_col_omega, m_keep, m_reverse,
     EXPONENTS: tl.constexpr, FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """w_ij of a tile of logits in units of log 2."""
+    """w_ij of a tile of logits in units of log 2; an omega of None is 1, FACTORED has none."""
     b_weight = tl.zeros_like(b_x)
     if FACTORED:
         b_exp = exponentials(b_x, EXPONENTS)
@@ -67,9 +68,11 @@ def weight_tile(
         else:
             if FORWARD:
                 b_exp = tl.exp2(b_x * EXPONENTS[k] - row_term[0][k][:, None])
+                b_exp = b_exp if b_row_omega is None else b_exp * b_row_omega
                 b_weight += where_kept(m_keep, b_exp * row_term[1][k][:, None])
             if REVERSE:
                 b_exp = tl.exp2(b_x * EXPONENTS[k] - col_term[0][k][None, :])
+                b_exp = b_exp if b_col_omega is None else b_exp * b_col_omega
                 b_weight += where_kept(m_reverse, b_exp * col_term[1][k][None, :])
     return b_weight
 
@@ -93,16 +96,17 @@ def fp16_factor(
 
 @triton.jit
 def sweep(
-    operands, sizes, images, ids, terms, outputs, where, scale,
+    operands, sizes, images, ids, terms, ranks, outputs, where, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
     FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr,
-    TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the backward."""
     p_u, p_v, stride_u, stride_v = operands
     num_rows, num_columns = sizes
     p_row_ids, p_col_ids = ids
     p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest = terms
+    p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape = ranks
     p_out, p_factor, stride_out = outputs
     i0, row_begin, j_begin, j_end = where
     DTYPE: tl.constexpr = p_factor.dtype.element_ty
@@ -126,13 +130,20 @@ def sweep(
             b_s = chunked_scores(operands, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
         b_x = b_s * (scale * LOG2E)
         col_term = load_term(p_col_lse, p_col_grad, o_j, num_columns, EXPONENTS, FACTORED) if REVERSE else None
+        b_row_omega, b_col_omega = None, None
+        if FORWARD and BINS > 0:
+            b_row_omega = rank_weights(b_s * scale, p_row_axis, p_row_below, p_shape, o_i, num_rows, BINS, 1)
+        if REVERSE and BINS > 0:
+            b_col_omega = rank_weights(b_s * scale, p_col_axis, p_col_below, p_shape, o_j, num_columns, BINS, 0)
         if HAS_IDS:
             b_col_ids = load_ids(p_col_ids, o_j, num_columns) if p_col_ids is not None else None
             m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, False)
             m_reverse = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, True)
-            b_weight = weight_tile(b_x, row_term, col_term, m_keep, m_reverse, EXPONENTS, FACTORED, FORWARD, REVERSE)
+            b_weight = weight_tile(b_x, row_term, col_term, b_row_omega, b_col_omega, m_keep, m_reverse, EXPONENTS,
+                                   FACTORED, FORWARD, REVERSE)  # fmt: skip
         else:
-            b_weight = weight_tile(b_x, row_term, col_term, None, None, EXPONENTS, FACTORED, FORWARD, REVERSE)
+            b_weight = weight_tile(b_x, row_term, col_term, b_row_omega, b_col_omega, None, None, EXPONENTS, FACTORED,
+                                   FORWARD, REVERSE)  # fmt: skip
             if needs_mask(i0, j0, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES):
                 m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, None, None, HAS_IMAGES, False)
                 b_weight = tl.where(m_keep, b_weight, 0.0)
@@ -169,16 +180,19 @@ def sweep(
     ]
 )
 def row_stats_backward_kernel(
-    p_u, p_v, p_row_ids, p_col_ids, scale, p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest, p_out, p_factor,
+    p_u, p_v, p_row_ids, p_col_ids, scale, p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest,
+    p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape, p_out, p_factor,
     num_rows, num_columns, num_images, shard, first_row, first_column, row_begin, span, stride_u, stride_v, stride_out,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
     LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, FORWARD: tl.constexpr,
     REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr, TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    BINS: tl.constexpr = 0,
 ):  # fmt: skip
     """Program (i, split): rows row_begin + i * BLOCK_M against columns split * span up to the next split.
 
     Writes du [splits, rows, D], or with D > BLOCK_D weights [rows of this launch, columns] and the factor that undoes
     their scaling. SHIFT: "plain" one exponential for both terms, "online" two, "device" decided by the scale tensor.
+    BINS > 0: each term times omega, looked up in the histograms of its anchors.
     """
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     scale = load_scale(scale, SCALE_IS_TENSOR)
@@ -187,17 +201,18 @@ def row_stats_backward_kernel(
     images = (num_images, shard, first_row, first_column)
     ids = (p_row_ids, p_col_ids)
     terms = (p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest)
+    ranks = (p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape)
     if BLOCK_D >= D:
         p_out += i_split.to(tl.int64) * num_rows * D
     outputs = (p_out, p_factor, stride_out)
     where = (row_begin + i_tile * BLOCK_M, row_begin, i_split * span, tl.minimum(i_split * span + span, num_columns))
     if SHIFT == "device":
         if scale * LOG2E * LARGEST <= MAX_FACTORED:
-            sweep(operands, sizes, images, ids, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  True, FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION)  # fmt: skip
+            sweep(operands, sizes, images, ids, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
+                  EXPONENTS, True, FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION, BINS)  # fmt: skip
         else:
-            sweep(operands, sizes, images, ids, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  False, FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION)  # fmt: skip
+            sweep(operands, sizes, images, ids, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
+                  EXPONENTS, False, FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION, BINS)  # fmt: skip
     else:
-        sweep(operands, sizes, images, ids, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-              SHIFT == "plain", FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION)  # fmt: skip
+        sweep(operands, sizes, images, ids, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
+              EXPONENTS, SHIFT == "plain", FORWARD, REVERSE, HAS_IMAGES, TIMES_SCALE, PRECISION, BINS)  # fmt: skip

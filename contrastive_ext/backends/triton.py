@@ -75,10 +75,20 @@ class _Side(NamedTuple):
 
 
 class _Term(NamedTuple):
-    """One direction of the weights: exp(beta_k s - lse_k) times the coefficient of lse_k."""
+    """One direction of the weights: exp(beta_k s - lse_k) times the coefficient of lse_k, and omega where ranked."""
 
     lse: Tensor
     grad: Tensor
+    ranks: _Ranks | None = None
+
+
+class _Ranks(NamedTuple):
+    """Histograms of the anchors and the four numbers that turn a rank into a weight."""
+
+    bins: int
+    axis: Tensor
+    below: Tensor
+    shape: Tensor
 
 
 class _Forward:
@@ -191,7 +201,9 @@ def _weighted_columns(
 ) -> Tensor:
     """[scale] sum_j w_ij cols_j for every row; see triton_kernels/row_stats_backward.py."""
     exponents = exponents or problem.exponents
-    config = _config("backward", rows.x, busy=problem.pairs.has_ids)
+    term = row_term or col_term
+    ranked = term.ranks if term else None
+    config = _config("backward", rows.x, busy=problem.pairs.has_ids or ranked is not None)
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u
     both = row_term is not None and col_term is not None
     scale, scale_is_tensor = _scale(problem)
@@ -199,15 +211,18 @@ def _weighted_columns(
     if rows.x.dtype == torch.float16 and col_term is not None:
         col_largest = torch.linalg.vector_norm(col_term.grad, torch.inf, dim=1)
     shift = _shift(problem, exponents, _kernels().row_stats_backward.MAX_FACTORED.value) if both else "online"
-    terms = (*(row_term or (None, None)), *(col_term or (None, None)), col_largest)
+    terms = (*(row_term or (None, None))[:2], *(col_term or (None, None))[:2], col_largest)
+    ranks = (*_table_of(row_term), *_table_of(col_term), ranked and ranked.shape)
+    if ranked:
+        shift = "online"  # each direction has its own omega: nothing to factor
 
     def sweep(row_begin: int, grid: tuple[int, int], span: int, out: Tensor, undo: Tensor) -> None:
         _kernels().row_stats_backward.row_stats_backward_kernel[grid](
-            rows.x, cols.x, rows.ids, cols.ids, scale, *terms, out, undo, n, m, problem.pairs.num_images,
+            rows.x, cols.x, rows.ids, cols.ids, scale, *terms, *ranks, out, undo, n, m, problem.pairs.num_images,
             problem.pairs.num_rows, rows.first, cols.first, row_begin, span, rows.x.stride(0), cols.x.stride(0),
             out.stride(-2), SHIFT=shift, LARGEST=max(exponents), EXPONENTS=exponents, SCALE_IS_TENSOR=scale_is_tensor,
             FORWARD=row_term is not None, REVERSE=col_term is not None, TIMES_SCALE=times_scale,
-            **_common(problem, config, rows.x),
+            BINS=ranked.bins if ranked else 0, **_common(problem, config, rows.x),
         )  # fmt: skip
 
     if config.block_d == 0:
@@ -228,6 +243,11 @@ def _weighted_columns(
         sweep(begin, (tiles, splits), span, weights, undo)
         torch.mul(_product(weights[:count, :m], cols.x), undo[:count], out=out[begin : begin + count])
     return out
+
+
+def _table_of(term: _Term | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Axis and counts of a term's histograms, if it has any."""
+    return (None, None) if term is None or term.ranks is None else (term.ranks.axis, term.ranks.below)
 
 
 def _product(weights: Tensor, x: Tensor) -> Tensor:
@@ -346,7 +366,15 @@ def _why_missing() -> str | None:
 def _kernels():
     """The kernels, imported on first use: Triton is optional."""
     from .. import triton_kernels
-    from ..triton_kernels import configs, merge, online_lse, row_stats_backward, row_stats_forward, scores  # noqa: F401
+    from ..triton_kernels import (  # noqa: F401
+        configs,
+        histogram_ranks,
+        merge,
+        online_lse,
+        row_stats_backward,
+        row_stats_forward,
+        scores,
+    )
 
     return triton_kernels
 

@@ -199,8 +199,10 @@ def _dense(
     total = matrix.logits.where(matrix.negative, 0.0).sum(1)
     squared = matrix.logsumexp(2 * row_loss.exponents[0])
     mean_weight, max_weight = matrix.weight_statistics()
-    return losses, stats, Diagnostics(
-        matrix.count, hardest, total, squared, candidates_of(batch), mean_weight, max_weight
+    return (
+        losses,
+        stats,
+        Diagnostics(matrix.count, hardest, total, squared, candidates_of(batch), mean_weight, max_weight),
     )
 
 

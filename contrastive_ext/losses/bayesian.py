@@ -19,7 +19,7 @@ from ..layouts import Arrangement, ColumnSet
 from ..numerics import softplus
 from ..pairs import NO_COLUMN_ID
 from ..ranked_stats import ranked_stats
-from ..ranking import RankedStatistics, Ranking, Ranks, check_ranking, choose_ranks
+from ..ranking import Ranking, Ranks, check_ranking, choose_ranks
 from ..reference import DenseLogits
 from ..stats import Diagnostics, LossStats
 from .base import LossOptions, RowLoss, RowStatistics, candidates_of, fused_row_loss, loss_function
@@ -153,7 +153,8 @@ def fused_bayesian_loss(
     beta         in [0, 1], concentration on hard negatives; alpha = beta = 1 is refused
     ranks        "exact": every row is sorted, ties share the largest rank. "histogram": ranks interpolated in `bins`
                  bins over the row's range; with 256 bins and 1,024 anchors or more the loss is 4e-5 and the gradient
-                 1e-3 from exact (docs/math.md); ties spread over their bin. "auto": exact up to 32,768 candidates per anchor, histogram beyond (`explain` says which)
+                 1e-3 from exact (docs/math.md); ties spread over their bin. "auto": exact up to 32,768 candidates per
+                 anchor, histogram beyond (`explain` says which)
     bins         from 2 to 65536, of a histogram; 4 bytes per anchor and bin
     eps          the constant the released code adds to two denominators; 0 is the paper's formula
     options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`; negatives [K, D] only
