@@ -18,6 +18,11 @@ from .device import Device
 # Peak bytes per element of the N x M matrix in eager PyTorch, measured at N = 8192 on the CPU: 16.3 with one exponent
 # (logits, softmax, gradient, a temporary), 20.3 with two. Only decides what is not even tried.
 EAGER_BYTES_PER_ELEMENT = {1: 16.3, 2: 20.3}
+EAGER_BYTES_PER_RANKED_ELEMENT = 41.3  # and ranks: sorted logits, their places
+# Comparing every negative with every other takes N^3 bytes and more.
+LARGEST_COMPARISON = 512
+# Histogram ranks are an approximation: what is documented for 256 bins, with a margin for other data.
+HISTOGRAM_RELATIVE_L2 = 3e-3
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Method:
     mean_loss   the 0-d mean, which is what gets timed
     is_ours     the correctness gate is strict, and a red one fails the run
     keeps_matrix  whether memory grows as N x M
+    relative_l2  documented error of a method of ours that approximates, in place of the strict gate
     """
 
     name: str
@@ -35,10 +41,13 @@ class Method:
     mean_loss: Callable[[Case, Inputs], Tensor]
     is_ours: bool = False
     keeps_matrix: bool = False
+    relative_l2: float | None = None
 
     def estimated_bytes(self, case: Case) -> int:
         """Memory of the matrix, before trying."""
-        return int(self.keeps_matrix * EAGER_BYTES_PER_ELEMENT[len(case.dense.exponents)] * case.n * case.m)
+        ranked = case.dense.ranks is not None
+        per_element = EAGER_BYTES_PER_RANKED_ELEMENT if ranked else EAGER_BYTES_PER_ELEMENT[len(case.dense.exponents)]
+        return int(self.keeps_matrix * per_element * case.n * case.m)
 
 
 def _baseline(name: str, row_losses: Callable[[Case, Inputs], Tensor], keeps_matrix: bool) -> Method:
@@ -48,15 +57,17 @@ def _baseline(name: str, row_losses: Callable[[Case, Inputs], Tensor], keeps_mat
 EAGER = _baseline("eager", baselines.eager, keeps_matrix=True)
 CHUNKED = _baseline("chunked", baselines.chunked, keeps_matrix=False)
 COMPILED = _baseline("compile", baselines.compiled, keeps_matrix=True)
+COMPARISON = _baseline("comparison", baselines.comparison, keeps_matrix=True)
 AUTOCAST = _baseline("autocast", baselines.autocast, keeps_matrix=True)
 
 
-def _backend(backend: str) -> Method:
+def _backend(backend: str, suffix: str = "", relative_l2: float | None = None, **parameters) -> Method:
     return Method(
-        backend,
-        partial(fused, backend=backend, reduction="none"),
-        partial(fused, backend=backend, reduction="mean"),
+        backend + suffix,
+        partial(fused, backend=backend, reduction="none", **parameters),
+        partial(fused, backend=backend, reduction="mean", **parameters),
         is_ours=True,
+        relative_l2=relative_l2,
     )
 
 
@@ -64,9 +75,11 @@ def backends_for(case: Case, device: Device) -> list[Method]:
     """The package's streaming backends that can run the case on the device."""
     probe = torch.empty(1, case.dim, dtype=case.torch_dtype, device=device.torch)
     reasons = contrastive_ext.explain(probe).reasons
-    return [
-        _backend(name) for name in contrastive_ext.available_backends() if name != "reference" and not reasons[name]
-    ]
+    names = [name for name in contrastive_ext.available_backends() if name != "reference" and not reasons[name]]
+    if case.dense.ranks is None:
+        return [_backend(name) for name in names]
+    exact = [_backend(name, ranks="exact") for name in names]
+    return exact + [_backend(name, ", histogram", HISTOGRAM_RELATIVE_L2, ranks="histogram") for name in names]
 
 
 def methods_for(case: Case, device: Device) -> list[Method]:
@@ -75,6 +88,8 @@ def methods_for(case: Case, device: Device) -> list[Method]:
     if case.fused_only:
         return methods
     methods += [EAGER, CHUNKED]
+    if case.dense.ranks is not None and case.n <= LARGEST_COMPARISON:
+        methods.append(COMPARISON)
     if case.compile:
         methods.append(COMPILED)
     if case.dtype == "bfloat16" or (device.is_cuda and case.dtype == "float32"):
