@@ -76,8 +76,8 @@ HARD_NEGATIVE = DenseLoss((BETA, 1.0 + BETA), _hard_negative)
 
 
 def _ranks_by_sorting(logits: Tensor) -> Tensor:
-    ignored = (logits == -torch.inf).sum(1, keepdim=True)
-    return torch.searchsorted(logits.sort(1).values, logits, right=True) - ignored
+    ignored, logits = (logits == -torch.inf).sum(1, keepdim=True), logits.contiguous()
+    return torch.searchsorted(logits.sort(1).values.contiguous(), logits, right=True) - ignored
 
 
 def _ranks_by_comparison(logits: Tensor) -> Tensor:

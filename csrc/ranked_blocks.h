@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "count_negatives.h"
 #include "online_lse.h"
 #include "ranked_stats.h"
 #include "row_stats.h"
@@ -19,6 +20,26 @@ inline void choose_row_blocks(TileGrid& grid) {
   grid.block_rows = 64;
   while (grid.block_rows > kRowStep && grid.block_rows * grid.cols > kElements) grid.block_rows /= 2;
   while (grid.block_rows > kRowStep && grid.block_rows * blocks > grid.rows) grid.block_rows /= 2;
+}
+
+// The grid of a forward over blocks of whole rows, and the counts. False when there is nothing to sweep.
+template <class T>
+bool begin_blocks(const Problem<T>& problem, const RankRule& rule, TileGrid& grid, const RankedResults<T>& results) {
+  grid.rows = problem.n, grid.cols = problem.m, grid.depth = problem.d;
+  choose_row_blocks(grid);
+  if (problem.n > 0 && problem.m > 0) {
+    count_negatives<T>(problem.pairs, problem.n, problem.m, results.aux, nullptr);
+    return true;
+  }
+  for (int64_t statistic = 0; statistic < (results.diagnostics ? 6 : 1); ++statistic)
+    std::fill_n(results.aux + statistic * problem.n, problem.n,
+                static_cast<T>(statistic == 1 || statistic == 3 ? -INFINITY : 0));
+  std::fill_n(results.lse, problem.n, static_cast<T>(-INFINITY));
+  if (rule.bins) {
+    std::fill_n(results.axis, 3 * problem.n, T(0));
+    std::fill_n(results.below, problem.n * (rule.bins + 1), T(0));
+  }
+  return false;
 }
 
 // Calls f(part) for parts of whole rows that the kernels can classify.

@@ -1,5 +1,4 @@
 // Exact ranks: sort every row, add log omega to its logits, leave the rest to the kernels of the plain statistics.
-#include "count_negatives.h"
 #include "gradient_sweep.h"
 #include "ranked_blocks.h"
 #include "ranking.h"
@@ -103,9 +102,7 @@ class ExactGradient {
 template <class T>
 void exact_ranks_forward(const Problem<T>& problem, const RankRule& rule, const RankedResults<T>& results) {
   TileGrid grid{};
-  grid.rows = problem.n, grid.cols = problem.m, grid.depth = problem.d;
-  choose_row_blocks(grid);
-  count_negatives<T>(problem.pairs, problem.n, problem.m, results.aux, nullptr);
+  if (!begin_blocks(problem, rule, grid, results)) return;
   sweep_tiles(grid, [&] { return ExactForward<T>(problem, rule, grid, results); });
 }
 

@@ -1,6 +1,5 @@
 // Histogram ranks: a block of whole rows is counted into bins over its own range and summed; the bins stay, and the
 // backward is the core's gradient sweep with the weights of both anchors of a pair interpolated in them.
-#include "count_negatives.h"
 #include "gradient_sweep.h"
 #include "ranked_blocks.h"
 
@@ -150,9 +149,7 @@ class HistogramGradient {
 template <class T>
 void histogram_ranks_forward(const Problem<T>& problem, const RankRule& rule, const RankedResults<T>& results) {
   TileGrid grid{};
-  grid.rows = problem.n, grid.cols = problem.m, grid.depth = problem.d;
-  choose_row_blocks(grid);
-  count_negatives<T>(problem.pairs, problem.n, problem.m, results.aux, nullptr);
+  if (!begin_blocks(problem, rule, grid, results)) return;
   sweep_tiles(grid, [&] { return HistogramForward<T>(problem, rule, grid, results); });
 }
 

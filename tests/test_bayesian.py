@@ -155,6 +155,16 @@ def test_ties_share_the_largest_rank(run, layout, dtype):
     _assert_same(*results, **(CLOSE if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-7}))
 
 
+@pytest.mark.parametrize("bins", [0, 8])
+@pytest.mark.parametrize("rows, columns", [(0, 5), (5, 0), (1, 1)])
+def test_nothing_to_rank(run, rows, columns, bins):
+    backend, device = run
+    u, v = (torch.randn(k, 4, dtype=torch.float64, device=device) for k in (rows, columns))
+    ours, expected = (_ranked(name, u, v, bins=bins) for name in (backend, "torch"))
+    _assert_same(ours, expected)
+    assert (ours[0] == -torch.inf).all() or columns
+
+
 def test_one_negative_has_the_weight_of_the_highest_rank(run):
     backend, device = run
     z1, z2 = random_pairs(2, 6, torch.float64, device)

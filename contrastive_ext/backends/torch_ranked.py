@@ -27,6 +27,8 @@ BLOCK_ELEMENTS_ELSEWHERE = 2**24
 def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
     """Ranked statistics of `problem`; see `RankedStatistics`."""
     u, n = problem.u, problem.pairs.num_rows
+    if not problem.pairs.num_columns:
+        return _nothing(u, ranking, diagnostics)
     lse, aux = u.new_empty(n), u.new_empty(6 if diagnostics else 1, n)
     axis = u.new_empty(3, n) if ranking.bins else u.new_empty(0)
     below = u.new_empty(n, ranking.bins + 1) if ranking.bins else u.new_empty(0)
@@ -36,12 +38,12 @@ def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> 
             axis[:, rows], below[rows] = _count_bins(s, keep, count, ranking.bins)
         weight = _weight(ranking, s, keep, count, _Table.of(rows, axis, below))
         terms = _log_terms(s, keep, weight)
-        lse[rows] = _logsumexp(terms)
+        lse[rows] = terms.logsumexp(1)
         aux[0, rows] = count
         if diagnostics:
             kept = weight.where(keep, 0.0)
             largest, total = s.where(keep, -torch.inf).amax(1), s.where(keep, 0.0).sum(1)
-            aux[1:, rows] = torch.stack([largest, total, _logsumexp(2 * terms), kept.sum(1), kept.amax(1)])
+            aux[1:, rows] = torch.stack([largest, total, (2 * terms).logsumexp(1), kept.sum(1), kept.amax(1)])
     return RankedStatistics(lse, aux, axis, below)
 
 
@@ -132,11 +134,13 @@ def _count_bins(s: Tensor, keep: Tensor, count: Tensor, bins: int) -> tuple[Tens
     return axis, below
 
 
+def _nothing(u: Tensor, ranking: Ranking, diagnostics: bool) -> RankedStatistics:
+    """Statistics of rows without any column."""
+    n, bins = len(u), ranking.bins
+    aux = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf, 0.0, 0.0]]).to(u).T.repeat(1, n)
+    axis, below = (u.new_zeros(3, n), u.new_zeros(n, bins + 1)) if bins else (u.new_empty(0), u.new_empty(0))
+    return RankedStatistics(u.new_full((n,), -torch.inf), aux if diagnostics else aux[:1].clone(), axis, below)
+
+
 def _log_terms(s: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
     return (s + weight.log()).where(keep, -torch.inf)
-
-
-def _logsumexp(terms: Tensor) -> Tensor:
-    if not terms.shape[1]:
-        return terms.new_full((len(terms),), -torch.inf)
-    return terms.logsumexp(1)

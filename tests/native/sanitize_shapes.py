@@ -1,4 +1,4 @@
-"""Odd shapes, masks and options through both native ops, for a library built with AddressSanitizer and UBSan.
+"""Odd shapes, masks and options through the native ops, for a library built with AddressSanitizer and UBSan.
 
     python tests/native/sanitize_shapes.py path/to/library.so
 
@@ -34,6 +34,20 @@ def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics):
         ops.row_stats_backward_cpu(*request, lse, grad, *column_args, False, True)
 
 
+def run_ranked(u, v, images, scale, unit, ids, bins, diagnostics):
+    n, m = u.shape[0], (u if v is None else v).shape[0]
+    row_ids = torch.randint(0, 5, (n,)) if ids else None
+    col_ids = torch.randint(0, 5, (m,)) if ids and v is not None else None
+    for side in (row_ids, col_ids):
+        if side is not None:
+            side[::3] = UNFILLED
+    request = (u, v, scale, [1.0], images, 0, row_ids, col_ids, unit, [-0.64, 1.64, 0.9, 0.9], bins)
+    lse, _, axis, below = ops.ranked_stats_forward_cpu(*request, diagnostics)
+    ops.ranked_stats_backward_cpu(*request, lse, axis, below, torch.randn_like(lse), True, v is not None)
+    if v is not None:
+        ops.ranked_stats_backward_cpu(*request, lse, axis, below, torch.randn_like(lse), False, True)
+
+
 calls = 0
 for threads in (1, 2, 4):
     torch.set_num_threads(threads)
@@ -45,6 +59,12 @@ for threads in (1, 2, 4):
             run(u, v, 0, exponents, scale, False, ids, False, True, False)
             run(u, None, max(1, n // 2), exponents, scale, True, ids, False, False, calls % 2 == 0)
             calls += 3
+        for scale, ids, bins in itertools.product((2.0, 200.0), (False, True), (0, 2, 256)):
+            run_ranked(u, v, n if n <= m else 0, scale, True, ids, bins, True)
+            run_ranked(u, None, max(1, n // 2), scale, True, ids, bins, calls % 2 == 0)
+            calls += 2
     u[0, 0] = float("nan")
     run(u, None, 7, [1.0], 2.0, True, False, False, False, True)
-print(f"{calls} calls of each op, nothing found")
+    for bins in (0, 256):
+        run_ranked(u, None, 7, 2.0, True, False, bins, True)
+print(f"{calls} calls, nothing found")
