@@ -91,6 +91,9 @@ def _histogram_weight(bins):
 )
 def test_statistics_and_gradients_follow_the_definition(run, n, m, d, images, reason, bins):
     backend, device = run
+    interpreted = backend == "triton" and device.type == "cpu"
+    if interpreted and m == 700:
+        pytest.skip("half a minute in the interpreter, whose tiles are all of one kind")
     u = torch.nn.functional.normalize(torch.randn(n, d, dtype=torch.float64, device=device))
     v = None if m is None else torch.nn.functional.normalize(torch.randn(m, d, dtype=torch.float64, device=device))
     offset = 0 if m is None else 3
@@ -99,7 +102,7 @@ def test_statistics_and_gradients_follow_the_definition(run, n, m, d, images, re
         i, j = torch.arange(n, device=device)[:, None], torch.arange(m or n, device=device)[None, :] - offset
         keep = ((j - i) % images != 0) | (j < 0) | (j >= n)
     expected = _dense(u, v, keep, 3.0, _histogram_weight(bins) if bins else _exact_weight)
-    for unit in (True, False):
+    for unit in (True,) if interpreted else (True, False):
         ours = _ranked(
             backend, u, v, bins=bins, scale=3.0, num_images=images, positive_offset=offset if images else 0, unit=unit
         )
@@ -398,7 +401,7 @@ def test_autocast_changes_nothing(run, loss):
 @pytest.mark.parametrize("ranks", ["exact", "histogram"])
 def test_results_repeat_bit_for_bit(run, ranks):
     backend, device = run
-    z1, z2 = crowded_pairs(90, 16, torch.float32, device)
+    z1, z2 = crowded_pairs(20 if backend == "triton" else 90, 16, torch.float32, device)
     results = []
     for threads in (1, 2):
         before = torch.get_num_threads()

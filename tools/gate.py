@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from contrastive_ext.triton_kernels import configs, merge, row_stats_backward, row_stats_forward
+from contrastive_ext.triton_kernels import configs, histogram_ranks, merge, row_stats_backward, row_stats_forward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,6 +29,8 @@ from triton.compiler import ASTSource
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MERGE_CONFIG = configs.Config(128, 0, 0, 4, 3)  # Triton's defaults
 TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
+BUSY = ("busy", "ranked", "range", "count", "sums")  # masks, counters or tables beside the tile
+BINS = 256
 POINTER = {"16-bit": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "ieee": "*fp32", "fp64": "*fp64"}
 
 
@@ -40,9 +42,10 @@ class Case(NamedTuple):
     clip    column statistics, scale tensor
     busy    two exponents, ids, column statistics, scale tensor
     means   the mean of frozen columns
+    ranked  backward of one set with weights from histograms of 256 bins
 
     The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
-    a partial result, means adds means.
+    a partial result, means adds means. The direction "histogram" has a variant per pass, with ids.
     """
 
     direction: str
@@ -77,6 +80,8 @@ def cases() -> list[Case]:
     found += [Case(direction, "plain", "bf16", f, 90) for direction in configs.DIRECTIONS for f in (128, 1024)]
     found += [Case("forward", "clip", "16-bit", features, 90) for features in (128, 1024)]
     found += [Case("forward", "means", "16-bit", features, 90) for features in (128, 256)]
+    found += [Case("histogram", name, "16-bit", f, 90) for name in ("range", "count", "sums") for f in (128, 1024)]
+    found += [Case("backward", "ranked", "16-bit", features, 90) for features in (128, 1024)]
     found += [Case("merge", variant, "16-bit", 128, a) for variant in ("plain", "clip", "means") for a in (80, 100)]
     return found
 
@@ -85,9 +90,13 @@ def config_of(case: Case) -> configs.Config:
     """The tile the backend would take."""
     if case.direction == "merge":
         return MERGE_CONFIG
-    direction = "backward" if case.variant == "means" else case.direction
+    direction = {"means": "backward", "range": "forward", "count": "forward", "sums": "forward"}.get(
+        case.variant, case.direction
+    )
     products = "16-bit" if case.products == "bf16" else case.products
-    return configs.choose(direction, products, case.features, case.architecture, busy=case.variant == "busy")
+    return configs.choose(
+        direction, products, case.features, case.architecture, case.variant in BUSY, case.variant == "ranked"
+    )
 
 
 def compile_case(case: Case):
@@ -117,7 +126,7 @@ def merge_arguments(case: Case) -> tuple[Any, dict, dict]:
 
 def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of a case with a tile loop."""
-    means, ids = case.variant == "means", case.variant == "busy"
+    means, ids = case.variant == "means", case.variant == "busy" or case.direction == "histogram"
     columns, learned = case.variant in ("busy", "clip"), case.variant in ("hard", "busy", "clip")
     config = config_of(case)
     pointer, accumulator = POINTER[case.products], "*fp64" if case.products == "fp64" else "*fp32"
@@ -132,7 +141,14 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     scale = accumulator if constants["SCALE_IS_TENSOR"] else "fp32"
     types = {"p_u": pointer, "p_v": pointer, "scale": scale}
     types |= dict.fromkeys(("p_row_ids", "p_col_ids"), "*i64" if ids else None)
-    if case.direction == "forward":
+    if case.direction == "histogram":
+        kernel = histogram_ranks.histogram_ranks_kernel
+        types |= dict.fromkeys(("p_axis", "p_below", "p_shape", "p_shift", "p_out"), accumulator)
+        types["p_counts"] = "*i32"
+        for name in ("EXPONENTS", "LARGEST", "SHIFT"):
+            del constants[name]
+        constants |= {"BINS": BINS, "PASS": case.variant.upper()}
+    elif case.direction == "forward":
         kernel = row_stats_forward.row_stats_forward_kernel
         types |= {"p_rows": accumulator, "p_columns": accumulator if columns else None}
         types |= {"p_mean": accumulator if means else None}
@@ -143,7 +159,11 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         types |= dict.fromkeys(("p_lse", "p_grad", "p_col_lse", "p_col_grad", "p_factor"), accumulator)
         types |= {"p_col_largest": accumulator if case.products == "16-bit" else None}
         types |= {"p_out": pointer if case.features > configs.RESIDENT_FEATURES else accumulator}
-        constants |= {"FORWARD": True, "REVERSE": True, "TIMES_SCALE": True}
+        ranked = case.variant == "ranked"
+        tables = ("p_row_axis", "p_row_below", "p_col_axis", "p_col_below", "p_shape")
+        types |= dict.fromkeys(tables, accumulator if ranked else None)
+        constants |= {"FORWARD": True, "REVERSE": True, "TIMES_SCALE": True, "BINS": BINS if ranked else 0}
+        constants["SHIFT"] = "online" if ranked else shift
     return kernel, types, constants
 
 

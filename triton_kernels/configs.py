@@ -12,6 +12,7 @@ RESIDENT_FEATURES = 256  # up to here a row tile is loaded once and all its feat
 DIRECTIONS = ("forward", "backward")
 FEATURES = (64, 128, 256, 1024)  # the largest number of features of a line; the last stands for all above 256
 ARCHITECTURES = (80, 86, 90, 100)
+RANKED_ROWS = 64  # weights by rank hold bins and edges of two histograms per pair: 128 rows spill 440 bytes
 BUSY_COLUMNS = 32  # ids and diagnostics keep masks and counters beside the tile: 64 columns spill, 32 do not
 
 
@@ -96,14 +97,18 @@ _TABLE = {
 _INTERPRETER = {False: _tile("32x32", 1, 1), True: _tile("32x32x64", 1, 1)}
 
 
-def choose(direction: str, products: str, features: int, architecture: int, busy: bool = False) -> Config:
+def choose(
+    direction: str, products: str, features: int, architecture: int, busy: bool = False, ranked: bool = False
+) -> Config:
     """The tile for a call. products: 16-bit, tf32, ieee or fp64; architecture: 10 major + minor, 0 interpreted."""
     if architecture == 0:
         return _INTERPRETER[features > RESIDENT_FEATURES]
     line = next((f for f in FEATURES if features <= f), FEATURES[-1])
     line = FEATURES[-1] if features > RESIDENT_FEATURES else line
     config = _TABLE[direction, products][line, nearest(architecture)]
-    return config._replace(block_n=min(config.block_n, BUSY_COLUMNS)) if busy else config
+    if ranked:
+        config = config._replace(block_m=min(config.block_m, RANKED_ROWS))
+    return config._replace(block_n=min(config.block_n, BUSY_COLUMNS)) if busy or ranked else config
 
 
 def nearest(architecture: int) -> int:

@@ -203,7 +203,7 @@ def _weighted_columns(
     exponents = exponents or problem.exponents
     term = row_term or col_term
     ranked = term.ranks if term else None
-    config = _config("backward", rows.x, busy=problem.pairs.has_ids or ranked is not None)
+    config = _config("backward", rows.x, busy=problem.pairs.has_ids, ranked=ranked is not None)
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u
     both = row_term is not None and col_term is not None
     scale, scale_is_tensor = _scale(problem)
@@ -312,9 +312,9 @@ def _kind(operand: Tensor) -> str:
     return "tf32" if allowed == "tf32" and operand.is_cuda else "ieee"
 
 
-def _config(direction: str, operand: Tensor, busy: bool):
+def _config(direction: str, operand: Tensor, busy: bool, ranked: bool = False):
     architecture = _architecture(operand.device)
-    return _kernels().configs.choose(direction, _kind(operand), operand.shape[1], architecture, busy)
+    return _kernels().configs.choose(direction, _kind(operand), operand.shape[1], architecture, busy, ranked)
 
 
 def _feature_block(features: int) -> int:
