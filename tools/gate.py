@@ -95,7 +95,7 @@ def config_of(case: Case) -> configs.Config:
     )
     products = "16-bit" if case.products == "bf16" else case.products
     return configs.choose(
-        direction, products, case.features, case.architecture, case.variant in BUSY, case.variant == "ranked"
+        direction, products, case.features, case.architecture, case.variant in BUSY, case.variant in ("ranked", "sums")
     )
 
 

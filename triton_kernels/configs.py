@@ -12,7 +12,8 @@ RESIDENT_FEATURES = 256  # up to here a row tile is loaded once and all its feat
 DIRECTIONS = ("forward", "backward")
 FEATURES = (64, 128, 256, 1024)  # the largest number of features of a line; the last stands for all above 256
 ARCHITECTURES = (80, 86, 90, 100)
-RANKED_ROWS = 64  # weights by rank hold bins and edges of two histograms per pair: 128 rows spill 440 bytes
+# Weights by rank hold bins and edges of two histograms beside the tile: 128x32 spills 440 bytes, 64x32 spills 8.
+RANKED_TILE = (64, 16)
 BUSY_COLUMNS = 32  # ids and diagnostics keep masks and counters beside the tile: 64 columns spill, 32 do not
 
 
@@ -107,8 +108,9 @@ def choose(
     line = FEATURES[-1] if features > RESIDENT_FEATURES else line
     config = _TABLE[direction, products][line, nearest(architecture)]
     if ranked:
-        config = config._replace(block_m=min(config.block_m, RANKED_ROWS))
-    return config._replace(block_n=min(config.block_n, BUSY_COLUMNS)) if busy or ranked else config
+        rows, columns = RANKED_TILE
+        return config._replace(block_m=min(config.block_m, rows), block_n=min(config.block_n, columns))
+    return config._replace(block_n=min(config.block_n, BUSY_COLUMNS)) if busy else config
 
 
 def nearest(architecture: int) -> int:

@@ -33,11 +33,16 @@ def find_bin(b_logit, p_axis, o_anchors, num_anchors, BINS: tl.constexpr, AXIS: 
 
 
 @triton.jit
-def rank_weights(b_logit, p_axis, p_below, p_shape, o_anchors, num_anchors, BINS: tl.constexpr, AXIS: tl.constexpr):
-    """omega of a tile of logits, by the histograms of its rows (AXIS 1) or of its columns (AXIS 0)."""
+def rank_weights(
+    b_logit, p_axis, p_below, p_shape, first, num_anchors, BLOCK: tl.constexpr, BINS: tl.constexpr, AXIS: tl.constexpr
+):  # fmt: skip
+    """omega of a tile of logits, by the histograms of its rows (AXIS 1) or of its columns (AXIS 0) from `first` on."""
+    o_anchors = first + tl.arange(0, BLOCK)
     b_bin, b_place = find_bin(b_logit, p_axis, o_anchors, num_anchors, BINS, AXIS)
     m_anchors = tl.expand_dims(o_anchors < num_anchors, AXIS)
-    p_edges = p_below + tl.expand_dims(o_anchors.to(tl.int64) * (BINS + 1), AXIS) + b_bin
+    # 64 bits up to the first table only: 64-bit offsets for every pair would spill
+    o_edges = tl.expand_dims(tl.arange(0, BLOCK) * (BINS + 1), AXIS) + b_bin
+    p_edges = p_below + tl.full((), BINS + 1, tl.int64) * first + o_edges
     b_start = tl.load(p_edges, mask=m_anchors, other=0.0)
     b_end = tl.load(p_edges + 1, mask=m_anchors, other=0.0)
     o_inverse = 2 * num_anchors.to(tl.int64) + o_anchors
@@ -95,7 +100,7 @@ def histogram_ranks_kernel(
             b_bin, _ = find_bin(b_logit, p_axis, o_i, num_rows, BINS, 1)
             tl.atomic_add(p_counts + o_i.to(tl.int64)[:, None] * BINS + b_bin, 1, mask=m_keep, sem="relaxed")
         else:
-            b_weight = rank_weights(b_logit, p_axis, p_below, p_shape, o_i, num_rows, BINS, 1)
+            b_weight = rank_weights(b_logit, p_axis, p_below, p_shape, i0, num_rows, BLOCK_M, BINS, 1)
             b_weight = tl.where(m_keep, b_weight, 0.0)
             b_exp = tl.where(m_keep, b_weight * tl.exp2((b_logit - b_shift[:, None]) * LOG2E), 0.0)
             b_sum += tl.sum(b_exp, 1)

@@ -132,9 +132,9 @@ def sweep(
         col_term = load_term(p_col_lse, p_col_grad, o_j, num_columns, EXPONENTS, FACTORED) if REVERSE else None
         b_row_omega, b_col_omega = None, None
         if FORWARD and BINS > 0:
-            b_row_omega = rank_weights(b_s * scale, p_row_axis, p_row_below, p_shape, o_i, num_rows, BINS, 1)
+            b_row_omega = rank_weights(b_s * scale, p_row_axis, p_row_below, p_shape, i0, num_rows, BLOCK_M, BINS, 1)
         if REVERSE and BINS > 0:
-            b_col_omega = rank_weights(b_s * scale, p_col_axis, p_col_below, p_shape, o_j, num_columns, BINS, 0)
+            b_col_omega = rank_weights(b_s * scale, p_col_axis, p_col_below, p_shape, j0, num_columns, BLOCK_N, BINS, 0)
         if HAS_IDS:
             b_col_ids = load_ids(p_col_ids, o_j, num_columns) if p_col_ids is not None else None
             m_keep = keep_tile(o_i, o_j, num_rows, num_columns, images, b_row_ids, b_col_ids, HAS_IMAGES, False)

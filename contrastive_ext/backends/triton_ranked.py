@@ -89,7 +89,7 @@ def _sweep(
 ) -> Tensor:
     """Partial results [splits, parts, N] of one pass of the kernel."""
     pairs, (u, v) = problem.pairs, _operands(problem)
-    config = _config("forward", u, busy=True)
+    config = _config("forward", u, busy=True, ranked=name == "SUMS")
     scale, scale_is_tensor = _scale(problem)
     tiles = _cdiv(len(u), config.block_m)
     splits, span = _split(tiles, len(v), config.block_n, 2 * _processors(u.device))
