@@ -160,7 +160,7 @@ def fused_bayesian_loss(
     options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`; negatives [K, D] only
     Returns      0-d float32 ("mean", "sum") or one value per anchor ("none"); nats
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
-    Memory       O(B D) and a block of whole rows per thread (16 MiB, or one row if that is longer); histogram: also
+    Memory       O(B D) and a block of whole rows per thread (16 MiB, or four rows if those are longer); histogram: also
                  O(B bins). Time O(B^2 (D + log B)), exact
     Paper        Liu et al., 2023, arXiv:2301.11673
     """
