@@ -52,7 +52,7 @@ inline uint64_t order_key(double x) {
 }
 
 // Sorts one row of (key, column) pairs at a time: least significant digit first, 11 bits a pass, so 3 passes for float
-// whatever the values are. A comparison sort of the same pairs takes five times as long (docs/measurements.md).
+// whatever the values are. A comparison sort of the same pairs takes nine times as long (docs/measurements.md).
 template <class T>
 class RadixSort {
  public:
