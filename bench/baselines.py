@@ -27,17 +27,25 @@ if TYPE_CHECKING:
 
 TAU_PLUS = 0.1  # defaults of the public functions, which the timed calls leave untouched
 BETA = 1.0
+ALPHA = BAYESIAN_BETA = 0.9
 
 # Logits per block, 16 MiB in fp32. On two cores at N = 8192: 2^22 to 2^24 equal within the noise, smaller is slower.
 CHUNK_ELEMENTS = 2**22
 
 
+Ranks = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class DenseLoss:
-    """A loss as a formula of its rows: exponents of the log-sum-exps it needs, `formula(lse, pos, count, scale)`."""
+    """A loss as a formula of its rows: exponents of the log-sum-exps it needs, `formula(lse, pos, count, scale)`.
+
+    ranks  for a loss that weighs negatives by rank: ranks [rows, M] of logits whose ignored pairs are -inf
+    """
 
     exponents: tuple[float, ...]
     formula: Callable[[Sequence[Tensor], Tensor, int, float], Tensor]
+    ranks: Ranks | None = None
 
 
 def _infonce(lse, pos, count, scale):
@@ -65,10 +73,38 @@ def _hard_negative(lse, pos, count, scale):
 INFONCE = DenseLoss((1.0,), _infonce)
 DECOUPLED = DenseLoss((1.0,), _decoupled)
 DEBIASED = DenseLoss((1.0,), _debiased)
+BAYESIAN = DenseLoss((1.0,), _infonce, ranks=lambda logits: _ranks_by_sorting(logits))
 HARD_NEGATIVE = DenseLoss((BETA, 1.0 + BETA), _hard_negative)
 
 
-def eager(case: Case, inputs: Inputs) -> Tensor:
+def _ranks_by_sorting(logits: Tensor) -> Tensor:
+    ignored, logits = (logits == -torch.inf).sum(1, keepdim=True), logits.contiguous()
+    return torch.searchsorted(logits.sort(1).values.contiguous(), logits, right=True) - ignored
+
+
+def _ranks_by_comparison(logits: Tensor) -> Tensor:
+    """As the released code finds them: every negative against every other, O(N) times the matrix."""
+    negative = (logits > -torch.inf)[:, None, :]
+    return ((logits[:, None, :] <= logits[:, :, None]) & negative).sum(2)
+
+
+def _log_rank_weights(rank: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """log omega of BCL at its defaults (Liu et al., 2023), the root as the released code writes it."""
+    u, eps = rank.clamp(min=1).to(dtype) / count, 1e-3
+    a = (1 - 2 * ALPHA) * (1 - 2 * TAU_PLUS) + eps
+    b = 2 * (ALPHA * (1 - TAU_PLUS) + (1 - ALPHA) * TAU_PLUS)
+    phi = (-b + torch.sqrt(b * b + 4 * a * u)) / (2 * a)
+    share = 2 * ALPHA * (1 - BAYESIAN_BETA) * (1 - phi) + 2 * (1 - ALPHA) * BAYESIAN_BETA * phi
+    norm = ALPHA * (1 - BAYESIAN_BETA) + (1 - ALPHA) * BAYESIAN_BETA + eps
+    return torch.log(share / norm / (b * (1 - phi) + (2 - b) * phi))
+
+
+def comparison(case: Case, inputs: Inputs) -> Tensor:
+    """`eager` with ranks by comparison, as the released code of BCL has them."""
+    return eager(case, inputs, ranks=_ranks_by_comparison)
+
+
+def eager(case: Case, inputs: Inputs, ranks: Ranks | None = None) -> Tensor:
     """[R] loss of every row through the whole matrix of logits."""
     if isinstance(case.dense, OwnLoss):
         return case.dense.rows(case, case.dense.prepare(case, _unit_inputs(case, inputs)), slice(0, case.n))
@@ -76,11 +112,11 @@ def eager(case: Case, inputs: Inputs) -> Tensor:
     pos = (u1 * u2).sum(1) / case.temperature
     if case.layout == "two_view":
         u = torch.cat([u1, u2])
-        return _row_losses(case, _masked_logits(case, u, u, 0), pos.repeat(2))
+        return _row_losses(case, _masked_logits(case, u, u, 0), pos.repeat(2), ranks)
     if case.layout == "queue":
-        return _row_losses(case, _masked_logits(case, u1, inputs.queue.to(u1.dtype), 0), pos)
+        return _row_losses(case, _masked_logits(case, u1, inputs.queue.to(u1.dtype), 0), pos, ranks)
     logits = _masked_logits(case, u1, u2, 0)
-    return torch.cat([_row_losses(case, logits, pos), _row_losses(case, logits.T, pos)])
+    return torch.cat([_row_losses(case, logits, pos, ranks), _row_losses(case, logits.T, pos, ranks)])
 
 
 def chunked(case: Case, inputs: Inputs, *, operand_dtype: torch.dtype | None = None) -> Tensor:
@@ -160,8 +196,13 @@ def _masked_logits(case: Case, u: Tensor, v: Tensor, first: int) -> Tensor:
     return logits
 
 
-def _row_losses(case: Case, logits: Tensor, pos: Tensor) -> Tensor:
+def _row_losses(case: Case, logits: Tensor, pos: Tensor, ranks: Ranks | None = None) -> Tensor:
     dense = case.dense
+    if dense.ranks is not None:
+        with torch.no_grad():
+            rank = (ranks or dense.ranks)(logits)
+            log_weight = _log_rank_weights(rank, case.negatives, logits.dtype)
+        logits = logits + log_weight
     lse = [torch.logsumexp(logits if beta == 1 else beta * logits, 1) for beta in dense.exponents]
     return dense.formula(lse, pos, case.negatives, 1 / case.temperature)
 

@@ -45,6 +45,7 @@ LOSSES: dict[str, LossRow] = {
     "fused_infonce_loss": LossRow(contrastive_ext.fused_infonce_loss, baselines.INFONCE, 0.1),
     "fused_decoupled_loss": LossRow(contrastive_ext.fused_decoupled_loss, baselines.DECOUPLED, 0.1),
     "fused_debiased_loss": LossRow(contrastive_ext.fused_debiased_loss, baselines.DEBIASED, 0.5),
+    "fused_bayesian_loss": LossRow(contrastive_ext.fused_bayesian_loss, baselines.BAYESIAN, 0.5),
     "fused_hard_negative_loss": LossRow(contrastive_ext.fused_hard_negative_loss, baselines.HARD_NEGATIVE, 0.5),
     "fused_false_negative_loss": LossRow(contrastive_ext.fused_false_negative_loss, own_losses.FALSE_NEGATIVE, 0.1),
     "fused_supcon_loss": LossRow(contrastive_ext.fused_supcon_loss, own_losses.SUPCON, 0.1),
@@ -67,6 +68,8 @@ DTYPES = {
 #   recompute  forms it a second time in the backward
 #   triangle   visits the upper triangle of one set only; s and two products per tile in the backward
 #   rows       every row block visits all columns; one set needs s and one product, two sets swap roles and run again
+#   histogram  whole rows in the forward, the triangle in the backward
+#   sweeps     three forward sweeps for range, counts and sums of a histogram, `rows` in the backward
 # The fused paths make a queue's gradient in the forward. Self-labels: the labels of a block and of its partners;
 # views: scores and logits, the fused detection is a sweep of its own.
 FLOPS = {
@@ -86,8 +89,17 @@ FLOPS = {
         "two_view": (2, 4), "symmetric": (2, 8), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
         "views": (4, 4), "labelled": (2, 4),
     },
+    "histogram": {"two_view": (2, 3), "symmetric": (4, 12), "queue": (2, 4)},
+    "sweeps": {"two_view": (6, 4), "symmetric": (12, 8), "queue": (6, 2)},
 }  # fmt: skip
 ALGORITHMS = {"chunked": "recompute", "torch": "triangle", "cpu": "triangle", "triton": "rows", "cuda": "rows"}
+# A loss of ranks sees whole rows; what is not listed recomputes.
+RANKED_ALGORITHMS = {
+    "cpu, histogram": "histogram",
+    "triton, histogram": "sweeps",
+    "eager": "dense",
+    "comparison": "dense",
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,11 @@ class Case:
     def dense(self) -> DenseLoss | OwnLoss:
         """The loss's dense formula."""
         return LOSSES[self.loss].dense
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the loss weighs negatives by their ranks."""
+        return isinstance(self.dense, DenseLoss) and self.dense.ranks is not None
 
     @property
     def negatives(self) -> int:
@@ -183,20 +200,25 @@ def short_name(loss: str) -> str:
 
 def executed_flops(method: str, case: Case) -> tuple[float, float]:
     """Matrix flops of forward and backward as `method` executes them; methods without a row are dense."""
-    forward, backward = FLOPS[ALGORITHMS.get(method, "dense")][case.layout]
+    algorithm = ALGORITHMS.get(method, "dense")
+    if case.is_ranked:
+        algorithm = RANKED_ALGORITHMS.get(method, "recompute")
+    forward, backward = FLOPS[algorithm][case.layout]
     elements = float(case.n) * case.columns * case.dim
     return forward * elements, backward * elements
 
 
-def fused(case: Case, inputs: Inputs, backend: str, reduction: str) -> Tensor:
+def fused(case: Case, inputs: Inputs, backend: str, reduction: str, **parameters) -> Tensor:
     """The public function on `inputs`."""
     function = LOSSES[case.loss].function
     if isinstance(case.dense, OwnLoss):
         return case.dense.call(function, case, inputs, {"backend": backend, "reduction": reduction})
-    options = {"layout": case.layout}
+    options: dict = {"layout": case.layout}
     if case.layout == "queue":
         options = {"layout": "one_way", "queue": inputs.queue, "in_batch_negatives": False}
-    return function(inputs.z1, inputs.z2, case.temperature, backend=backend, reduction=reduction, **options)
+    return function(
+        inputs.z1, inputs.z2, case.temperature, backend=backend, reduction=reduction, **options, **parameters
+    )
 
 
 def _case(loss: str, layout: str, n: int, m: int | None = None, dim: int = 128, **options) -> Case:
@@ -218,6 +240,7 @@ def cpu_cases(quick: bool) -> list[Case]:
     return [
         *growing,
         *others,
+        _case("bayesian", "two_view", 512),  # what comparing all negatives of a row with each other can still do
         _case("infonce", "symmetric", 4096),
         _case("infonce", "queue", 1024, 16384),
         _case("false_negative", "views", 4096),

@@ -19,6 +19,11 @@ from .device import Device
 # (logits, softmax, gradient, a temporary), 20.3 with two; 29 with three, self-labels at 1,024 x 17,408. Only decides
 # what is not even tried.
 EAGER_BYTES_PER_ELEMENT = {1: 16.3, 2: 20.3, 3: 29.0}
+EAGER_BYTES_PER_RANKED_ELEMENT = 41.3  # and ranks: sorted logits, their places
+# Comparing every negative with every other takes N^3 bytes and more.
+LARGEST_COMPARISON = 512
+# Histogram ranks are an approximation, documented for 256 bins and many negatives; few are half a rank off.
+HISTOGRAM_RELATIVE_L2 = 1e-3
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Method:
     mean_loss   the 0-d mean, which is what gets timed
     is_ours     the correctness gate is strict, and a red one fails the run
     keeps_matrix  whether memory grows as N x M
+    relative_l2  documented error of a method of ours that approximates, in place of the strict gate
     """
 
     name: str
@@ -36,10 +42,13 @@ class Method:
     mean_loss: Callable[[Case, Inputs], Tensor]
     is_ours: bool = False
     keeps_matrix: bool = False
+    relative_l2: float | None = None
 
     def estimated_bytes(self, case: Case) -> int:
         """Memory of the matrix, before trying."""
-        return int(self.keeps_matrix * EAGER_BYTES_PER_ELEMENT[len(case.dense.exponents)] * case.n * case.m)
+        ranked = case.is_ranked
+        per_element = EAGER_BYTES_PER_RANKED_ELEMENT if ranked else EAGER_BYTES_PER_ELEMENT[len(case.dense.exponents)]
+        return int(self.keeps_matrix * per_element * case.n * case.m)
 
 
 def _baseline(name: str, row_losses: Callable[[Case, Inputs], Tensor], keeps_matrix: bool) -> Method:
@@ -49,15 +58,17 @@ def _baseline(name: str, row_losses: Callable[[Case, Inputs], Tensor], keeps_mat
 EAGER = _baseline("eager", baselines.eager, keeps_matrix=True)
 CHUNKED = _baseline("chunked", baselines.chunked, keeps_matrix=False)
 COMPILED = _baseline("compile", baselines.compiled, keeps_matrix=True)
+COMPARISON = _baseline("comparison", baselines.comparison, keeps_matrix=True)
 AUTOCAST = _baseline("autocast", baselines.autocast, keeps_matrix=True)
 
 
-def _backend(backend: str) -> Method:
+def _backend(backend: str, suffix: str = "", relative_l2: float | None = None, **parameters) -> Method:
     return Method(
-        backend,
-        partial(fused, backend=backend, reduction="none"),
-        partial(fused, backend=backend, reduction="mean"),
+        backend + suffix,
+        partial(fused, backend=backend, reduction="none", **parameters),
+        partial(fused, backend=backend, reduction="mean", **parameters),
         is_ours=True,
+        relative_l2=relative_l2,
     )
 
 
@@ -67,12 +78,17 @@ def backends_for(case: Case, device: Device) -> list[Method]:
     reasons = contrastive_ext.explain(probe).reasons
     if reasons["cuda"] is None:
         reasons["cuda"] = _why_not_cuda(case)
-    return [_backend(name) for name, reason in reasons.items() if name != "reference" and reason is None]
+    names = [name for name, reason in reasons.items() if name != "reference" and reason is None]
+    if not case.is_ranked:
+        return [_backend(name) for name in names]
+    exact = [_backend(name, ranks="exact") for name in names]
+    error = HISTOGRAM_RELATIVE_L2 + 0.5 / case.negatives
+    return exact + [_backend(name, ", histogram", error, ranks="histogram") for name in names]
 
 
 def _why_not_cuda(case: Case) -> str | None:
     """Its forward is not complete yet; it raises for what it lacks."""
-    simple = case.layout in ("two_view", "labelled") and len(case.dense.exponents) == 1
+    simple = case.layout in ("two_view", "labelled") and len(case.dense.exponents) == 1 and not case.is_ranked
     return None if simple else "it makes one log-sum-exp per row and no column statistics or means yet."
 
 
@@ -82,6 +98,8 @@ def methods_for(case: Case, device: Device) -> list[Method]:
     if case.fused_only:
         return methods
     methods += [EAGER, CHUNKED]
+    if case.is_ranked and case.n <= LARGEST_COMPARISON:
+        methods.append(COMPARISON)
     if case.compile:
         methods.append(COMPILED)
     if case.dtype == "bfloat16" or (device.is_cuda and case.dtype == "float32"):

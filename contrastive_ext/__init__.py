@@ -13,9 +13,11 @@ from types import ModuleType
 
 from . import theory
 from ._version import __version__
+from .alpha import estimate_alpha, linear_alpha
 from .dispatch import available_backends
 from .explain import Explanation, explain
 from .losses.base import RowLoss, RowStatistics, fused_row_loss
+from .losses.bayesian import Bayesian, fused_bayesian_loss
 from .losses.debiased import Debiased, fused_debiased_loss
 from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
@@ -26,6 +28,7 @@ from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
 from .losses.supcon import SupConStats, fused_supcon_loss
 from .memory import MemoryEstimate, estimate_memory
 from .modules import (
+    BayesianLoss,
     DebiasedLoss,
     DecoupledLoss,
     FalseNegativeLoss,
@@ -43,6 +46,8 @@ from .row_stats import row_stats
 from .stats import LossStats
 
 __all__ = [
+    "Bayesian",
+    "BayesianLoss",
     "Debiased",
     "DebiasedLoss",
     "Decoupled",
@@ -69,8 +74,10 @@ __all__ = [
     "SupConStats",
     "__version__",
     "available_backends",
+    "estimate_alpha",
     "estimate_memory",
     "explain",
+    "fused_bayesian_loss",
     "fused_debiased_loss",
     "fused_decoupled_loss",
     "fused_false_negative_loss",
@@ -80,6 +87,7 @@ __all__ = [
     "fused_self_labeling_loss",
     "fused_soft_target_loss",
     "fused_supcon_loss",
+    "linear_alpha",
     "momentum_mixup",
     "momentum_update",
     "mu_schedule",

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import cpu, cuda, torch_blocks, triton, triton_whole_loss
+from .backends import cpu, cuda, torch_blocks, torch_ranked, triton, triton_ranked, triton_whole_loss
 from .backends.short_road import WholeLossOps
 from .problem import Problem, Statistics, Upstream
+from .ranking import RankedStatistics
 
 REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute `Statistics` and their gradient; `why_not` says why it cannot, or None.
+    """A way to compute `Statistics` and `RankedStatistics` and their gradients; `why_not` says why it cannot, or None.
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
     `whole_loss`: its operators of the short road (whole_loss.py) for inputs of a dtype, or None.
@@ -34,20 +35,25 @@ class Backend:
     forward: Callable[..., Statistics]
     backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
     top_columns: Callable[..., tuple[Tensor, Tensor]]
+    ranked_forward: Callable[..., RankedStatistics]
+    ranked_backward: Callable[..., tuple[Tensor, Tensor]]
     whole_loss: Callable[[torch.dtype], WholeLossOps | None] = lambda dtype: None
     needs_proof: bool = False
     note: str = ""
 
 
-def _backend(module, **more) -> Backend:
-    return Backend(module.NAME, module.why_not, module.forward, module.backward, module.top_columns, **more)
+def _backend(module, ranked, **more) -> Backend:
+    return Backend(
+        module.NAME, module.why_not, module.forward, module.backward, module.top_columns,
+        ranked.ranked_forward, ranked.ranked_backward, **more,
+    )  # fmt: skip
 
 
 BACKENDS: tuple[Backend, ...] = (
-    _backend(cuda, needs_proof=True, note=cuda.NOTE),
-    _backend(triton, whole_loss=triton_whole_loss.whole_loss, needs_proof=True),
-    _backend(cpu, whole_loss=cpu.whole_loss),
-    _backend(torch_blocks),
+    _backend(cuda, cuda, needs_proof=True, note=cuda.NOTE),
+    _backend(triton, triton_ranked, whole_loss=triton_whole_loss.whole_loss, needs_proof=True),
+    _backend(cpu, cpu, whole_loss=cpu.whole_loss),
+    _backend(torch_blocks, torch_ranked),
 )
 
 # (backend, architecture, operand dtype) -> file in bench/results that shows it correct and measured on hardware.

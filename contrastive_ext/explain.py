@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from . import dispatch
 from .numerics import SUPPORTED_DTYPES, stats_dtype
+from .ranking import choose_ranks
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend `auto` takes; for every backend the reason it cannot run the call (None: it can), for some a note."""
+    """The backend `auto` takes; for every backend the reason it cannot run the call (None: it can), for some a note.
+
+    ranks  what ranks="auto" of the Bayesian loss takes for the batch in layout "two_view": "exact" or "histogram"
+    """
 
     chosen: str
     reasons: dict[str, str | None]
     notes: dict[str, str] = field(default_factory=dict)
+    ranks: str | None = None
 
     def __str__(self) -> str:
         lines = [f"backend='auto' takes {self.chosen!r}:"]
         for name, why in self.reasons.items():
             able = "can run this call" + (f" ({self.notes[name]})" if name in self.notes else "")
             lines.append(f"  {name:<10} {able if why is None else why}")
+        if self.ranks is not None:
+            lines.append(f"ranks='auto' (fused_bayesian_loss, two views) takes {self.ranks!r}")
         return "\n".join(lines)
 
 
@@ -36,7 +43,8 @@ def explain(z1: Tensor, z2: Tensor | None = None) -> Explanation:
         raise ValueError(f"z1 must be a floating-point [B, D] tensor; got {z1.dtype} {list(z1.shape)}.")
     if z2 is not None and (z2.dtype != z1.dtype or z2.device != z1.device):
         raise TypeError(f"z1 and z2 must share dtype and device; got {z1.dtype} and {z2.dtype}.")
-    return explain_for(z1.device, z1.dtype, z1.shape[1])
+    explanation = explain_for(z1.device, z1.dtype, z1.shape[1])
+    return replace(explanation, ranks=choose_ranks("auto", 2 * len(z1)))
 
 
 def explain_for(device: torch.device, dtype: torch.dtype, dim: int) -> Explanation:

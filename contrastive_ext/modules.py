@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .losses.base import LossOptions, RowLoss, fused_row_loss
+from .losses.bayesian import Bayesian
 from .losses.debiased import Debiased
 from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
@@ -23,6 +25,7 @@ from .losses.soft_target import DEFAULT_TEMPERATURE as SOFT_TARGET_TEMPERATURE
 from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
 from .losses.supcon import SupConStats, fused_supcon_loss
 from .queue import NegativeQueue
+from .ranking import Ranks
 from .stats import LossStats
 
 
@@ -203,6 +206,29 @@ class SoftTargetLoss(_LossModule):
     ) -> Tensor | tuple[Tensor, SoftTargetStats]:
         """Loss of queries [N, D] against the teacher's [N, D] over keys [M, D] and the queue."""
         return fused_soft_target_loss(queries, keys, teacher, **self._with_defaults(call))
+
+
+class BayesianLoss(RowLossModule):
+    """Module of `fused_bayesian_loss`: BCL; `alpha` may be given to the call, for a schedule."""
+
+    def __init__(
+        self,
+        temperature: float | None = None,
+        tau_plus: float = 0.1,
+        alpha: float = 0.9,
+        beta: float = 0.9,
+        *,
+        ranks: Ranks = "auto",
+        bins: int = 256,
+        eps: float = 1e-3,
+        **options: Unpack[LossOptions],
+    ):
+        super().__init__(Bayesian(tau_plus, alpha, beta, ranks, bins, eps), temperature, **options)
+
+    def _loss(self, z1: Tensor, z2: Tensor, *, alpha: float | None = None, **arguments):
+        assert isinstance(self.row_loss, Bayesian)
+        row_loss = self.row_loss if alpha is None else replace(self.row_loss, alpha=alpha)
+        return fused_row_loss(row_loss, z1, z2, **arguments)
 
 
 class LogitScale(nn.Module):

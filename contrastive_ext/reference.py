@@ -24,6 +24,7 @@ class DenseLogits:
     pos         [R] logit of the positive
     correction  [R] log-mean-exp of the debiasing positives (pos unless `positives` was given)
     scale       1/temperature
+    log_weight  [R, C] log of a constant weight on e^logit of every negative; None: all count alike
     """
 
     logits: Tensor
@@ -31,6 +32,7 @@ class DenseLogits:
     pos: Tensor
     correction: Tensor
     scale: float | Tensor
+    log_weight: Tensor | None = None
 
     @property
     def count(self) -> Tensor:
@@ -48,10 +50,18 @@ class DenseLogits:
         return terms.sum(1)
 
     def logsumexp(self, exponent: float = 1.0) -> Tensor:
-        """[R] log sum over negatives of exp(exponent * x); rows without negatives give -inf and no gradient."""
-        masked = (exponent * self.logits).masked_fill(~self.negative, -torch.inf)
-        empty = ~self.negative.any(1)
+        """[R] log sum over negatives of (weight exp(x))^exponent; rows without any give -inf and no gradient."""
+        weighted = self.logits if self.log_weight is None else self.logits + self.log_weight
+        masked = (exponent * weighted).masked_fill(~self.negative, -torch.inf)
+        empty = (masked == -torch.inf).all(1)
         return masked.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -torch.inf)
+
+    def weight_statistics(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """[R] mean and largest weight of the negatives; None for a loss without weights."""
+        if self.log_weight is None:
+            return None, None
+        weight = self.log_weight.exp().masked_fill(~self.negative, 0.0)
+        return weight.sum(1) / self.count.clamp(min=1), weight.amax(1)
 
 
 def dense_logits(batch: Arrangement) -> DenseLogits:

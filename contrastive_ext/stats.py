@@ -28,6 +28,8 @@ class Diagnostics(NamedTuple):
     total: Tensor  # sum of the negatives' logits
     lse_squared: Tensor  # log sum of exp(2 beta s), beta the loss's first exponent
     candidates: int
+    mean_weight: Tensor | None = None  # of the weights a loss puts on its negatives; None: all are 1
+    max_weight: Tensor | None = None
 
 
 class Record:
@@ -47,7 +49,10 @@ class LossStats(Record):
     negative_similarity  mean similarity to the negatives
     hardest_negative     mean over anchors of the largest similarity to a negative
     effective_negatives  mean of (sum w)^2 / sum w^2 for the weights w = e^{beta s}, beta the loss's first exponent: how
-                         many negatives an anchor really learns from (Kish's effective sample size)
+                         many negatives an anchor really learns from (Kish's effective sample size); with importance
+                         weights omega, w = omega e^s
+    mean_weight          mean importance weight of the negatives (Bayesian loss; 1 for the others)
+    max_weight           mean over anchors of the largest importance weight
     clamped_fraction     share of anchors whose negatives get no gradient because of the debiasing floor
     cancelled_fraction   share of candidates ignored by id or because the queue is not full yet
     empty_rows           number of anchors without any negative
@@ -58,6 +63,8 @@ class LossStats(Record):
     negative_similarity: Tensor
     hardest_negative: Tensor
     effective_negatives: Tensor
+    mean_weight: Tensor
+    max_weight: Tensor
     clamped_fraction: Tensor
     cancelled_fraction: Tensor
     empty_rows: Tensor
@@ -85,6 +92,8 @@ def summarize(stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None) -
         negative_similarity=mean(rows.total / rows.negatives.clamp(min=1) / scale),
         hardest_negative=mean(rows.largest / scale),
         effective_negatives=mean(torch.exp(2 * stats.lse[0].detach() - rows.lse_squared)),
+        mean_weight=mean(torch.ones_like(pos) if rows.mean_weight is None else rows.mean_weight),
+        max_weight=mean(torch.ones_like(pos) if rows.max_weight is None else rows.max_weight),
         clamped_fraction=mean(pos.new_zeros(len(pos)) if clamped is None else clamped.to(pos.dtype)),
         cancelled_fraction=1 - rows.negatives.mean() / max(1, rows.candidates),
         empty_rows=(~has_negatives).sum(),

@@ -6,6 +6,7 @@
 
 #include "compat.h"
 #include "pair_tables.h"
+#include "ranked_stats.h"
 #include "row_stats_backward.h"
 #include "row_stats_forward.h"
 #include "tensors.h"
@@ -208,6 +209,78 @@ std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& 
   return {scores, columns};
 }
 
+RankRule rank_rule(const std::vector<double>& ranking, int64_t bins) {
+  STD_TORCH_CHECK(ranking.size() == 4, "ranking must hold the coefficients a, b, low, high.");
+  STD_TORCH_CHECK(bins >= 0 && bins != 1, "bins must be 0 (exact ranks) or at least 2; got ", bins, ".");
+  return {ranking[0], ranking[1], ranking[2], ranking[3], bins};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ranked_forward_cpu(
+    const Tensor& u, MaybeTensor v, double scale, std::vector<double> exponents, int64_t num_images,
+    int64_t positive_offset, bool only_equal_ids, MaybeTensor row_ids, MaybeTensor col_ids, MaybeTensor ignored,
+    MaybeTensor gate_scorers, MaybeTensor gate_features, MaybeTensor gate_row_limit, MaybeTensor gate_col_limit,
+    bool unit, std::vector<double> ranking, int64_t bins, bool diagnostics) {
+  const Request request{u,       v,       scale,   exponents,    num_images,    positive_offset, only_equal_ids,
+                        row_ids, col_ids, ignored, gate_scorers, gate_features, gate_row_limit,  gate_col_limit,
+                        unit};
+  request.check();
+  const RankRule rule = rank_rule(ranking, bins);
+  const int64_t n = request.n();
+  const Tensor lse = empty(u, {n}), aux = empty(u, {diagnostics ? 6 : 1, n});
+  const Tensor axis = bins ? empty(u, {3, n}) : empty(u, {0}), below = bins ? empty(u, {n, bins + 1}) : empty(u, {0});
+  const PairTables tables(request.pairs());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const RankedResults<T> results{data<T>(lse), data<T>(aux), data<T>(axis), data<T>(below), diagnostics};
+    const auto forward = bins ? histogram_ranks_forward<T> : exact_ranks_forward<T>;
+    forward(request.problem<T>(tables), rule, results);
+  };
+  if (u.scalar_type() == ScalarType::Float)
+    run(0.0f);
+  else
+    run(0.0);
+  return {lse, aux, axis, below};
+}
+
+std::tuple<Tensor, Tensor> ranked_backward_cpu(const Tensor& u, MaybeTensor v, double scale,
+                                               std::vector<double> exponents, int64_t num_images,
+                                               int64_t positive_offset, bool only_equal_ids, MaybeTensor row_ids,
+                                               MaybeTensor col_ids, MaybeTensor ignored, MaybeTensor gate_scorers,
+                                               MaybeTensor gate_features, MaybeTensor gate_row_limit,
+                                               MaybeTensor gate_col_limit, bool unit, std::vector<double> ranking,
+                                               int64_t bins, const Tensor& lse, const Tensor& axis, const Tensor& below,
+                                               const Tensor& grad_lse, bool need_u, bool need_v) {
+  const Request request{u,       v,       scale,   exponents,    num_images,    positive_offset, only_equal_ids,
+                        row_ids, col_ids, ignored, gate_scorers, gate_features, gate_row_limit,  gate_col_limit,
+                        unit};
+  request.check();
+  const RankRule rule = rank_rule(ranking, bins);
+  const int64_t n = request.n(), m = request.m();
+  const ScalarType dtype = u.scalar_type();
+  check_tensor(lse, "lse", dtype, {n});
+  check_tensor(grad_lse, "grad_lse", dtype, {n});
+  if (bins) {
+    check_tensor(axis, "axis", dtype, {3, n});
+    check_tensor(below, "below", dtype, {n, bins + 1});
+  }
+  STD_TORCH_CHECK(v || !need_v, "one set has one gradient, du.");
+  const auto nothing = [&] { return empty(u, {0}); };
+  const Tensor du = need_u ? empty(u, {n, u.size(1)}) : nothing(), dv = need_v ? empty(u, {m, u.size(1)}) : nothing();
+  if (!need_u && !need_v) return {du, dv};
+  const PairTables tables(request.pairs());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto backward = bins ? histogram_ranks_backward<T> : exact_ranks_backward<T>;
+    backward(request.problem<T>(tables), rule, {data<T>(lse), data<T>(axis), data<T>(below), data<T>(grad_lse)},
+             data_if<T>(du, need_u), data_if<T>(dv, need_v));
+  };
+  if (dtype == ScalarType::Float)
+    run(0.0f);
+  else
+    run(0.0);
+  return {du, dv};
+}
+
 // One line of JSON: what was built and what runs on this CPU; without nvcc there are no cuda_archs.
 std::string native_build_info() {
   const uint64_t target = TORCH_FEATURE_VERSION;
@@ -242,6 +315,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
   m.def("row_stats_backward_cpu(" CE_PROBLEM
         ", Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, bool need_u, bool need_v) -> "
         "(Tensor du, Tensor dv)");
+  m.def("ranked_stats_forward_cpu(" CE_PROBLEM
+        ", float[] ranking, int bins, bool diagnostics) -> (Tensor lse, Tensor aux, Tensor axis, Tensor below)");
+  m.def("ranked_stats_backward_cpu(" CE_PROBLEM
+        ", float[] ranking, int bins, Tensor lse, Tensor axis, Tensor below, Tensor grad_lse, bool need_u, "
+        "bool need_v) -> (Tensor du, Tensor dv)");
 #undef CE_PROBLEM
   m.def(
       "top_columns_cpu(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids) -> "
@@ -253,6 +331,8 @@ STABLE_TORCH_LIBRARY_IMPL(contrastive_ext, CPU, m) {
   m.impl("row_stats_forward_cpu", TORCH_BOX(&forward_cpu));
   m.impl("row_stats_backward_cpu", TORCH_BOX(&backward_cpu));
   m.impl("top_columns_cpu", TORCH_BOX(&top_columns_cpu));
+  m.impl("ranked_stats_forward_cpu", TORCH_BOX(&ranked_forward_cpu));
+  m.impl("ranked_stats_backward_cpu", TORCH_BOX(&ranked_backward_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(contrastive_ext, CompositeExplicitAutograd, m) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "compat.h"
@@ -52,6 +53,20 @@ struct Problem {
   double reach(double beta) const { return beta * scale * kLog2E; }
 };
 
+// The shift for terms whose largest logit is `max`: finite, so that an infinite logit gives inf and not NaN; -inf for
+// none.
+template <class T>
+inline T shift_for(T beta, T max) {
+  constexpr T kLargest = std::numeric_limits<T>::max() / 4;
+  const T shift = beta * max;
+  return shift > kLargest ? kLargest : shift;
+}
+
+template <class T>
+inline T shift_in_use(T shift) {
+  return shift == -INFINITY ? T(0) : shift;
+}
+
 // Rows per block and columns per tile. 256 x 512 keeps the tile and its operands in L2 up to D = 128; from 128 x 256 to
 // 512 x 1024 the difference is within 10 % (docs/measurements.md). Forward and backward must agree: where one negative
 // dominates a row, its weight is exact only if both compute the same bits.
@@ -62,6 +77,13 @@ inline void choose_tile_sizes(TileGrid& grid) {
   while (grid.tile_cols > 256 && grid.tile_cols >= 2 * grid.cols) grid.tile_cols /= 2;
   grid.block_rows = 256;
   while (grid.block_rows > 32 && grid.block_rows * blocks > grid.rows) grid.block_rows /= 2;
+}
+
+// Whether a pair of the tile may have to be ignored.
+template <class T>
+inline bool may_ignore_pairs(const Tile<T>& tile) {
+  return tile.gate || tile.pairs->has_tables() ||
+         tile.pairs->may_share_image(tile.i0, tile.i0 + tile.rows, tile.j0, tile.j0 + tile.cols);
 }
 
 // One thread's tile: its logits, and the guide's scores where there is a gate.
@@ -78,14 +100,14 @@ class TileBuffer {
   int64_t ld() const { return ld_; }
   T* logits() const { return s_.get(); }
 
-  // Its pairs are tested only if one of them may have to be ignored.
   Tile<T> compute(const TileRange& range) const {
     const int64_t d = problem_.d;
-    const PairRules& pairs = problem_.pairs;
     const Gate<T>& gate = problem_.gate;
-    const bool special = gate || pairs.has_tables() || pairs.may_share_image(range.i0, range.i1, range.j0, range.j1);
-    Tile<T> tile{s_.get(), ld_,     range.i0,   range.i1 - range.i0, range.j0, range.j1 - range.j0,
-                 &pairs,   special, range.upper};
+    Tile<T> tile{};
+    tile.s = s_.get(), tile.ld = ld_;
+    tile.i0 = range.i0, tile.rows = range.i1 - range.i0;
+    tile.j0 = range.j0, tile.cols = range.j1 - range.j0;
+    tile.pairs = &problem_.pairs, tile.upper = range.upper;
     score_tile(tile.s, ld_, problem_.scale, problem_.u + tile.i0 * d, tile.rows, problem_.v + tile.j0 * d, tile.cols,
                d);
     if (gate) {
@@ -94,6 +116,7 @@ class TileBuffer {
       tile.row_limit = gate.row_limit + tile.i0;
       tile.col_limit = gate.col_limit.empty() ? nullptr : gate.col_limit.data() + tile.j0;
     }
+    tile.special = may_ignore_pairs(tile);
     return tile;
   }
 

@@ -13,20 +13,6 @@
 namespace contrastive_ext {
 namespace {
 
-// The shift for terms whose largest logit is `max`: finite, so that an infinite logit gives inf and not NaN; -inf for
-// none.
-template <class T>
-T shift_for(T beta, T max) {
-  constexpr T kLargest = std::numeric_limits<T>::max() / 4;
-  const T shift = beta * max;
-  return shift > kLargest ? kLargest : shift;
-}
-
-template <class T>
-T shift_in_use(T shift) {
-  return shift == -INFINITY ? T(0) : shift;
-}
-
 template <class T>
 class ForwardWorker {
  public:

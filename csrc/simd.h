@@ -17,6 +17,7 @@ struct Simd;
 template <>
 struct Simd<float> {
   static constexpr int kWidth = CE_VECTOR_BYTES / 4;
+  typedef int32_t Lane;
   typedef float V __attribute__((vector_size(CE_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(CE_VECTOR_BYTES)));
   typedef uint8_t Bytes __attribute__((vector_size(CE_VECTOR_BYTES / 4)));
@@ -25,6 +26,7 @@ struct Simd<float> {
 template <>
 struct Simd<double> {
   static constexpr int kWidth = CE_VECTOR_BYTES / 8;
+  typedef int64_t Lane;
   typedef double V __attribute__((vector_size(CE_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(CE_VECTOR_BYTES)));
   typedef uint8_t Bytes __attribute__((vector_size(CE_VECTOR_BYTES / 8)));
@@ -82,6 +84,27 @@ inline V rounded(V x) {
 #endif
   return x;
 }
+
+// The compiler's vectors have no square root of their own.
+#if defined(__x86_64__) && CE_VECTOR_BYTES > 16
+inline Simd<float>::V square_root(Simd<float>::V x) {
+  asm("vsqrtps %0, %0" : "+v"(x));
+  return x;
+}
+inline Simd<double>::V square_root(Simd<double>::V x) {
+  asm("vsqrtpd %0, %0" : "+v"(x));
+  return x;
+}
+#else
+inline Simd<float>::V square_root(Simd<float>::V x) {
+  for (int lane = 0; lane < Simd<float>::kWidth; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+  return x;
+}
+inline Simd<double>::V square_root(Simd<double>::V x) {
+  for (int lane = 0; lane < Simd<double>::kWidth; ++lane) x[lane] = __builtin_sqrt(x[lane]);
+  return x;
+}
+#endif
 
 template <class T>
 inline T horizontal_sum(typename Simd<T>::V v) {

@@ -65,6 +65,54 @@ struct Weights {
   const T *col_coef[2], *col_shift[2];  // indexed by column of the tile; col_coef[0] null: rows only
 };
 
+// The weight of a negative by its rank, see ranking.h.
+template <class T>
+struct RankShape {
+  T a, b, low, high;
+};
+
+// Histograms of the logits of consecutive anchors: `bins` equal bins from `low` on, `per_logit` bins per unit of logit.
+template <class T>
+struct Histograms {
+  int64_t bins;
+  const T* below;  // [anchors, bins + 1] negatives in lower bins
+  const T *low, *per_logit, *inverse_count;
+};
+
+// Smallest and largest of the kept logits per row.
+template <class T>
+struct Extremes {
+  T *row_min, *row_max;
+};
+
+// Adds the kept logits to counts [rows, bins, 2]; a bin holds the sum of its two counters.
+template <class T>
+struct BinCounts {
+  int64_t bins;
+  const T *low, *per_logit;
+  int32_t* counts;
+};
+
+// Sums of e = omega exp(s - row_shift), of e^2 and of omega over the kept pairs, and the largest omega.
+template <class T>
+struct RankedSums {
+  RankShape<T> shape;
+  Histograms<T> rows;
+  const T* row_shift;
+  T *row_sum, *row_square_sum, *weight_sum, *weight_max;
+};
+
+// Gradient weights, in place of the logits: Weights with one exponent, each direction times the omega of its anchor.
+template <class T>
+struct RankedWeights {
+  RankShape<T> shape;
+  Histograms<T> rows, cols;
+  bool shared;  // as in Weights
+  T factor, factor_low;
+  const T *row_coef, *row_shift;
+  const T *col_coef, *col_shift;  // col_coef null: rows only
+};
+
 template <class T>
 struct TileKernels {
   void (*moments)(const Tile<T>&, const Moments<T>&);
@@ -74,8 +122,12 @@ struct TileKernels {
   void (*larger_of)(T* x, const T* y, int64_t n);
   // The first j in [begin, end) with x[j] > limit, or end; x is readable up to a multiple of kColumnPad.
   int64_t (*first_above)(const T* x, int64_t begin, int64_t end, T limit);
-  // For the tests: the class of every pair, [rows, cols]; all negatives in a strip that takes the plain loop.
+  // The class of every pair, [rows, cols]; all negatives in a strip that takes the plain loop.
   void (*classes)(const Tile<T>&, uint8_t* pair_class);
+  void (*extremes)(const Tile<T>&, const Extremes<T>&);
+  void (*bin_counts)(const Tile<T>&, const BinCounts<T>&);
+  void (*ranked_sums)(const Tile<T>&, const RankedSums<T>&);
+  void (*ranked_weights)(const Tile<T>&, const RankedWeights<T>&);
   // For the tests: y = exp(x), and y = 2^(factor x - shift2) for arguments in range.
   void (*exp)(const T* x, T* y, int64_t n);
   void (*exp2_in_range)(const T* x, T* y, int64_t n, T factor, T factor_low, T shift2);

@@ -41,6 +41,13 @@ LOSSES = [
     Loss("hard_detached", ce.fused_hard_negative_loss, ce.HardNegativeLoss, {"beta": 2.0, "detach_weights": True}),
 ]
 
+# Losses of ranks: neighbours in a row may swap by rounding, many at once where vectors are identical, so that only what
+# keeps ranks apart can be compared. tests/test_bayesian.py says which of the promises hold, and how.
+RANKED = [
+    Loss("bayesian", ce.fused_bayesian_loss, ce.BayesianLoss, {"alpha": 0.8, "beta": 0.7}),
+    Loss("bayesian_histogram", ce.fused_bayesian_loss, ce.BayesianLoss, {"ranks": "histogram", "bins": 8}),
+]
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -103,6 +110,8 @@ USAGES = [
     Usage("guide_symmetric", _with_guide_and_labels),
     Usage("symmetric", lambda a, b: (b, {"layout": "symmetric"})),
 ]
+# ranks span all candidates of an anchor, which are therefore the same for all anchors
+RANKED_USAGES = [usage for usage in USAGES if usage.name != "own_negatives"]
 
 # (pairs, features, reason)
 SHAPES = [

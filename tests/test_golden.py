@@ -13,7 +13,12 @@ import contrastive_ext as ce
 
 FOLDER = Path(__file__).parent / "golden"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
-FUNCTIONS = {"infonce": ce.fused_infonce_loss, "dcl": ce.fused_debiased_loss, "hcl": ce.fused_hard_negative_loss}
+FUNCTIONS = {
+    "infonce": ce.fused_infonce_loss,
+    "dcl": ce.fused_debiased_loss,
+    "hcl": ce.fused_hard_negative_loss,
+    "bcl": ce.fused_bayesian_loss,
+}
 CASES = [(family, case) for family in FUNCTIONS for case in MANIFEST[family]["cases"]]
 ARRAYS = {family: np.load(FOLDER / f"{family}.npz") for family in FUNCTIONS}
 
@@ -24,7 +29,7 @@ def _load(family: str, case: dict) -> dict[str, torch.Tensor]:
 
 
 def _parameters(case: dict) -> dict:
-    return {name: case[name] for name in ("tau_plus", "beta") if name in case}
+    return {name: case[name] for name in ("tau_plus", "alpha", "beta") if name in case}
 
 
 @pytest.mark.parametrize("family, case", CASES, ids=[f"{f}-{c['case']}" for f, c in CASES])

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import contrastive_ext as ce
-from rows import LOSSES, random_pairs
+from rows import LOSSES, RANKED, random_pairs
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x.name)
+@pytest.mark.parametrize("loss", LOSSES + RANKED, ids=lambda x: x.name)
 def test_module_equals_function(loss):
     z1, z2 = random_pairs(6, 4)
     module = loss.module(0.3, **loss.parameters, layout="one_way")

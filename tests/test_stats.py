@@ -42,6 +42,8 @@ def test_record_matches_its_definition():
         "negative_similarity": s[~same].mean(),
         "hardest_negative": hardest.mean(),
         "effective_negatives": (weight.sum(1) ** 2 / (weight**2).sum(1)).mean(),
+        "mean_weight": 1.0,
+        "max_weight": 1.0,
         "clamped_fraction": 0.0,
         "cancelled_fraction": 0.0,
         "empty_rows": 0.0,

@@ -10,7 +10,7 @@ import torch
 
 import contrastive_ext as ce
 from bench.cases import LOSSES as BENCH_LOSSES
-from rows import LOSSES, random_pairs
+from rows import LOSSES, RANKED, random_pairs
 
 PUBLIC = {name for name in ce.__all__ if name.startswith("fused_") and name != "fused_row_loss"}
 # losses over pairs share the tests of rows.py; a loss with another signature has a test file of its own
@@ -18,7 +18,7 @@ OVER_PAIRS = {name for name in PUBLIC if list(inspect.signature(getattr(ce, name
 
 
 def test_every_loss_over_pairs_has_a_test_row():
-    assert {loss.function.__name__ for loss in LOSSES} == OVER_PAIRS
+    assert {loss.function.__name__ for loss in LOSSES + RANKED} == OVER_PAIRS
 
 
 def test_every_other_loss_has_a_test_file():
@@ -41,7 +41,7 @@ def test_every_public_loss_has_a_module():
 
 
 def test_every_loss_over_pairs_shows_every_option():
-    for loss in LOSSES:
+    for loss in LOSSES + RANKED:
         assert issubclass(loss.module, ce.RowLossModule)
         shown = inspect.signature(loss.function).parameters
         assert {"z1", "z2", "temperature", "logit_scale", "layout", "queue", "negatives", "in_batch_negatives"} <= set(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import triton
 from contrastive_ext.triton_kernels import (
     configs,
+    histogram_ranks,
     merge,
     prologue,
     row_losses,
@@ -37,7 +38,17 @@ from contrastive_ext.backends import triton_whole_loss
 
 # bytes a block may use: CUDA C++ programming guide, "Technical Specifications per Compute Capability"
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-MASKED = {"busy": "ids", "lists": "lists", "guide": "gate"}  # variants that make a mask for every tile
+MASKED = {  # variants that make a mask for every tile, and its costliest rule
+    "busy": "ids",
+    "lists": "lists",
+    "guide": "gate",
+    "ranked+guide": "gate",
+    "range": "ids",
+    "count": "ids",
+    "sums": "ids",
+    "sums+guide": "gate",
+}
+RANKED = ("ranked", "ranked+guide", "sums", "sums+guide")  # variants that look weights up in histograms
 # launches without products: Triton's defaults but for the one program that reduces a batch
 ELEMENTWISE = {
     "merge": configs.Config(128, 0, 0, 4, 3),
@@ -46,6 +57,7 @@ ELEMENTWISE = {
 }
 TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
 GUIDE = 256  # features of a gate
+BINS = 256  # of a histogram
 POINTER = {"16-bit": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "ieee": "*fp32", "fp64": "*fp64"}
 
 
@@ -59,11 +71,12 @@ class Case(NamedTuple):
     means   the mean of frozen columns
     lists   two exponents, ids, lists, scale tensor
     guide   two exponents, a gate, column statistics, scale tensor
+    ranked  backward of one set with weights from histograms; ranked+guide: and a gate
 
     The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
     a partial result, means adds means. The direction "top_columns" has the longest lists. "prologue" is that of the
     short road, plain forward, hard backward with the gradient of a scale tensor; "row_losses" the formula with the most
-    terms.
+    terms. "histogram" has a variant per pass, with ids; sums+guide is the last one with a gate.
     """
 
     direction: str
@@ -100,6 +113,9 @@ def cases() -> list[Case]:
     found += [Case("forward", "means", "16-bit", features, 90) for features in (128, 256)]
     found += [Case(d, v, "16-bit", f, 90) for d in configs.DIRECTIONS for v in ("lists", "guide") for f in (128, 1024)]
     found += [Case(direction, "guide", "tf32", 128, 80) for direction in configs.DIRECTIONS]
+    found += [Case("histogram", v, "16-bit", f, 90) for v in ("range", "count", "sums") for f in (128, 1024)]
+    found += [Case("histogram", "sums+guide", "16-bit", 128, 90)]
+    found += [Case("backward", v, "16-bit", f, 90) for v in ("ranked", "ranked+guide") for f in (128, 1024)]
     found += [Case("top_columns", "plain", "tf32", 128, architecture) for architecture in (80, 86, 90, 100)]
     found += [Case("top_columns", "plain", products, 128, 86) for products in ("ieee", "fp64")]
     found += [Case("merge", variant, "16-bit", 128, a) for variant in ("plain", "clip", "means") for a in (80, 100)]
@@ -113,8 +129,10 @@ def config_of(case: Case) -> configs.Config:
     if case.direction in ELEMENTWISE:
         return ELEMENTWISE[case.direction]
     direction = "backward" if case.variant == "means" else case.direction
+    direction = "forward" if direction == "histogram" else direction
     products = "16-bit" if case.products == "bf16" else case.products
-    return configs.choose(direction, products, case.features, case.architecture, MASKED.get(case.variant, "images"))
+    mask, ranked = MASKED.get(case.variant, "images"), case.variant in RANKED
+    return configs.choose(direction, products, case.features, case.architecture, mask, ranked)
 
 
 def compile_case(case: Case):
@@ -155,15 +173,16 @@ def top_columns_arguments(case: Case) -> tuple[Any, dict, dict]:
 
 def rule_arguments(case: Case, accumulator: str) -> tuple[dict, dict]:
     """Argument types and constants of the pair rules."""
-    lists, guide, ids = case.variant == "lists", case.variant == "guide", case.variant in ("busy", "lists")
+    rule = MASKED.get(case.variant)
+    lists, guide, ids = rule == "lists", rule == "gate", rule in ("ids", "lists")
     types = dict.fromkeys(("p_row_ids", "p_col_ids"), "*i64" if ids else None)
     reverse = lists and case.direction == "backward"
     types |= {"p_listed_starts": "*i32" if lists else None, "p_listed": "*i32" if lists else None}
     types |= {"p_listing_starts": "*i32" if reverse else None, "p_listing": "*i32" if reverse else None}
-    guides = ("p_row_guide", "p_col_guide", "p_row_limit", "p_col_limit")
-    types |= dict.fromkeys(guides, accumulator if guide else None)
+    types |= dict.fromkeys(("p_row_guide", "p_col_guide", "p_row_limit"), accumulator if guide else None)
+    types["p_col_limit"] = accumulator if guide and case.direction != "histogram" else None
     rules = (False, GUIDE if guide else 0, configs.GUIDE_FEATURES[case.architecture], False)
-    return types, {"RULES": rules if case.variant in MASKED else None}
+    return types, {"RULES": rules if rule else None}
 
 
 def prologue_arguments(case: Case) -> tuple[Any, dict, dict]:
@@ -195,8 +214,9 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     columns, learned = case.variant in ("busy", "clip", "guide"), case.variant in ("hard", "clip", *MASKED)
     config = config_of(case)
     pointer, accumulator = POINTER[case.products], "*fp64" if case.products == "fp64" else "*fp32"
-    exponents = (0.5, 1.5) if case.variant in ("hard", *MASKED) else (1.0,)
-    shift = "device" if learned else "online" if means else "plain"
+    ranked = case.variant in RANKED
+    exponents = (0.5, 1.5) if case.variant in ("hard", *MASKED) and not ranked else (1.0,)
+    shift = "online" if means or ranked else "device" if learned else "plain"
     constants: dict[str, Any] = {
         "D": case.features, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d or case.features, "EXPONENTS": exponents, "LARGEST": max(exponents), "SHIFT": shift,
@@ -207,7 +227,14 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     types = {"p_u": pointer, "p_v": pointer, "scale": scale}
     rule_types, rule_constants = rule_arguments(case, accumulator)
     types, constants = types | rule_types, constants | rule_constants
-    if case.direction == "forward":
+    if case.direction == "histogram":
+        kernel = histogram_ranks.histogram_ranks_kernel
+        types |= dict.fromkeys(("p_axis", "p_below", "p_shape", "p_shift", "p_out"), accumulator)
+        types["p_counts"] = "*i32"
+        for name in ("EXPONENTS", "LARGEST", "SHIFT"):
+            del constants[name]
+        constants |= {"BINS": BINS, "PASS": case.variant.split("+")[0].upper()}
+    elif case.direction == "forward":
         kernel = row_stats_forward.row_stats_forward_kernel
         types |= {"p_rows": accumulator, "p_columns": accumulator if columns else None}
         types |= {"p_mean": accumulator if means else None}
@@ -218,7 +245,9 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         types |= dict.fromkeys(("p_lse", "p_grad", "p_col_lse", "p_col_grad", "p_factor"), accumulator)
         types |= {"p_col_largest": accumulator if case.products == "16-bit" else None}
         types |= {"p_out": pointer if case.features > configs.RESIDENT_FEATURES else accumulator}
-        constants |= {"FORWARD": True, "REVERSE": True, "TIMES_SCALE": True}
+        tables = ("p_row_axis", "p_row_below", "p_col_axis", "p_col_below", "p_shape")
+        types |= dict.fromkeys(tables, accumulator if ranked else None)
+        constants |= {"FORWARD": True, "REVERSE": True, "TIMES_SCALE": True, "BINS": BINS if ranked else 0}
     return kernel, types, constants
 
 

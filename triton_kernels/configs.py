@@ -24,6 +24,8 @@ LARGEST_MASKED = {
 }
 # features of a chunk of a gate's second product: with the other number its exact products spill
 GUIDE_FEATURES = {80: 16, 86: 16, 90: 32, 100: 32}
+# Weights by rank hold bins and edges of two histograms beside the tile: 128x32 spills 440 bytes, 64x32 spills 8.
+RANKED_TILE = (64, 16)
 
 
 class Config(NamedTuple):
@@ -111,20 +113,24 @@ _TABLE = {
 _INTERPRETER = {False: _tile("32x32", 1, 1), True: _tile("32x32x64", 1, 1)}
 
 
-def choose(direction: str, products: str, features: int, architecture: int, mask: str = "images") -> Config:
+def choose(
+    direction: str, products: str, features: int, architecture: int, mask: str = "images", ranked: bool = False
+) -> Config:
     """The tile for a call.
 
     products      16-bit, tf32, ieee or fp64
     architecture  10 major + minor, 0 interpreted
     mask          the costliest rule beside the images': none (images), ids, lists or gate
+    ranked        whether weights are looked up in histograms
     """
     if architecture == 0:
         return _INTERPRETER[features > RESIDENT_FEATURES]
     line = next((f for f in FEATURES if features <= f), FEATURES[-1])
     line = FEATURES[-1] if features > RESIDENT_FEATURES else line
     config = _TABLE[direction, products][line, nearest(architecture)]
-    rows, columns = LARGEST_MASKED.get((direction, mask), config[:2])
-    return config._replace(block_m=min(config.block_m, rows), block_n=min(config.block_n, columns))
+    largest = (LARGEST_MASKED.get((direction, mask), config[:2]), RANKED_TILE if ranked else config[:2])
+    rows, columns = (min(sizes) for sizes in zip(config[:2], *largest, strict=True))
+    return config._replace(block_m=rows, block_n=columns)
 
 
 def nearest(architecture: int) -> int:

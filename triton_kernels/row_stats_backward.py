@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .histogram_ranks import rank_weights
 from .online_lse import exponentials
 from .pairs import keep_images, keep_tile, load_anchors, needs_mask
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
@@ -53,10 +54,10 @@ def where_kept(m_keep, b_value):
 
 @triton.jit
 def weight_tile(
-    b_x, row_term, col_term, m_keep, m_reverse,
+    b_x, row_term, col_term, b_row_omega, b_col_omega, m_keep, m_reverse,
     EXPONENTS: tl.constexpr, FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """w_ij of a tile of logits in units of log 2."""
+    """w_ij of a tile of logits in units of log 2; an omega of None is 1, FACTORED has none."""
     b_weight = tl.zeros_like(b_x)
     if FACTORED:
         b_exp = exponentials(b_x, EXPONENTS)
@@ -67,9 +68,11 @@ def weight_tile(
         else:
             if FORWARD:
                 b_exp = tl.exp2(b_x * EXPONENTS[k] - row_term[0][k][:, None])
+                b_exp = b_exp if b_row_omega is None else b_exp * b_row_omega
                 b_weight += where_kept(m_keep, b_exp * row_term[1][k][:, None])
             if REVERSE:
                 b_exp = tl.exp2(b_x * EXPONENTS[k] - col_term[0][k][None, :])
+                b_exp = b_exp if b_col_omega is None else b_exp * b_col_omega
                 b_weight += where_kept(m_reverse, b_exp * col_term[1][k][None, :])
     return b_weight
 
@@ -93,15 +96,16 @@ def fp16_factor(
 
 @triton.jit
 def sweep(
-    operands, sizes, images, rules, terms, outputs, where, scale,
+    operands, sizes, images, rules, terms, ranks, outputs, where, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
     FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr,
-    RULES: tl.constexpr, TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    RULES: tl.constexpr, TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the backward."""
     p_u, p_v, stride_u, stride_v = operands
     num_rows, num_columns = sizes
     p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest = terms
+    p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape = ranks
     p_out, p_factor, stride_out = outputs
     i0, row_begin, j_begin, j_end = where
     DTYPE: tl.constexpr = p_factor.dtype.element_ty
@@ -124,12 +128,19 @@ def sweep(
             b_s = chunked_scores(operands, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
         b_x = b_s * (scale * LOG2E)
         col_term = load_term(p_col_lse, p_col_grad, o_j, num_columns, EXPONENTS, FACTORED) if REVERSE else None
+        b_row_omega, b_col_omega = None, None
+        if FORWARD and BINS > 0:
+            b_row_omega = rank_weights(b_s * scale, p_row_axis, p_row_below, p_shape, i0, num_rows, BLOCK_M, BINS, 1)
+        if REVERSE and BINS > 0:
+            b_col_omega = rank_weights(b_s * scale, p_col_axis, p_col_below, p_shape, j0, num_columns, BLOCK_N, BINS, 0)
         if RULES is not None:
             m_keep, m_reverse, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, num_rows, num_columns, images, rules,
                                                    anchors, BLOCK_M, BLOCK_N, HAS_IMAGES, RULES)  # fmt: skip
-            b_weight = weight_tile(b_x, row_term, col_term, m_keep, m_reverse, EXPONENTS, FACTORED, FORWARD, REVERSE)
+            b_weight = weight_tile(b_x, row_term, col_term, b_row_omega, b_col_omega, m_keep, m_reverse, EXPONENTS,
+                                   FACTORED, FORWARD, REVERSE)  # fmt: skip
         else:
-            b_weight = weight_tile(b_x, row_term, col_term, None, None, EXPONENTS, FACTORED, FORWARD, REVERSE)
+            b_weight = weight_tile(b_x, row_term, col_term, b_row_omega, b_col_omega, None, None, EXPONENTS, FACTORED,
+                                   FORWARD, REVERSE)  # fmt: skip
             if needs_mask(i0, j0, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES):
                 m_keep = keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES)
                 b_weight = tl.where(m_keep, b_weight, 0.0)
@@ -169,19 +180,21 @@ def sweep(
     ]
 )
 def row_stats_backward_kernel(
-    p_u, p_v, scale, p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest, p_out, p_factor,
+    p_u, p_v, scale, p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest,
+    p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape, p_out, p_factor,
     num_rows, num_columns, row_begin, span, stride_u, stride_v, stride_out,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
     p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
     LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, FORWARD: tl.constexpr,
     REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TIMES_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): rows row_begin + i * BLOCK_M against columns split * span up to the next split.
 
     Writes du [splits, rows, D], or with D > BLOCK_D weights [rows of this launch, columns] and the factor that undoes
     their scaling. SHIFT: "plain" one exponential for both terms, "online" two, "device" decided by the scale tensor.
+    BINS > 0: each term times omega, looked up in the histograms of its anchors.
     """
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     scale = load_scale(scale, SCALE_IS_TENSOR)
@@ -192,17 +205,19 @@ def row_stats_backward_kernel(
     listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
     rules = ((p_row_ids, p_col_ids), guide, listed, listing)
     terms = (p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest)
+    ranks = (p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape)
     if BLOCK_D >= D:
         p_out += i_split.to(tl.int64) * num_rows * D
     outputs = (p_out, p_factor, stride_out)
     where = (row_begin + i_tile * BLOCK_M, row_begin, i_split * span, tl.minimum(i_split * span + span, num_columns))
     if SHIFT == "device":
         if scale * LOG2E * LARGEST <= MAX_FACTORED:
-            sweep(operands, sizes, images, rules, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  True, FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION)  # fmt: skip
+            sweep(operands, sizes, images, rules, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
+                  EXPONENTS, True, FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION, BINS)  # fmt: skip
         else:
-            sweep(operands, sizes, images, rules, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  False, FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION)  # fmt: skip
+            sweep(operands, sizes, images, rules, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
+                  EXPONENTS, False, FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION, BINS)  # fmt: skip
     else:
-        sweep(operands, sizes, images, rules, terms, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-              SHIFT == "plain", FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION)  # fmt: skip
+        sweep(operands, sizes, images, rules, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
+              EXPONENTS, SHIFT == "plain", FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION,
+              BINS)  # fmt: skip

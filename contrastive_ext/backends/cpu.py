@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import native
 from ..problem import Problem, Statistics, Upstream
+from ..ranking import RankedStatistics, Ranking
 from .short_road import WholeLossOps, backward_shapes, forward_shapes
 
 NAME = "cpu"
@@ -58,6 +59,24 @@ def _whole_loss() -> WholeLossOps:
     torch.library.register_fake("contrastive_ext::whole_loss_backward_cpu", backward_shapes)
     ops = torch.ops.contrastive_ext
     return WholeLossOps(ops.whole_loss_forward_cpu.default, ops.whole_loss_backward_cpu.default)
+
+
+def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
+    """Ranked statistics of `problem`; see `RankedStatistics`."""
+    rule = list(ranking.coefficients), ranking.bins
+    return RankedStatistics(
+        *torch.ops.contrastive_ext.ranked_stats_forward_cpu(*_arguments(problem), *rule, diagnostics)
+    )
+
+
+def ranked_backward(
+    problem: Problem, ranking: Ranking, stats: RankedStatistics, grad_lse: Tensor, *, need_u: bool, need_v: bool
+) -> tuple[Tensor, Tensor]:
+    """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
+    rule = list(ranking.coefficients), ranking.bins
+    return torch.ops.contrastive_ext.ranked_stats_backward_cpu(
+        *_arguments(problem), *rule, stats.lse, stats.axis, stats.below, grad_lse, need_u, need_v
+    )
 
 
 def _arguments(problem: Problem) -> tuple:

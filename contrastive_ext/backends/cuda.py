@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import native
 from ..problem import Problem, Statistics, Upstream
+from ..ranking import RankedStatistics, Ranking
 from . import triton
 
 NAME = "cuda"
@@ -93,6 +94,16 @@ def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """The gradient, by the Triton kernels (NOTE says so where users look)."""
     return triton.backward(problem, upstream)
+
+
+def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
+    """Raises: no such kernel yet."""
+    raise RuntimeError(f"backend {NAME!r} cannot run this call: it has no weights by rank. Use 'triton'.")
+
+
+def ranked_backward(*_, **__) -> tuple[Tensor, Tensor]:
+    """Never reached: `ranked_forward` raises."""
+    raise AssertionError
 
 
 def top_columns(

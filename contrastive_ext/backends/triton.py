@@ -68,10 +68,20 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
 
 
 class _Term(NamedTuple):
-    """One direction of the weights: exp(beta_k s - lse_k) times the coefficient of lse_k."""
+    """One direction of the weights: exp(beta_k s - lse_k) times the coefficient of lse_k, and omega where ranked."""
 
     lse: Tensor
     grad: Tensor
+    ranks: _Ranks | None = None
+
+
+class _Ranks(NamedTuple):
+    """Histograms of the anchors and the four numbers that turn a rank into a weight."""
+
+    bins: int
+    axis: Tensor
+    below: Tensor
+    shape: Tensor
 
 
 class _Forward:
@@ -242,7 +252,9 @@ def _weighted_columns(
 ) -> Tensor:
     """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]; see triton_kernels/row_stats_backward.py."""
     exponents = exponents or problem.exponents
-    config = _config("backward", rows.x, triton_pairs.costliest_rule(problem.pairs))
+    term = row_term or col_term
+    ranks = term.ranks if term else None
+    config = _config("backward", rows.x, triton_pairs.costliest_rule(problem.pairs), ranked=ranks is not None)
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u.new_empty(0, dtype=problem.stats_dtype)
     both = row_term is not None and col_term is not None
     scale, scale_is_tensor = _scale(problem)
@@ -250,16 +262,19 @@ def _weighted_columns(
     if rows.x.dtype == torch.float16 and col_term is not None:
         col_largest = torch.linalg.vector_norm(col_term.grad, torch.inf, dim=1)
     shift = _shift(problem, exponents, _kernels().row_stats_backward.MAX_FACTORED.value) if both else "online"
-    terms = (*(row_term or (None, None)), *(col_term or (None, None)), col_largest)
+    if ranks:
+        shift = "online"  # each direction has its own omega: nothing to factor
+    terms = (*(row_term or (None, None))[:2], *(col_term or (None, None))[:2], col_largest)
+    tables = (*_table_of(row_term), *_table_of(col_term), ranks and ranks.shape)
     anchors = {"row_anchors": row_term is not None, "col_anchors": col_term is not None}
     rules = triton_pairs.arguments(problem.pairs, rows, cols, **anchors, guide_chunk=_guide_chunk(rows.x.device))
 
     def sweep(row_begin: int, grid: tuple[int, int], span: int, out: Tensor, undo: Tensor) -> None:
         _kernels().row_stats_backward.row_stats_backward_kernel[grid](
-            rows.x, cols.x, scale, *terms, out, undo, n, m, row_begin, span, rows.x.stride(0), cols.x.stride(0),
-            out.stride(-2), SHIFT=shift, LARGEST=max(exponents), EXPONENTS=exponents, SCALE_IS_TENSOR=scale_is_tensor,
-            FORWARD=row_term is not None, REVERSE=col_term is not None, TIMES_SCALE=times_scale, **rules,
-            **_common(config, rows.x),
+            rows.x, cols.x, scale, *terms, *tables, out, undo, n, m, row_begin, span, rows.x.stride(0),
+            cols.x.stride(0), out.stride(-2), SHIFT=shift, LARGEST=max(exponents), EXPONENTS=exponents,
+            SCALE_IS_TENSOR=scale_is_tensor, FORWARD=row_term is not None, REVERSE=col_term is not None,
+            TIMES_SCALE=times_scale, BINS=ranks.bins if ranks else 0, **rules, **_common(config, rows.x),
         )  # fmt: skip
 
     if config.block_d == 0:
@@ -280,6 +295,11 @@ def _weighted_columns(
         sweep(begin, (tiles, splits), span, weights, undo)
         torch.mul(_product(weights[:count, :m], cols.x), undo[:count], out=out[begin : begin + count])
     return out[None]
+
+
+def _table_of(term: _Term | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Axis and counts of a term's histograms, if it has any."""
+    return (None, None) if term is None or term.ranks is None else (term.ranks.axis, term.ranks.below)
 
 
 def _product(weights: Tensor, x: Tensor) -> Tensor:
@@ -343,9 +363,9 @@ def _kind(operand: Tensor) -> str:
     return "tf32" if allowed == "tf32" and operand.is_cuda else "ieee"
 
 
-def _config(direction: str, operand: Tensor, mask: str):
+def _config(direction: str, operand: Tensor, mask: str, ranked: bool = False):
     architecture = _architecture(operand.device)
-    return _kernels().configs.choose(direction, _kind(operand), operand.shape[1], architecture, mask)
+    return _kernels().configs.choose(direction, _kind(operand), operand.shape[1], architecture, mask, ranked)
 
 
 def _guide_chunk(device: torch.device) -> int:
@@ -404,6 +424,7 @@ def _kernels():
     from .. import triton_kernels
     from ..triton_kernels import (  # noqa: F401
         configs,
+        histogram_ranks,
         merge,
         online_lse,
         pairs,

@@ -70,6 +70,16 @@ class RowLoss:
         lse = tuple(logits.logsumexp(beta) for beta in self.exponents)
         return self.from_stats(RowStatistics(lse, logits.pos, logits.correction, logits.count, logits.scale))
 
+    def statistics(
+        self, batch: Arrangement, diagnostics: bool, backend: str
+    ) -> tuple[RowStatistics, Diagnostics | None]:
+        """What `from_stats` sees: by default log-sum-exps at `exponents`, one sweep per set of candidates."""
+        return _sweep(self.exponents, batch, diagnostics, backend)
+
+    def weighted(self, logits: DenseLogits) -> DenseLogits:
+        """The whole matrix with constant weights on its negatives, for a loss that has such weights."""
+        return logits
+
     def clamped(self, stats: RowStatistics) -> Tensor | None:
         """[R] bool, rows whose negatives get no gradient because of a floor; None for a loss without one."""
         return None
@@ -183,37 +193,44 @@ def fused_row_loss(
 def _streamed(
     row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str
 ) -> tuple[Tensor, RowStatistics, Diagnostics | None]:
-    parts = []
-    for columns in batch.column_sets:
-        swept = row_stats(
-            batch.anchors, columns.v, scale=batch.scale, exponents=row_loss.exponents, num_images=columns.num_images,
-            row_ids=batch.anchor_ids, col_ids=None if columns.v is None else columns.ids, gate=columns.gate,
-            unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric,
-            diagnostics=return_stats, backend=backend,
-        )  # fmt: skip
-        parts.append(_both_sides(swept, batch.symmetric))
-    if batch.row_negatives is not None:
-        parts.append(_own_negatives(batch, row_loss.exponents, return_stats))
-    lse, aux = reduce(_merge, parts)
-    stats = RowStatistics(tuple(lse.unbind(0)), batch.pos, batch.correction, aux[0], batch.scale)
+    stats, diagnostics = row_loss.statistics(batch, return_stats, backend)
     # what ids and gates cancel the device alone knows: only candidates without them are certain
     certain = replace(batch, column_sets=tuple(s for s in batch.column_sets if s.ids is None and s.gate is None))
-    if _candidates(certain) == 0:
+    if candidates_of(certain) == 0:
         empty = stats.count == 0
         losses = _zero_where(empty, row_loss.from_stats(_without_empty(stats, empty)), batch.pos)
     else:
         losses = row_loss.from_stats(stats)
     warn_if_clamped(lambda: row_loss.clamped(stats), batch.pos.device)
-    if not return_stats:
-        return losses, stats, None
+    return losses, stats, diagnostics
+
+
+def _sweep(
+    exponents: tuple[float, ...], batch: Arrangement, diagnostics: bool, backend: str
+) -> tuple[RowStatistics, Diagnostics | None]:
+    parts = []
+    for columns in batch.column_sets:
+        swept = row_stats(
+            batch.anchors, columns.v, scale=batch.scale, exponents=exponents, num_images=columns.num_images,
+            row_ids=batch.anchor_ids, col_ids=None if columns.v is None else columns.ids, gate=columns.gate,
+            unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric,
+            diagnostics=diagnostics, backend=backend,
+        )  # fmt: skip
+        parts.append(_both_sides(swept, batch.symmetric))
+    if batch.row_negatives is not None:
+        parts.append(_own_negatives(batch, exponents, diagnostics))
+    lse, aux = reduce(_merge, parts)
+    stats = RowStatistics(tuple(lse.unbind(0)), batch.pos, batch.correction, aux[0], batch.scale)
+    if not diagnostics:
+        return stats, None
     negatives, largest, total, lse_squared = aux.unbind(0)
-    return losses, stats, Diagnostics(negatives, largest, total, lse_squared, _candidates(batch))
+    return stats, Diagnostics(negatives, largest, total, lse_squared, candidates_of(batch))
 
 
 def _dense(
     row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str
 ) -> tuple[Tensor, RowStatistics, Diagnostics | None]:
-    matrix = dense_logits(batch)
+    matrix = row_loss.weighted(dense_logits(batch))
     empty = ~matrix.negative.any(1)
     stand_in = matrix.negative.clone()
     stand_in[:, 0] |= empty  # a formula may divide by the number of negatives; the row's loss is 0 all the same
@@ -225,7 +242,12 @@ def _dense(
     hardest = matrix.logits.masked_fill(~matrix.negative, -torch.inf).amax(1)
     total = matrix.logits.where(matrix.negative, 0.0).sum(1)
     squared = matrix.logsumexp(2 * row_loss.exponents[0])
-    return losses, stats, Diagnostics(matrix.count, hardest, total, squared, _candidates(batch))
+    mean_weight, max_weight = matrix.weight_statistics()
+    return (
+        losses,
+        stats,
+        Diagnostics(matrix.count, hardest, total, squared, candidates_of(batch), mean_weight, max_weight),
+    )
 
 
 def _both_sides(swept: Statistics, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -255,7 +277,7 @@ def _own_negatives(batch: Arrangement, exponents: tuple[float, ...], diagnostics
     return lse, torch.stack([count, fixed.amax(1), fixed.sum(1), (2 * exponents[0] * fixed).logsumexp(1)])
 
 
-def _candidates(batch: Arrangement) -> int:
+def candidates_of(batch: Arrangement) -> int:
     """Negatives every anchor would have if none were cancelled."""
     anchors, candidates = len(batch.anchors), 0
     for columns in batch.column_sets:

@@ -11,7 +11,7 @@ Khosla et al., NeurIPS 2020, arXiv:2004.11362.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,13 +21,14 @@ from .. import dispatch, numerics
 from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..row_stats import row_stats
+from ..stats import Record
 from .base import REDUCTIONS
 
 POSITIVES = ("out", "in")
 
 
 @dataclass(frozen=True)
-class SupConStats:
+class SupConStats(Record):
     """What the labels gave; 0-d tensors on the device of the inputs.
 
     positives            mean number of positives of a row
@@ -38,10 +39,6 @@ class SupConStats:
     positives: Tensor
     skipped_rows: Tensor
     positive_similarity: Tensor
-
-    def to_dict(self) -> dict[str, float]:
-        """The fields as floats, for a logger; waits for the device."""
-        return {f.name: float(getattr(self, f.name)) for f in fields(self)}
 
 
 def fused_supcon_loss(

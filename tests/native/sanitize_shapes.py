@@ -1,4 +1,4 @@
-"""Odd shapes, masks and options through both native ops, for a library built with AddressSanitizer and UBSan.
+"""Odd shapes, masks and options through the native ops, for a library built with AddressSanitizer and UBSan.
 
     python tests/native/sanitize_shapes.py path/to/library.so
 
@@ -18,7 +18,8 @@ torch.ops.load_library(sys.argv[1])
 ops = torch.ops.contrastive_ext
 
 
-def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics, rule=None):
+def pair_arguments(u, v, images, ids, rule, columns=False):
+    """The operators' arguments from num_images to the gate."""
     n, m = u.shape[0], (u if v is None else v).shape[0]
     row_ids = torch.randint(0, 5, (n,)) if ids else None
     col_ids = torch.randint(0, 5, (m,)) if ids and v is not None else None
@@ -34,8 +35,11 @@ def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics, 
         shape = (scorers, n // 2 if scorers == 3 else n, 5)
         gate = (torch.randn(shape), torch.randn(m, 5), torch.randn(n), torch.randn(m) if scorers == 1 else None)
         gate = tuple(None if x is None else x.to(u.dtype) for x in gate)
-    pairs = (images, 0, only_equal_ids, row_ids, col_ids, ignored, *gate)
-    request = (u, v, scale, exponents, *pairs, unit)
+    return (images, 0, only_equal_ids, row_ids, col_ids, ignored, *gate)
+
+
+def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics, rule=None):
+    request = (u, v, scale, exponents, *pair_arguments(u, v, images, ids, rule, columns), unit)
     lse, _, col_lse, _, _ = ops.row_stats_forward_cpu(*request, columns, means, diagnostics, means)
     grad, grad_columns = torch.randn_like(lse), torch.randn_like(col_lse) if columns else None
     column_args = (col_lse if columns else None, grad_columns)
@@ -62,7 +66,16 @@ def run_whole(pairs, extra, depth, dtype, layout, formula, parameters, exponents
     ops.whole_loss_backward_cpu(*call, exponents, reduction, *state, torch.rand_like(loss), not normalize)
 
 
-calls = 0
+def run_ranked(u, v, images, scale, unit, ids, bins, diagnostics, rule=None):
+    pairs = pair_arguments(u, v, images, ids, rule)
+    request = (u, v, scale, [1.0], *pairs, unit, [-0.64, 1.64, 0.9, 0.9], bins)
+    lse, _, axis, below = ops.ranked_stats_forward_cpu(*request, diagnostics)
+    ops.ranked_stats_backward_cpu(*request, lse, axis, below, torch.randn_like(lse), True, v is not None)
+    if v is not None:
+        ops.ranked_stats_backward_cpu(*request, lse, axis, below, torch.randn_like(lse), False, True)
+
+
+calls = ranked_calls = 0
 rules = itertools.cycle((None, "equal ids", "lists", "gate"))
 for threads in (1, 2, 4):
     torch.set_num_threads(threads)
@@ -75,14 +88,20 @@ for threads in (1, 2, 4):
             run(u, v, 0, exponents, scale, False, ids, False, True, False, next(rules))
             run(u, None, max(1, n // 2), exponents, scale, True, ids, False, False, calls % 2 == 0, next(rules))
             calls += 3
+        for scale, ids, bins in itertools.product((2.0, 200.0), (False, True), (0, 2, 256)):
+            run_ranked(u, v, n if n <= m else 0, scale, True, ids, bins, True, next(rules))
+            run_ranked(u, None, max(1, n // 2), scale, True, ids, bins, ranked_calls % 4 == 0, next(rules))
+            ranked_calls += 2
         next(rules)  # another rule meets the next size's options
     u[0, 0] = float("nan")
     run(u, None, 7, [1.0], 2.0, True, False, False, False, True)
     best(u, v, 3)
+    for bins in (0, 256):
+        run_ranked(u, None, 7, 2.0, True, False, bins, True)
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for pairs, depth, dtype, normalize in itertools.product((1, 2, 37, 300), (1, 15, 65), dtypes, (True, False)):
         for layout, extra in (("two_view", 0), ("one_way", 5), ("symmetric", 0)):
             shared = (pairs, extra, depth, dtype, layout)
             run_whole(*shared, "infonce", [], [1.0], "mean", normalize)
             run_whole(*shared, "hard_negative", [0.1, 1.0, 0.0], [1.0, 2.0], "none", normalize)
-print(f"{calls} calls of each row_stats op, nothing found")
+print(f"{calls} calls of each row_stats op, {ranked_calls} of each ranked_stats op, nothing found")

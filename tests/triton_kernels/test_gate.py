@@ -29,6 +29,7 @@ FEW = [
     gate.Case("prologue", "hard", "bf16", 128, 90),
     gate.Case("row_losses", "hard", "16-bit", 128, 90),
     gate.Case("backward", "lists", "16-bit", 128, 90),
+    gate.Case("backward", "ranked", "16-bit", 128, 90),
     gate.Case("top_columns", "plain", "tf32", 128, 80),
 ]
 

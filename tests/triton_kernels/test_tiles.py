@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from contrastive_ext import row_stats
+from contrastive_ext.backends import torch_ranked, triton_ranked
 from contrastive_ext.backends import triton as backend
-from contrastive_ext.pairs import NO_COLUMN, UNFILLED, Gate
+from contrastive_ext.pairs import NO_COLUMN, UNFILLED, Gate, Pairs
+from contrastive_ext.problem import Problem
+from contrastive_ext.ranking import Ranking
 from contrastive_ext.top_columns import top_columns
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,6 +111,23 @@ def test_rules_across_tiles(problem, exponents, monkeypatch):
     monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)  # weights and column partials in several launches
     u, v = _vectors(n, features), None if m is None else _vectors(m, features)
     _assert_like_torch(u, v, scale=5.0, exponents=exponents, diagnostics=len(exponents) == 2, **rules())
+
+
+@pytest.mark.parametrize("name", ["lists_two_sets", "gate_scorers", "everything"])
+def test_histograms_of_what_the_rules_leave(name):
+    _, n, m, features, rules, _ = next(r for r in RULES if r[0] == name)
+    options = rules()
+    u, v = _vectors(n, features).detach(), None if m is None else _vectors(m, features).detach()
+    pairs = Pairs(n, m or n, device=DEVICE, **options, col_ids=options.get("row_ids"))  # ids of one set
+    problem = Problem(u, v, 5.0, (1.0,), pairs, True, u.dtype)
+    ranking, upstream = Ranking(0.1, 0.9, 0.7, 1e-6, 16), torch.rand(n, dtype=u.dtype, device=DEVICE)
+    results = []
+    for ranked in (triton_ranked, torch_ranked):
+        stats = ranked.ranked_forward(problem, ranking, diagnostics=True)
+        gradients = ranked.ranked_backward(problem, ranking, stats, upstream, need_u=True, need_v=m is not None)
+        results.append((stats.lse, stats.aux, stats.below, *gradients))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("features", [20, 300])

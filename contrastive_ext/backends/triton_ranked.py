@@ -1,0 +1,112 @@
+"""Ranked statistics of the `triton` backend: histograms by kernels, exact ranks by the `torch` backend's library sort.
+
+Forward: three sweeps (triton_kernels/histogram_ranks.py) with O(N bins) work between them. Backward: the kernel of the
+plain statistics, which looks omega up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from ..ranking import RankedStatistics, Ranking, histogram_axis
+from . import torch_ranked, triton_pairs
+from .triton import (
+    _cdiv,
+    _common,
+    _config,
+    _guide_chunk,
+    _kernels,
+    _on,
+    _operands,
+    _processors,
+    _Ranks,
+    _scale,
+    _split,
+    _Term,
+    _total,
+    _weighted_columns,
+)
+
+
+def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
+    """Ranked statistics of `problem`; see `RankedStatistics`."""
+    if not ranking.bins:
+        return torch_ranked.ranked_forward(problem, ranking, diagnostics=diagnostics)
+    u, n, bins = problem.u, problem.pairs.num_rows, ranking.bins
+    with _on(u.device):
+        partial = _sweep(problem, "RANGE", bins, parts=2)
+        lowest, highest = partial[:, 0].amin(0), partial[:, 1].amax(0)
+        axis = histogram_axis(lowest, highest, torch.ones_like(lowest), bins)
+        counts = torch.zeros(n, bins, dtype=torch.int32, device=u.device)
+        _sweep(problem, "COUNT", bins, parts=0, axis=axis, counts=counts)
+        below = u.new_zeros(n, bins + 1)
+        below[:, 1:] = counts.cumsum(1)
+        count = below[:, -1].clone()
+        axis[2] = 1 / count.clamp(min=1)
+        # finite, so that an infinite logit gives inf and not NaN
+        shift = highest.clamp(max=torch.finfo(u.dtype).max / 4).masked_fill(highest == -torch.inf, 0.0)
+        shape = _shape(ranking, u)
+        partial = _sweep(problem, "SUMS", bins, parts=5, axis=axis, below=below, shape=shape, shift=shift)
+    total = partial.sum(0)
+    lse, squared = total[0].log() + shift, total[1].log() + 2 * shift
+    aux = count[None]
+    if diagnostics:
+        aux = torch.stack([count, highest, total[2], squared, total[3], partial[:, 4].amax(0)])
+    return RankedStatistics(lse, aux, axis, below)
+
+
+def ranked_backward(
+    problem: Problem, ranking: Ranking, stats: RankedStatistics, grad_lse: Tensor, *, need_u: bool, need_v: bool
+) -> tuple[Tensor, Tensor]:
+    """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
+    if not ranking.bins:
+        return torch_ranked.ranked_backward(problem, ranking, stats, grad_lse, need_u=need_u, need_v=need_v)
+    ranks = _Ranks(ranking.bins, stats.axis, stats.below, _shape(ranking, stats.lse))
+    term = _Term(stats.lse[None].contiguous(), grad_lse[None].contiguous(), ranks)
+    rows, cols = triton_pairs.sides(problem, *_operands(problem))
+    du, dv = problem.u.new_empty(0), problem.u.new_empty(0)
+    with _on(problem.u.device):
+        if need_u:
+            du = _total(_weighted_columns(problem, rows, cols, term, term if problem.one_set else None))
+        if need_v and not problem.one_set:
+            dv = _total(_weighted_columns(problem, cols, rows, None, term))
+    return du, dv
+
+
+def _sweep(
+    problem: Problem,
+    name: str,
+    bins: int,
+    parts: int,
+    *,
+    axis: Tensor | None = None,
+    below: Tensor | None = None,
+    shape: Tensor | None = None,
+    shift: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Partial results [splits, parts, N] of one pass of the kernel."""
+    u, v = _operands(problem)
+    rows, cols = triton_pairs.sides(problem, u, v)
+    rule = triton_pairs.costliest_rule(problem.pairs)
+    # a mask for every tile, whatever the rules
+    config = _config("forward", u, "ids" if rule == "images" else rule, ranked=name == "SUMS")
+    scale, scale_is_tensor = _scale(problem)
+    tiles = _cdiv(len(u), config.block_m)
+    splits, span = _split(tiles, len(v), config.block_n, 2 * _processors(u.device))
+    out = problem.u.new_empty(splits, parts, len(u))
+    rules = triton_pairs.arguments(
+        problem.pairs, rows, cols, row_anchors=True, col_anchors=False, guide_chunk=_guide_chunk(u.device)
+    )
+    _kernels().histogram_ranks.histogram_ranks_kernel[(tiles, splits)](
+        u, v, scale, axis, below, shape, shift, counts, out, len(u), len(v), span, u.stride(0), v.stride(0),
+        BINS=bins, PASS=name, SCALE_IS_TENSOR=scale_is_tensor, **rules, **_common(config, u),
+    )  # fmt: skip
+    return out
+
+
+def _shape(ranking: Ranking, like: Tensor) -> Tensor:
+    """The coefficients of omega on the device; filled there, because a copy from the host would wait for it."""
+    return torch.stack([like.new_full((), value) for value in ranking.coefficients])

@@ -1,0 +1,178 @@
+"""Bayesian contrastive loss (BCL): every negative weighted by its rank among the negatives of its anchor.
+
+    Ng_i = sum_j omega(u_ij) e^{s_ij},   u_ij = rank of s_ij in its row / N,     L_i = softplus(log Ng_i - p_i)
+
+omega is the posterior probability of a true negative at that rank, times an importance weight that prefers hard ones;
+its formula is in ranking.py. Ranks, and with them the weights, are constants of the gradient. Liu et al., 2023,
+arXiv:2301.11673.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..layouts import Arrangement, ColumnSet
+from ..numerics import softplus
+from ..pairs import NO_COLUMN_ID, Gate
+from ..ranked_stats import ranked_stats
+from ..ranking import Ranking, Ranks, check_ranking, choose_ranks
+from ..reference import DenseLogits
+from ..stats import Diagnostics, LossStats
+from .base import LossOptions, RowLoss, RowStatistics, candidates_of, fused_row_loss, loss_function
+
+REFERENCE_ELEMENTS = 2**26  # comparisons of the dense reference at a time
+
+
+@dataclass(frozen=True)
+class Bayesian(RowLoss):
+    """The row loss softplus(log Ng - pos) with negatives weighted by rank."""
+
+    tau_plus: float = 0.1
+    alpha: float = 0.9
+    beta: float = 0.9
+    ranks: Ranks = "auto"
+    bins: int = 256
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_ranking(self.tau_plus, self.alpha, self.beta, self.eps, self.ranks, self.bins)
+
+    def ranking(self, candidates: int) -> Ranking:
+        """How negatives are weighted where every anchor has so many candidates."""
+        bins = self.bins if choose_ranks(self.ranks, candidates) == "histogram" else 0
+        return Ranking(self.tau_plus, self.alpha, self.beta, self.eps, bins)
+
+    def statistics(
+        self, batch: Arrangement, diagnostics: bool, backend: str
+    ) -> tuple[RowStatistics, Diagnostics | None]:
+        """log Ng of every anchor from one call over all its candidates; with layout="symmetric" one per direction."""
+        _refuse_own_negatives(batch)
+        columns = _one_set_of_columns(batch)
+        v, gate = columns.v, columns.gate
+        sides = [(batch.anchors, v, batch.anchor_ids, None if v is None else columns.ids, gate)]
+        if batch.symmetric and v is not None:
+            reverse = None
+            if gate is not None and gate.col_limit is not None:
+                reverse = Gate(gate.features[None], gate.scorers[0], gate.col_limit)
+            sides.append((v, batch.anchors, columns.ids, batch.anchor_ids, reverse))
+        swept = [
+            ranked_stats(
+                u, v, ranking=self.ranking(len(u if v is None else v)), scale=batch.scale,
+                num_images=columns.num_images, row_ids=row_ids, col_ids=col_ids, gate=gate, diagnostics=diagnostics,
+                unit=columns.unit, operand_dtype=batch.operand_dtype, backend=backend,
+            )
+            for u, v, row_ids, col_ids, gate in sides
+        ]  # fmt: skip
+        lse, aux = torch.cat([s.lse for s in swept]), torch.cat([s.aux for s in swept], 1)
+        stats = RowStatistics((lse,), batch.pos, batch.correction, aux[0], batch.scale)
+        if not diagnostics:
+            return stats, None
+        count, largest, total, lse_squared, weights, max_weight = aux.unbind(0)
+        mean_weight = weights / count.clamp(min=1)
+        return stats, Diagnostics(
+            count, largest, total, lse_squared, candidates_of(batch), mean_weight, max_weight
+        )  # fmt: skip
+
+    def from_stats(self, stats: RowStatistics) -> Tensor:
+        """[R] loss of every row."""
+        (log_negatives,) = stats.lse
+        return softplus(log_negatives - stats.pos)
+
+    def weighted(self, logits: DenseLogits) -> DenseLogits:
+        """Ranks by comparing every negative of a row with every other, then the weights as the paper writes them."""
+        rank = _ranks_by_comparison(logits)
+        weight = Ranking(self.tau_plus, self.alpha, self.beta, self.eps, bins=0).weight(
+            rank / logits.count.clamp(min=1)[:, None]
+        )
+        return replace(logits, log_weight=weight.log().masked_fill(~logits.negative, 0.0))
+
+    def dense(self, logits: DenseLogits) -> Tensor:
+        """[R] log(1 + Ng / e^p)."""
+        return softplus(logits.logsumexp() - logits.pos)
+
+
+def _one_set_of_columns(batch: Arrangement) -> ColumnSet:
+    """All candidates of an anchor as one set: ranks do not merge."""
+    if len(batch.column_sets) == 1:
+        return batch.column_sets[0]
+    vectors = [batch.anchors if s.v is None else s.v for s in batch.column_sets]
+    ids = None
+    if any(s.ids is not None for s in batch.column_sets):
+        ids = torch.cat(
+            [
+                torch.full((len(v),), NO_COLUMN_ID, dtype=torch.int64, device=v.device) if s.ids is None else s.ids
+                for s, v in zip(batch.column_sets, vectors, strict=True)
+            ]
+        )
+    gates = [s.gate for s in batch.column_sets if s.gate is not None]
+    gate = None
+    if gates:
+        if len(gates) < len(batch.column_sets):
+            raise ValueError("the Bayesian loss takes a guide or explicit negatives, not both: it ranks them together.")
+        gate = Gate(gates[0].scorers, torch.cat([g.features for g in gates]), gates[0].row_limit)
+    unit = all(s.unit for s in batch.column_sets)
+    return ColumnSet(torch.cat(vectors), batch.column_sets[0].num_images, ids, gate, unit)
+
+
+def _refuse_own_negatives(batch: Arrangement) -> None:
+    if batch.row_negatives is not None:
+        raise ValueError(
+            "the Bayesian loss ranks an anchor's candidates among those of all anchors: negatives must be [K, D], "
+            f"the same for every anchor; got {list(batch.row_negatives.shape)}."
+        )
+
+
+def _ranks_by_comparison(logits: DenseLogits) -> Tensor:
+    """[R, C] how many negatives of the row are not larger; O(R C^2) comparisons, a few rows at a time."""
+    x, negative = logits.logits.detach(), logits.negative
+    height = max(1, REFERENCE_ELEMENTS // x.shape[1] ** 2)
+    blocks = [
+        ((row[:, None, :] <= row[:, :, None]) & kept[:, None, :]).sum(2)
+        for row, kept in zip(x.split(height), negative.split(height), strict=True)
+    ]
+    return torch.cat(blocks).to(x.dtype)
+
+
+@loss_function
+def fused_bayesian_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor | None = None,
+    tau_plus: float = 0.1,
+    alpha: float = 0.9,
+    beta: float = 0.9,
+    *,
+    ranks: Ranks = "auto",
+    bins: int = 256,
+    eps: float = 1e-3,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Bayesian contrastive loss (BCL) over a batch of pairs, without forming the similarity matrix.
+
+    L_i = log(e^{p_i} + Ng_i) - p_i,  Ng_i = sum_j omega(u_ij) e^{s_ij},  u_ij = rank of s_ij in its row / N
+
+    z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair
+    temperature  > 0, or a 0-d tensor to learn it; default 0.5
+    tau_plus     in [0, 1), probability that a negative shares the anchor's class
+    alpha        in [0.5, 1], how well the encoder ranks a positive above a negative (its macro-AUC): see `linear_alpha`
+                 and `estimate_alpha`; 0.5 knows nothing
+    beta         in [0, 1], concentration on hard negatives; alpha = beta = 1 is refused
+    ranks        "exact": every row is sorted, ties share the largest rank. "histogram": ranks interpolated in `bins`
+                 bins over the row's range; with 256 bins and 1,024 anchors or more the loss is 4e-5 and the gradient
+                 1e-3 from exact (docs/math.md); ties spread over their bin. "auto": exact up to 32,768 candidates per
+                 anchor, histogram beyond (`explain` says which)
+    bins         from 2 to 65536, of a histogram; 4 bytes per anchor and bin
+    eps          the constant the released code adds to two denominators; 0 is the paper's formula
+    options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`; negatives [K, D] only
+    Returns      0-d float32 ("mean", "sum") or one value per anchor ("none"); nats
+    Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
+    Memory       O(B D) and a block of whole rows per thread (16 MiB, or four rows if those are longer); histogram: also
+                 O(B bins). Time O(B^2 (D + log B)), exact
+    Paper        Liu et al., 2023, arXiv:2301.11673
+    """
+    row_loss = Bayesian(tau_plus, alpha, beta, ranks, bins, eps)
+    return fused_row_loss(row_loss, z1, z2, temperature, **options)

@@ -1,0 +1,125 @@
+// What every backward shares: tiles of logits -> weights W in place -> du += W v for the block's rows, dv += W^T u for
+// the tile's columns.
+//
+// Both products share the tile, in triangle form for one set if W serves both directions: 6 N M D flops for two sets,
+// 3 N^2 D for one. What W is, is the business of a functor.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "row_stats.h"
+
+namespace contrastive_ext {
+
+// Per anchor and exponent: coefficient and shift of W's terms, padded so that kernels may load whole vectors.
+template <class T>
+struct AnchorWeights {
+  Workspace<T> data;
+  int64_t stride, num_exponents;
+  bool wanted;
+
+  AnchorWeights(const Problem<T>& problem, const T* lse, const T* grad_lse, int64_t count, bool shared)
+      : data(lse ? 2 * static_cast<int64_t>(problem.exponents.size()) * (count + kColumnPad) : 0),
+        stride(count + kColumnPad),
+        num_exponents(static_cast<int64_t>(problem.exponents.size())),
+        wanted(lse != nullptr) {
+    if (!wanted) return;
+    for (int64_t k = 0; k < num_exponents; ++k) {
+      T *coefs = coef(k), *shifts = shift(k);
+      const double factor = problem.scale * problem.exponents[static_cast<size_t>(k)];
+      for (int64_t i = 0; i < count; ++i) {
+        const T own = lse[k * count + i];
+        const bool is_empty = own == -INFINITY;  // no negatives: exp(s - inf) = 0, not NaN
+        const double scale = shared ? std::exp(-static_cast<double>(own)) : 1.0;
+        coefs[i] = is_empty ? T(0) : static_cast<T>(factor * static_cast<double>(grad_lse[k * count + i]) * scale);
+        shifts[i] = is_empty ? static_cast<T>(INFINITY) : own;
+      }
+      std::fill(coefs + count, coefs + stride, T(0));
+      std::fill(shifts + count, shifts + stride, T(0));
+    }
+  }
+  T* coef(int64_t k) const { return data.get() + 2 * k * stride; }
+  T* shift(int64_t k) const { return data.get() + (2 * k + 1) * stride; }
+};
+
+// Whether one exponential may serve both directions: exp(beta s) and its coefficient, which holds exp(-lse), stay in
+// range.
+template <class T>
+bool can_share(const Problem<T>& problem, bool columns) {
+  if (!problem.unit || !columns) return false;
+  for (double beta : problem.exponents)
+    if (!(problem.reach(beta) <= ExponentRange<T>::kProduct)) return false;
+  return true;
+}
+
+// `weigh` puts the weights W in place of a tile's logits.
+template <class T, class Weigh>
+class GradientWorker {
+ public:
+  GradientWorker(const Problem<T>& problem, const TileGrid& grid, Weigh weigh, T* du, T* dv)
+      : problem_(problem),
+        weigh_(std::move(weigh)),
+        triangle_(grid.triangle),
+        du_(du),
+        dv_(dv),
+        tile_(problem, grid),
+        block_du_(problem.one_set ? grid.block_rows * problem.d : 0) {}
+
+  void begin(int64_t, int64_t) {}
+
+  void compute(const TileRange& range) {
+    const int64_t d = problem_.d;
+    const Tile<T> tile = tile_.compute(range);
+    weigh_(tile);
+    if (du_)
+      combine_columns(block_du(range.i0), tile.s, tile.ld, tile.rows, problem_.v + range.j0 * d, tile.cols, d,
+                      /*accumulate=*/!range.first);
+  }
+
+  // The first block sees every column first: it writes, the others add.
+  void add_columns(const TileRange& range) {
+    const int64_t d = problem_.d;
+    combine_rows((problem_.one_set ? du_ : dv_) + range.j0 * d, tile_.logits(), tile_.ld(), range.i1 - range.i0,
+                 problem_.u + range.i0 * d, range.j1 - range.j0, d,
+                 /*accumulate=*/range.i0 > 0);
+    // one tile spans all columns: its turn is the time when nobody else adds to these rows
+    if (problem_.one_set && !triangle_) add_block(range.i0, range.i1);
+  }
+
+  void end(int64_t i0, int64_t i1) {
+    if (triangle_) add_block(i0, i1);
+  }
+
+ private:
+  // With one set other blocks may still add to these rows as columns, so the block's own sum stands apart until then.
+  T* block_du(int64_t i0) const { return problem_.one_set ? block_du_.get() : du_ + i0 * problem_.d; }
+
+  void add_block(int64_t i0, int64_t i1) {
+    const T* block = block_du_.get();
+    T* out = du_ + i0 * problem_.d;
+    for (int64_t c = 0; c < (i1 - i0) * problem_.d; ++c) out[c] += block[c];
+  }
+
+  const Problem<T>& problem_;
+  Weigh weigh_;
+  bool triangle_;
+  T *du_, *dv_;
+  TileBuffer<T> tile_;
+  Workspace<T> block_du_;
+};
+
+// The grid of a gradient over the core's tiles, in triangle form for one set. False when there is nothing to sweep; the
+// gradients are 0 then.
+template <class T>
+bool begin_gradient(const Problem<T>& problem, TileGrid& grid, T* du, T* dv) {
+  grid.rows = problem.n, grid.cols = problem.m, grid.depth = problem.d;
+  choose_tile_sizes(grid);
+  grid.triangle = problem.one_set;
+  grid.column_results = grid.triangle || dv;
+  if (du && problem.m == 0) std::fill(du, du + problem.n * problem.d, T(0));
+  if (dv && problem.n == 0) std::fill(dv, dv + problem.m * problem.d, T(0));
+  return problem.n > 0 && problem.m > 0;
+}
+
+}  // namespace contrastive_ext

@@ -1,0 +1,203 @@
+// The passes over a tile of logits that know the histograms of its anchors; compiled per instruction set like the
+// others.
+//
+// Looking up the edges of a bin is a gather, which plain loads do as fast as vector units: a strip finds the bins of a
+// row with vectors, loads their edges one by one, and turns to vectors again for weights and exponentials.
+#pragma once
+
+#include "strips.h"
+
+namespace contrastive_ext {
+namespace CE_ISA {
+
+// Bin of every logit and its place in it, from 0 to 1; a NaN goes to bin 0.
+template <class T>
+inline void find_bin(typename Simd<T>::V s, typename Simd<T>::V low, typename Simd<T>::V per_logit, T bins,
+                     typename Simd<T>::I* bin, typename Simd<T>::V* place) {
+  using V = typename Simd<T>::V;
+  V position = (s - low) * per_logit;
+  position = position > 0 ? position : V{};
+  position = position < bins ? position : broadcast<T>(bins);
+  const V inside = position < bins - 1 ? position : broadcast<T>(bins - 1);
+  *bin = __builtin_convertvector(inside, typename Simd<T>::I);
+  *place = position - __builtin_convertvector(*bin, V);
+}
+
+// omega of negatives at `place` in a bin with `start` negatives below it and `end` up to its upper edge.
+template <class T>
+inline typename Simd<T>::V rank_weight(const RankShape<T>& shape, typename Simd<T>::V place, typename Simd<T>::V start,
+                                       typename Simd<T>::V end, typename Simd<T>::V inverse_count) {
+  using V = typename Simd<T>::V;
+  V u = (start + place * (end - start - T(1)) + T(1)) * inverse_count;
+  u = u > 0 ? u : V{};  // a logit that rounds otherwise than the forward's may meet an empty bin
+  u = u < 1 ? u : broadcast<T>(T(1));
+  const V twice = u + u, under = shape.b * shape.b + 2 * shape.a * twice;
+  const V q = square_root(under > 0 ? under : V{}) + shape.b, rest = q - twice;  // Phi = twice / q
+  return (shape.low * rest + shape.high * twice) / (shape.b * rest + (2 - shape.b) * twice);
+}
+
+// The bins of one row of a tile, then the edges of those bins.
+template <class T>
+struct RowBins {
+  alignas(64) typename Simd<T>::Lane bin[kMaxTileCols];
+  alignas(64) T place[kMaxTileCols], start[kMaxTileCols], end[kMaxTileCols];
+
+  void find(const T* s, int64_t cols, T low, T per_logit, int64_t bins) {
+    for (int64_t j = 0; j < cols; j += Simd<T>::kWidth)
+      store_bins(j, load(s + j), broadcast<T>(low), broadcast<T>(per_logit), bins);
+  }
+  // Every column is its own anchor.
+  void find(const T* s, int64_t cols, const T* low, const T* per_logit, int64_t bins) {
+    for (int64_t j = 0; j < cols; j += Simd<T>::kWidth)
+      store_bins(j, load(s + j), load(low + j), load(per_logit + j), bins);
+  }
+  // `stride` apart are the tables of the columns; 0: one table, the row's.
+  void load_edges(const T* below, int64_t stride, int64_t cols) {
+    for (int64_t j = 0; j < cols; ++j) {
+      const T* edges = below + j * stride + bin[j];
+      start[j] = edges[0], end[j] = edges[1];
+    }
+  }
+  typename Simd<T>::V weight(int64_t j, const RankShape<T>& shape, typename Simd<T>::V inverse_count) const {
+    return rank_weight<T>(shape, load(place + j), load(start + j), load(end + j), inverse_count);
+  }
+
+ private:
+  void store_bins(int64_t j, typename Simd<T>::V s, typename Simd<T>::V low, typename Simd<T>::V per_logit,
+                  int64_t bins) {
+    typename Simd<T>::I found;
+    typename Simd<T>::V at;
+    find_bin<T>(s, low, per_logit, static_cast<T>(bins), &found, &at);
+    memcpy(bin + j, &found, sizeof(found));
+    store(place + j, at);
+  }
+};
+
+template <class T>
+struct ExtremesStrip {
+  template <bool kMasked>
+  static void run(const Tile<T>& tile, int64_t row, const StripClasses& classes, const Extremes<T>& out) {
+    using V = typename Simd<T>::V;
+    const V infinite = broadcast<T>(__builtin_inff());
+    for (int r = 0; r < kRowStep; ++r) {
+      V low = infinite, high = -infinite;
+      for (int64_t j = 0; j < tile.cols; j += Simd<T>::kWidth) {
+        const V s = load(tile.s + (row + r) * tile.ld + j);
+        const uint8_t* pair = classes.pair[r] + j;
+        low = -larger<T>(-(kMasked ? keep<T>(pair, kColumnIsNegative, s, infinite) : s), -low);
+        high = larger<T>(kMasked ? keep<T>(pair, kColumnIsNegative, s, -infinite) : s, high);
+      }
+      out.row_min[row + r] = -horizontal_max<T>(-low);
+      out.row_max[row + r] = horizontal_max<T>(high);
+    }
+  }
+};
+
+template <class T>
+struct BinCountsStrip {
+  template <bool kMasked>
+  static void run(const Tile<T>& tile, int64_t row, const StripClasses& classes, const BinCounts<T>& out) {
+    RowBins<T> bins;
+    for (int64_t r = 0; r < kRowStep && row + r < tile.rows; ++r) {
+      bins.find(tile.s + (row + r) * tile.ld, tile.cols, out.low[row + r], out.per_logit[row + r], out.bins);
+      // two counters a bin: neighbours often share one, and an increment waits for the last of the same counter
+      int32_t* counts = out.counts + (row + r) * 2 * out.bins;
+      const uint8_t* pair = classes.pair[r];
+      for (int64_t j = 0; j < tile.cols; ++j)
+        counts[2 * bins.bin[j] + (j & 1)] += kMasked ? pair[j] & kColumnIsNegative : 1;
+    }
+  }
+};
+
+template <class T>
+struct RankedSumsStrip {
+  template <bool kMasked>
+  static void run(const Tile<T>& tile, int64_t row, const StripClasses& classes, const RankedSums<T>& out) {
+    using V = typename Simd<T>::V;
+    RowBins<T> bins;
+    for (int64_t r = 0; r < kRowStep && row + r < tile.rows; ++r) {
+      const int64_t i = row + r;
+      const T* s = tile.s + i * tile.ld;
+      bins.find(s, tile.cols, out.rows.low[i], out.rows.per_logit[i], out.rows.bins);
+      bins.load_edges(out.rows.below + i * (out.rows.bins + 1), 0, tile.cols);
+      const V shift = broadcast<T>(out.row_shift[i]), inverse_count = broadcast<T>(out.rows.inverse_count[i]);
+      V sum{}, square{}, weights{}, largest{};
+      for (int64_t j = 0; j < tile.cols; j += Simd<T>::kWidth) {
+        V weight = bins.weight(j, out.shape, inverse_count), e = weight * exp_shifted<T>(load(s + j), T(1), shift);
+        if (kMasked) {
+          weight = keep<T>(classes.pair[r] + j, kColumnIsNegative, weight, V{});
+          e = keep<T>(classes.pair[r] + j, kColumnIsNegative, e, V{});
+        }
+        sum += e;
+        square += e * e;
+        weights += weight;
+        largest = larger<T>(weight, largest);
+      }
+      out.row_sum[i] = horizontal_sum<T>(sum), out.row_square_sum[i] = horizontal_sum<T>(square);
+      out.weight_sum[i] = horizontal_sum<T>(weights), out.weight_max[i] = horizontal_max<T>(largest);
+    }
+  }
+};
+
+template <class T, bool kColumns, bool kShared>
+struct RankedWeightsStrip {
+  template <bool kMasked>
+  static void run(const Tile<T>& tile, int64_t row, const StripClasses& classes, const RankedWeights<T>& in) {
+    using V = typename Simd<T>::V;
+    RowBins<T> by_row, by_col;
+    for (int64_t r = 0; r < kRowStep && row + r < tile.rows; ++r) {
+      const int64_t i = row + r;
+      T* s = tile.s + i * tile.ld;
+      by_row.find(s, tile.cols, in.rows.low[i], in.rows.per_logit[i], in.rows.bins);
+      by_row.load_edges(in.rows.below + i * (in.rows.bins + 1), 0, tile.cols);
+      if (kColumns) {
+        by_col.find(s, tile.cols, in.cols.low, in.cols.per_logit, in.cols.bins);
+        by_col.load_edges(in.cols.below, in.cols.bins + 1, tile.cols);
+      }
+      const V row_coef = broadcast<T>(in.row_coef[i]), row_shift = broadcast<T>(kShared ? T(0) : in.row_shift[i]);
+      const V row_inverse = broadcast<T>(in.rows.inverse_count[i]);
+      for (int64_t j = 0; j < tile.cols; j += Simd<T>::kWidth) {
+        const V x = load(s + j);
+        const V shared = kShared ? exp2_in_range<T>(x, {in.factor, in.factor_low}, T(0)) : V{};
+        V from_row = row_coef * by_row.weight(j, in.shape, row_inverse);
+        from_row *= kShared ? shared : exp_shifted<T>(x, T(1), row_shift);
+        if (kMasked) from_row = keep<T>(classes.pair[r] + j, kColumnIsNegative, from_row, V{});
+        if (kColumns) {
+          V from_col = load(in.col_coef + j) * by_col.weight(j, in.shape, load(in.cols.inverse_count + j));
+          from_col *= kShared ? shared : exp_shifted<T>(x, T(1), load(in.col_shift + j));
+          if (kMasked) from_col = keep<T>(classes.pair[r] + j, kRowIsNegative, from_col, V{});
+          from_row += from_col;
+        }
+        store(s + j, from_row);
+      }
+    }
+  }
+};
+
+template <class T>
+void extremes(const Tile<T>& tile, const Extremes<T>& out) {
+  for_each_strip<ExtremesStrip<T>>(tile, out);
+}
+
+template <class T>
+void bin_counts(const Tile<T>& tile, const BinCounts<T>& out) {
+  for_each_strip<BinCountsStrip<T>>(tile, out);
+}
+
+template <class T>
+void ranked_sums(const Tile<T>& tile, const RankedSums<T>& out) {
+  for_each_strip<RankedSumsStrip<T>>(tile, out);
+}
+
+template <class T>
+void ranked_weights(const Tile<T>& tile, const RankedWeights<T>& in) {
+  if (in.col_coef == nullptr)
+    for_each_strip<RankedWeightsStrip<T, false, false>>(tile, in);
+  else if (in.shared)
+    for_each_strip<RankedWeightsStrip<T, true, true>>(tile, in);
+  else
+    for_each_strip<RankedWeightsStrip<T, true, false>>(tile, in);
+}
+
+}  // namespace CE_ISA
+}  // namespace contrastive_ext

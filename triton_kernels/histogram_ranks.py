@@ -1,0 +1,142 @@
+"""Ranks from histograms: which bin of its anchor's range a logit lies in, and what that makes it weigh.
+
+    RANGE  smallest and largest logit of every row     -> the axis of its histogram
+    COUNT  negatives per bin, integer atomics: any order gives the same counts
+    SUMS   sum of omega e^{s - shift} and, for diagnostics, of its square, of logits and of weights
+
+Three launches of one tile loop: each pass needs the result of the one before. contrastive_ext/ranking.py has the
+mathematics; the backward is the one of the plain statistics with omega in its weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pairs import keep_tile, load_anchors
+from .scores import LOG2E, chunked_scores, load_rows, load_scale
+
+
+@triton.jit
+def find_bin(b_logit, p_axis, o_anchors, num_anchors, BINS: tl.constexpr, AXIS: tl.constexpr):
+    """Bin of every logit and its place in it, from 0 to 1; anchors along the other axis. A NaN goes to bin 0."""
+    m_anchors = o_anchors < num_anchors
+    b_low = tl.expand_dims(tl.load(p_axis + o_anchors, mask=m_anchors, other=0.0), AXIS)
+    b_per_logit = tl.expand_dims(
+        tl.load(p_axis + num_anchors.to(tl.int64) + o_anchors, mask=m_anchors, other=0.0), AXIS
+    )
+    b_position = (b_logit - b_low) * b_per_logit
+    b_position = tl.where(b_position > 0.0, b_position, 0.0)
+    b_position = tl.where(b_position < BINS, b_position, 1.0 * BINS)
+    b_bin = tl.where(b_position < BINS - 1, b_position, 1.0 * (BINS - 1)).to(tl.int32)
+    return b_bin, b_position - b_bin.to(b_position.dtype)
+
+
+@triton.jit
+def rank_weights(
+    b_logit, p_axis, p_below, p_shape, first, num_anchors, BLOCK: tl.constexpr, BINS: tl.constexpr, AXIS: tl.constexpr
+):  # fmt: skip
+    """omega of a tile of logits, by the histograms of its rows (AXIS 1) or of its columns (AXIS 0) from `first` on."""
+    o_anchors = first + tl.arange(0, BLOCK)
+    b_bin, b_place = find_bin(b_logit, p_axis, o_anchors, num_anchors, BINS, AXIS)
+    m_anchors = tl.expand_dims(o_anchors < num_anchors, AXIS)
+    # 64 bits up to the first table only: 64-bit offsets for every pair would spill
+    o_edges = tl.expand_dims(tl.arange(0, BLOCK) * (BINS + 1), AXIS) + b_bin
+    p_edges = p_below + tl.full((), BINS + 1, tl.int64) * first + o_edges
+    b_start = tl.load(p_edges, mask=m_anchors, other=0.0)
+    b_end = tl.load(p_edges + 1, mask=m_anchors, other=0.0)
+    o_inverse = 2 * num_anchors.to(tl.int64) + o_anchors
+    b_inverse = tl.expand_dims(tl.load(p_axis + o_inverse, mask=o_anchors < num_anchors, other=0.0), AXIS)
+    b_u = (b_start + b_place * (b_end - b_start - 1.0) + 1.0) * b_inverse
+    b_u = tl.minimum(tl.maximum(b_u, 0.0), 1.0)
+    a, b, low, high = tl.load(p_shape), tl.load(p_shape + 1), tl.load(p_shape + 2), tl.load(p_shape + 3)
+    b_twice = 2.0 * b_u
+    b_q = b + tl.sqrt(tl.maximum(b * b + 2.0 * a * b_twice, 0.0))  # Phi = twice / q
+    b_rest = b_q - b_twice
+    return (low * b_rest + high * b_twice) / (b * b_rest + (2.0 - b) * b_twice)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "list_groups",
+        "scorer_groups",
+        "num_scorers",
+        "num_rows",
+        "num_columns",
+        "num_images",
+        "shard",
+        "first_row",
+        "first_column",
+        "span",
+    ]
+)
+def histogram_ranks_kernel(
+    p_u, p_v, scale, p_axis, p_below, p_shape, p_shift, p_counts, p_out, num_rows, num_columns, span,
+    stride_u, stride_v,
+    p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
+    p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BINS: tl.constexpr,
+    PASS: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, split): tile i of the rows against columns split * span up to the next split.
+
+    p_out [splits, parts, rows]: RANGE smallest, largest; SUMS sum, of squares, of logits, of weights, largest weight
+    """
+    i0, i_split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
+    operands = (p_u, p_v, stride_u, stride_v)
+    images = (num_images, shard, first_row, first_column)
+    guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
+    listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
+    rules = ((p_row_ids, p_col_ids), guide, listed, listing)
+    DTYPE: tl.constexpr = p_out.dtype.element_ty
+    RESIDENT: tl.constexpr = BLOCK_D >= D
+    scale = load_scale(scale, SCALE_IS_TENSOR)
+    o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    m_i = o_i < num_rows
+    j_begin, j_end = i_split * span, tl.minimum(i_split * span + span, num_columns)
+    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else None
+    b_nothing = tl.zeros((BLOCK_M,), DTYPE)
+    b_lowest, b_highest = b_nothing + float("inf"), b_nothing + float("-inf")
+    b_sum, b_square, b_total, b_weights, b_largest = b_nothing, b_nothing, b_nothing, b_nothing, b_nothing
+    if RESIDENT:
+        b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
+    if PASS == "SUMS":
+        b_shift = tl.load(p_shift + o_i, mask=m_i, other=0.0)
+    for j0 in range(j_begin, j_end, BLOCK_N):
+        o_j = j0 + tl.arange(0, BLOCK_N)
+        if RESIDENT:
+            b_v = load_rows(p_v, o_j, o_d, num_columns, stride_v, D, BLOCK_D)
+            b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
+        else:
+            b_s = chunked_scores(operands, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+        b_logit = b_s * scale
+        m_keep, _, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, num_rows, num_columns, images, rules, anchors,
+                                       BLOCK_M, BLOCK_N, HAS_IMAGES, RULES)  # fmt: skip
+        if PASS == "RANGE":
+            b_lowest = tl.minimum(b_lowest, tl.min(tl.where(m_keep, b_logit, float("inf")), 1))
+            b_highest = tl.maximum(b_highest, tl.max(tl.where(m_keep, b_logit, float("-inf")), 1))
+        elif PASS == "COUNT":
+            b_bin, _ = find_bin(b_logit, p_axis, o_i, num_rows, BINS, 1)
+            tl.atomic_add(p_counts + o_i.to(tl.int64)[:, None] * BINS + b_bin, 1, mask=m_keep, sem="relaxed")
+        else:
+            b_weight = rank_weights(b_logit, p_axis, p_below, p_shape, i0, num_rows, BLOCK_M, BINS, 1)
+            b_weight = tl.where(m_keep, b_weight, 0.0)
+            b_exp = tl.where(m_keep, b_weight * tl.exp2((b_logit - b_shift[:, None]) * LOG2E), 0.0)
+            b_sum += tl.sum(b_exp, 1)
+            b_square += tl.sum(b_exp * b_exp, 1)
+            b_total += tl.sum(tl.where(m_keep, b_logit, 0.0), 1)
+            b_weights += tl.sum(b_weight, 1)
+            b_largest = tl.maximum(b_largest, tl.max(b_weight, 1))
+    if PASS == "RANGE":
+        p_rows = p_out + i_split.to(tl.int64) * 2 * num_rows + o_i
+        tl.store(p_rows, b_lowest, mask=m_i)
+        tl.store(p_rows + num_rows, b_highest, mask=m_i)
+    elif PASS == "SUMS":
+        p_rows = p_out + i_split.to(tl.int64) * 5 * num_rows + o_i
+        part = num_rows.to(tl.int64)
+        tl.store(p_rows, b_sum, mask=m_i)
+        tl.store(p_rows + part, b_square, mask=m_i)
+        tl.store(p_rows + 2 * part, b_total, mask=m_i)
+        tl.store(p_rows + 3 * part, b_weights, mask=m_i)
+        tl.store(p_rows + 4 * part, b_largest, mask=m_i)
