@@ -24,7 +24,7 @@ from ..reference import DenseLogits
 from ..stats import Diagnostics, LossStats
 from .base import LossOptions, RowLoss, RowStatistics, candidates_of, fused_row_loss, loss_function
 
-REFERENCE_ELEMENTS = 2**26  # comparisons of the dense reference at a time
+REFERENCE_ELEMENTS = 2**22  # comparisons of the dense reference at a time: larger temporaries are page faults
 
 
 @dataclass(frozen=True)
