@@ -53,7 +53,7 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     if case.torch_dtype in RELATIVE_L2:
         return truth
     dense = _results(baselines.chunked, case, inputs, upstream)
-    difference = _max_difference if case.dense.ranks is None else _relative_l2
+    difference = _relative_l2 if case.is_ranked else _max_difference
     errors = tuple(difference(*pair) for pair in zip(dense, (truth.losses, *gradients), strict=True))
     return Truth(truth.losses, upstream, gradients, errors)
 
@@ -71,7 +71,7 @@ def error_ratio(method: Method, case: Case, inputs: Inputs, truth: Truth) -> flo
     elif truth.dense_errors is None or method.relative_l2 is not None:
         limit = max(method.relative_l2 or 0.0, RELATIVE_L2.get(case.torch_dtype, 0.0))
         ratios = [_relative_l2(*pair) / limit for pair in zip(got, wanted, strict=True)]
-    elif case.dense.ranks is not None:
+    elif case.is_ranked:
         ulp = ULPS * torch.finfo(case.torch_dtype).eps
         ratios = [
             _relative_l2(mine, exact) / (2 * dense + ulp)
