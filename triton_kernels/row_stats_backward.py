@@ -21,13 +21,14 @@ import triton.language as tl
 
 from .histogram_ranks import rank_weights
 from .online_lse import exponentials
-from .pairs import keep_images, keep_tile, load_anchors, needs_mask
+from .pairs import SIZES, keep_images, keep_tile, load_anchors, needs_mask
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
 
 # One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
 # range: exponents up to 64 leave 2^62 for upstream gradients and 2^-62 for batches and means.
 MAX_FACTORED = tl.constexpr(64.0)
 FP16_EXPONENT = tl.constexpr(14.0)  # of fp16 weights after scaling: neither overflow nor underflow matters
+LARGEST_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
@@ -78,8 +79,19 @@ def weight_tile(
 
 
 @triton.jit
+def largest(p_grad, num_anchors):
+    """max_j |p_grad[j]|: every program reads all of it, which is less than a launch, and little beside the columns."""
+    o_block = tl.arange(0, LARGEST_BLOCK)
+    b_largest = tl.zeros((LARGEST_BLOCK,), tl.float32)
+    for start in range(0, num_anchors, LARGEST_BLOCK):
+        o_j = start + o_block
+        b_largest = tl.maximum(b_largest, tl.abs(tl.load(p_grad + o_j, mask=o_j < num_anchors, other=0.0)))
+    return tl.max(b_largest, 0)
+
+
+@triton.jit
 def fp16_factor(
-    p_grad, p_col_largest, o_i, num_rows,
+    p_grad, p_col_grad, o_i, num_rows, num_columns,
     EXPONENTS: tl.constexpr, BLOCK_M: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Powers of two that bring every row's largest possible weight, sum_k beta_k (|a_k,i| + max_j |c_k,j|), to 2^14."""
@@ -89,7 +101,7 @@ def fp16_factor(
             o_k = k * num_rows.to(tl.int64) + o_i
             b_bound += tl.abs(tl.load(p_grad + o_k, mask=o_i < num_rows, other=0.0)) * EXPONENTS[k]
         if REVERSE:
-            b_bound += tl.load(p_col_largest + k) * EXPONENTS[k]
+            b_bound += largest(p_col_grad + k * num_columns.to(tl.int64), num_columns) * EXPONENTS[k]
     b_exponent = FP16_EXPONENT - tl.ceil(tl.log2(tl.where(b_bound > 0, b_bound, 1.0)))
     return tl.exp2(tl.minimum(tl.maximum(b_exponent, -100.0), 100.0))
 
@@ -104,7 +116,7 @@ def sweep(
     """The tile loop of the backward."""
     p_u, p_v, stride_u, stride_v = operands
     num_rows, num_columns = sizes
-    p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest = terms
+    p_lse, p_grad, p_col_lse, p_col_grad = terms
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape = ranks
     p_out, p_factor, stride_out = outputs
     i0, row_begin, j_begin, j_end = where
@@ -115,7 +127,7 @@ def sweep(
     row_term = load_term(p_lse, p_grad, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
     IS_FP16: tl.constexpr = p_u.dtype.element_ty == tl.float16
     if IS_FP16:
-        b_factor = fp16_factor(p_grad, p_col_largest, o_i, num_rows, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
+        b_factor = fp16_factor(p_grad, p_col_grad, o_i, num_rows, num_columns, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
     if RESIDENT:
         b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
         b_sum = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
@@ -164,23 +176,9 @@ def sweep(
         tl.store(p_factor + o_i - row_begin, b_undo, mask=o_i < num_rows)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "list_groups",
-        "scorer_groups",
-        "num_scorers",
-        "num_rows",
-        "num_columns",
-        "num_images",
-        "shard",
-        "first_row",
-        "first_column",
-        "row_begin",
-        "span",
-    ]
-)
+@triton.jit(do_not_specialize=[*SIZES, "row_begin"])
 def row_stats_backward_kernel(
-    p_u, p_v, scale, p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest,
+    p_u, p_v, scale, p_lse, p_grad, p_col_lse, p_col_grad,
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape, p_out, p_factor,
     num_rows, num_columns, row_begin, span, stride_u, stride_v, stride_out,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
@@ -204,7 +202,7 @@ def row_stats_backward_kernel(
     guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
     listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
     rules = ((p_row_ids, p_col_ids), guide, listed, listing)
-    terms = (p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest)
+    terms = (p_lse, p_grad, p_col_lse, p_col_grad)
     ranks = (p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape)
     if BLOCK_D >= D:
         p_out += i_split.to(tl.int64) * num_rows * D

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from . import online_lse
 from .merge import pack, store_parts
-from .pairs import keep_images, keep_tile, load_anchors, needs_mask
+from .pairs import SIZES, keep_images, keep_tile, load_anchors, needs_mask
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
 
 FP16_RANGE = tl.constexpr(16384.0)  # exponentials up to 1 use the upper half of fp16's range, small ones stay normal
@@ -94,21 +94,7 @@ def sweep(
         tl.store(p_mean + o_i.to(tl.int64)[:, None] * D + o_d[None, :], b_mean, mask=m_mean)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "list_groups",
-        "scorer_groups",
-        "num_scorers",
-        "num_rows",
-        "num_columns",
-        "num_images",
-        "shard",
-        "first_row",
-        "first_column",
-        "first_tile",
-        "span",
-    ]
-)
+@triton.jit(do_not_specialize=[*SIZES, "first_tile"])
 def row_stats_forward_kernel(
     p_u, p_v, scale, p_rows, p_columns, p_mean, num_rows, num_columns, first_tile, span, stride_u, stride_v,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,

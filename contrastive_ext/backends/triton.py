@@ -258,13 +258,10 @@ def _weighted_columns(
     (n, d), m, like = rows.x.shape, len(cols.x), problem.u.new_empty(0, dtype=problem.stats_dtype)
     both = row_term is not None and col_term is not None
     scale, scale_is_tensor = _scale(problem)
-    col_largest = None
-    if rows.x.dtype == torch.float16 and col_term is not None:
-        col_largest = torch.linalg.vector_norm(col_term.grad, torch.inf, dim=1)
     shift = _shift(problem, exponents, _kernels().row_stats_backward.MAX_FACTORED.value) if both else "online"
     if ranks:
         shift = "online"  # each direction has its own omega: nothing to factor
-    terms = (*(row_term or (None, None))[:2], *(col_term or (None, None))[:2], col_largest)
+    terms = (*(row_term or (None, None))[:2], *(col_term or (None, None))[:2])
     tables = (*_table_of(row_term), *_table_of(col_term), ranks and ranks.shape)
     anchors = {"row_anchors": row_term is not None, "col_anchors": col_term is not None}
     rules = triton_pairs.arguments(problem.pairs, rows, cols, **anchors, guide_chunk=_guide_chunk(rows.x.device))
