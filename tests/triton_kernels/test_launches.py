@@ -57,10 +57,10 @@ def launches(monkeypatch):
 @pytest.mark.parametrize(
     "layout, dtype, forward, backward",
     [
-        ("two_view", torch.float32, 4, 2),
-        ("two_view", torch.float16, 4, 2),
-        ("one_way", torch.float32, 4, 3),  # a sweep for each side
-        ("symmetric", torch.float32, 5, 3),  # and column statistics to merge
+        ("two_view", torch.float32, 3, 2),
+        ("two_view", torch.float16, 3, 2),
+        ("one_way", torch.float32, 3, 3),  # a sweep for each side
+        ("symmetric", torch.float32, 3, 3),
     ],
 )
 @pytest.mark.parametrize("function", [ce.fused_infonce_loss, ce.fused_hard_negative_loss], ids=lambda f: f.__name__)

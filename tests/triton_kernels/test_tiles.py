@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from contrastive_ext import row_stats
-from contrastive_ext.backends import torch_ranked, triton_ranked
+from contrastive_ext.backends import torch_ranked, triton_launch, triton_ranked, triton_sweeps
 from contrastive_ext.backends import triton as backend
 from contrastive_ext.pairs import NO_COLUMN, UNFILLED, Gate, Pairs
 from contrastive_ext.problem import Problem
@@ -25,7 +25,8 @@ pytestmark = [
 
 # name, rows, columns (None: one set), features, what else is passed, why it is there
 PROBLEMS = [
-    ("one_set", 70, None, 20, {"num_images": 35}, "several tiles in both directions, tails, views between tile edges"),
+    ("one_set", 70, None, 20, {"num_images": 35}, "a triangle with tails, views between tile edges"),
+    ("one_square", 40, None, 20, {"num_images": 20}, "too few tiles for a triangle"),
     ("small_images", 70, None, 20, {"num_images": 5}, "every tile holds pairs of views, more than one apart"),
     ("clip", 70, 70, 20, {"num_images": 70, "columns": True}, "column partials of several row tiles"),
     ("hard_clip", 70, 70, 20, {"num_images": 70, "columns": True, "exponents": (0.5, 1.5)}, "and two exponents"),
@@ -108,7 +109,7 @@ RULES = [
 @pytest.mark.parametrize("problem", RULES, ids=[r[0] for r in RULES])
 def test_rules_across_tiles(problem, exponents, monkeypatch):
     _, n, m, features, rules, _ = problem
-    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)  # weights and column partials in several launches
+    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", 1)  # weights and column partials in several launches
     u, v = _vectors(n, features), None if m is None else _vectors(m, features)
     _assert_like_torch(u, v, scale=5.0, exponents=exponents, diagnostics=len(exponents) == 2, **rules())
 
@@ -173,12 +174,13 @@ def test_mean_of_frozen_columns(exponents, features, dtype):
     assert (ours - theirs).norm() <= (1e-12 if dtype == torch.float64 else 5e-4) * theirs.norm()
 
 
-def test_column_partials_in_several_launches(monkeypatch):
+@pytest.mark.parametrize("columns", [None, 100], ids=["triangle", "two_sets"])
+def test_column_partials_in_several_launches(monkeypatch, columns):
     """A workspace for one tile of rows gives what a workspace for all gives."""
-    u, v = _vectors(100, 20), _vectors(100, 20)
-    arguments = {"scale": 5.0, "num_images": 100, "columns": True, "unit": False, "diagnostics": True}
+    u, v = _vectors(100, 20), None if columns is None else _vectors(columns, 20)
+    arguments = {"scale": 5.0, "num_images": 50, "columns": v is not None, "unit": False, "diagnostics": True}
     at_once = _everything(u, v, "triton", **arguments)
-    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", 1)
     for a, b in zip(at_once, _everything(u, v, "triton", **arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
@@ -188,18 +190,19 @@ def test_weights_in_several_launches(monkeypatch):
     u, v = _vectors(100, 300), _vectors(70, 300)
     arguments = {"scale": 5.0, "unit": True}
     at_once = _everything(u, v, "triton", **arguments)
-    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", 1)
     for a, b in zip(at_once, _everything(u, v, "triton", **arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_splits_change_rounding_only(monkeypatch, splits):
-    u, v = _vectors(40, 20), _vectors(300, 20)
-    arguments = {"scale": 5.0, "exponents": (1.0, 2.0)}
+@pytest.mark.parametrize("rows, columns", [(40, 300), (300, None)], ids=["two_sets", "triangle"])
+def test_splits_change_rounding_only(monkeypatch, rows, columns, splits):
+    u, v = _vectors(rows, 20), None if columns is None else _vectors(columns, 20)
+    arguments = {"scale": 5.0, "exponents": (1.0, 2.0), "unit": True}
     usual = _everything(u, v, "triton", **arguments)
     span = -(-320 // splits // 32) * 32
-    monkeypatch.setattr(backend, "_split", lambda tiles, columns, block, programs: (splits, span))
+    monkeypatch.setattr(triton_launch, "split", lambda tiles, columns, block, programs: (splits, span))
     for a, b in zip(usual, _everything(u, v, "triton", **arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
