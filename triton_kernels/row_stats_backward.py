@@ -119,7 +119,7 @@ def sweep(
     p_lse, p_grad, p_col_lse, p_col_grad = terms
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape = ranks
     p_out, p_factor, stride_out = outputs
-    i0, row_begin, j_begin, j_end = where
+    i0, row_begin, col_begin, j_begin, j_end = where
     DTYPE: tl.constexpr = p_factor.dtype.element_ty
     RESIDENT: tl.constexpr = BLOCK_D >= D
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -163,7 +163,7 @@ def sweep(
             b_sum = tl.dot(b_weight, b_v, b_sum, input_precision=PRECISION, out_dtype=DTYPE)
         else:
             # 64 bits up to the tile's corner only: 64-bit offsets for every weight would spill
-            p_corner = p_out + (i0 - row_begin).to(tl.int64) * stride_out + j0
+            p_corner = p_out + (i0 - row_begin).to(tl.int64) * stride_out + (j0 - col_begin)
             o_weight = tl.arange(0, BLOCK_M)[:, None] * stride_out + tl.arange(0, BLOCK_N)[None, :]
             tl.store(p_corner + o_weight, b_weight, mask=(o_i < num_rows)[:, None] & (o_j < num_columns)[None, :])
     b_undo = tl.zeros((BLOCK_M,), DTYPE) + (scale if TIMES_SCALE else 1.0)
@@ -172,15 +172,15 @@ def sweep(
     if RESIDENT:
         m_out = (o_i < num_rows)[:, None] & (o_d < D)[None, :]
         tl.store(p_out + o_i.to(tl.int64)[:, None] * stride_out + o_d[None, :], b_sum * b_undo[:, None], mask=m_out)
-    elif j_begin == 0:
+    elif j_begin == col_begin:
         tl.store(p_factor + o_i - row_begin, b_undo, mask=o_i < num_rows)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "row_begin"])
+@triton.jit(do_not_specialize=[*SIZES, "row_begin", "col_begin", "col_end"])
 def row_stats_backward_kernel(
     p_u, p_v, scale, p_lse, p_grad, p_col_lse, p_col_grad,
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape, p_out, p_factor,
-    num_rows, num_columns, row_begin, span, stride_u, stride_v, stride_out,
+    num_rows, num_columns, row_begin, col_begin, col_end, span, stride_u, stride_v, stride_out,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
     p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
@@ -188,9 +188,9 @@ def row_stats_backward_kernel(
     REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TIMES_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, split): rows row_begin + i * BLOCK_M against columns split * span up to the next split.
+    """Program (i, split): rows from row_begin + i * BLOCK_M, columns from col_begin + split * span, before col_end.
 
-    Writes du [splits, rows, D], or with D > BLOCK_D weights [rows of this launch, columns] and the factor that undoes
+    Writes du [splits, rows, D], or with D > BLOCK_D weights [rows, columns of this launch] and the factor that undoes
     their scaling. SHIFT: "plain" one exponential for both terms, "online" two, "device" decided by the scale tensor.
     BINS > 0: each term times omega, looked up in the histograms of its anchors.
     """
@@ -207,7 +207,8 @@ def row_stats_backward_kernel(
     if BLOCK_D >= D:
         p_out += i_split.to(tl.int64) * num_rows * D
     outputs = (p_out, p_factor, stride_out)
-    where = (row_begin + i_tile * BLOCK_M, row_begin, i_split * span, tl.minimum(i_split * span + span, num_columns))
+    i0, j_begin = row_begin + i_tile * BLOCK_M, col_begin + i_split * span
+    where = (i0, row_begin, col_begin, j_begin, tl.minimum(j_begin + span, col_end))
     if SHIFT == "device":
         if scale * LOG2E * LARGEST <= MAX_FACTORED:
             sweep(operands, sizes, images, rules, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..problem import Problem, Statistics, Upstream
 from . import triton_launch as launch
-from . import triton_pairs
-from .triton_sweeps import Forward, Term, total, weighted_columns
+from .triton_sweeps import Forward, Term, gradients, total
 
 NAME = "triton"
 
@@ -46,15 +45,10 @@ def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
     row_term = Term(upstream.lse.contiguous(), upstream.grad_lse.contiguous())
-    col_term = row_term if problem.one_set else None
+    col_term = None
     if upstream.col_lse is not None and upstream.grad_col_lse is not None:
         col_term = Term(upstream.col_lse.contiguous(), upstream.grad_col_lse.contiguous())
-    u, v = launch.operands(problem)
-    du, dv = problem.u.new_empty(0), problem.u.new_empty(0)  # an operator's results must not share memory
-    rows, cols = triton_pairs.sides(problem, u, v)
     with launch.on_device(problem.u.device):
-        if upstream.need_u:
-            du = total(weighted_columns(problem, rows, cols, row_term, col_term))
-        if upstream.need_v and not problem.one_set:
-            dv = total(weighted_columns(problem, cols, rows, col_term, row_term))
+        found = gradients(problem, row_term, col_term, upstream.need_u, upstream.need_v)
+        du, dv = (problem.u.new_empty(0) if x is None else total(x) for x in found)
     return du, dv

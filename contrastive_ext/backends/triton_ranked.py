@@ -13,7 +13,7 @@ from ..problem import Problem
 from ..ranking import RankedStatistics, Ranking, histogram_axis
 from . import torch_ranked, triton_pairs
 from . import triton_launch as launch
-from .triton_sweeps import Ranks, Term, total, weighted_columns
+from .triton_sweeps import Ranks, Term, gradients, total
 
 
 def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
@@ -51,13 +51,9 @@ def ranked_backward(
         return torch_ranked.ranked_backward(problem, ranking, stats, grad_lse, need_u=need_u, need_v=need_v)
     ranks = Ranks(ranking.bins, stats.axis, stats.below, _shape(ranking, stats.lse))
     term = Term(stats.lse[None].contiguous(), grad_lse[None].contiguous(), ranks)
-    rows, cols = triton_pairs.sides(problem, *launch.operands(problem))
-    du, dv = problem.u.new_empty(0), problem.u.new_empty(0)
     with launch.on_device(problem.u.device):
-        if need_u:
-            du = total(weighted_columns(problem, rows, cols, term, term if problem.one_set else None))
-        if need_v and not problem.one_set:
-            dv = total(weighted_columns(problem, cols, rows, None, term))
+        found = gradients(problem, term, None, need_u, need_v)
+        du, dv = (problem.u.new_empty(0) if x is None else total(x) for x in found)
     return du, dv
 
 

@@ -6,6 +6,7 @@ through a bounded workspace where more features come than a program holds. Sizes
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from . import triton_pairs
 from .triton_pairs import Side
 
 WORKSPACE_BYTES = 64 << 20  # of column partials in the forward, and of weights up to 512 features
-WIDE_WORKSPACE_BYTES = 256 << 20  # of weights beyond: fewer, larger library products
+WIDE_FEATURES, WIDE_WORKSPACE_BYTES = 512, 256 << 20  # of weights beyond: fewer, larger library products
+ALIGNED = 64  # columns of stored weights come in multiples
 MERGE_BLOCK, MERGED_AT_ONCE = 128, 16  # anchors of a program that merges partial results, partials it reads at once
 
 
@@ -185,8 +187,8 @@ class Forward:
         means = []
         for beta, one_lse in zip(self.problem.exponents, lse.split(1), strict=True):
             term = Term(one_lse.contiguous(), torch.full_like(one_lse, 1 / beta))
-            splits = weighted_columns(self.problem, self.rows, self.cols, term, None, (beta,), times_scale=False)
-            means.append(total(splits))
+            weights = Weights(self.problem, self.rows, self.cols, term, None, (beta,))
+            means.append(total(weights.times_columns(times_scale=False)))
         return torch.stack(means)
 
 
@@ -195,57 +197,121 @@ def total(splits: Tensor) -> Tensor:
     return splits[0] if len(splits) == 1 else splits.sum(0)
 
 
-def weighted_columns(
-    problem: Problem,
-    rows: Side,
-    cols: Side,
-    row_term: Term | None,
-    col_term: Term | None,
-    exponents: tuple[float, ...] | None = None,
-    times_scale: bool = True,
-) -> Tensor:
-    """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]; see triton_kernels/row_stats_backward.py."""
-    exponents = exponents or problem.exponents
-    term = row_term or col_term
-    ranks = term.ranks if term else None
-    config = launch.config_of("backward", rows.x, triton_pairs.costliest_rule(problem.pairs), ranked=ranks is not None)
-    (n, d), m, like = rows.x.shape, len(cols.x), problem.u.new_empty(0, dtype=problem.stats_dtype)
-    both = row_term is not None and col_term is not None
-    scale, scale_is_tensor = launch.scale_argument(problem)
-    shift = "online"
-    if both and not ranks:  # each direction of ranks has its own omega: nothing to factor
-        shift = launch.shift_of(problem, exponents, launch.kernels().row_stats_backward.MAX_FACTORED.value)
-    terms = (*(row_term or (None, None))[:2], *(col_term or (None, None))[:2])
-    tables = (*_table_of(row_term), *_table_of(col_term), ranks and ranks.shape)
-    anchors = {"row_anchors": row_term is not None, "col_anchors": col_term is not None}
-    rules = triton_pairs.arguments(problem.pairs, rows, cols, **anchors, guide_chunk=launch.guide_chunk(rows.x.device))
+def gradients(
+    problem: Problem, row_term: Term | None, col_term: Term | None, need_u: bool = True, need_v: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """dL/du and dL/dv in splits, [splits, rows, D]; du holds both directions when there is one set."""
+    rows, cols = triton_pairs.sides(problem, *launch.operands(problem))
+    if problem.one_set:
+        return Weights(problem, rows, cols, row_term, row_term).times_columns() if need_u else None, None
+    weights = Weights(problem, rows, cols, row_term, col_term)
+    if need_u and need_v and weights.d > WIDE_FEATURES:
+        return weights.times_both()
+    du = weights.times_columns() if need_u else None
+    return du, Weights(problem, cols, rows, col_term, row_term).times_columns() if need_v else None
 
-    def sweep(row_begin: int, grid: tuple[int, int], span: int, out: Tensor, undo: Tensor) -> None:
-        launch.kernels().row_stats_backward.row_stats_backward_kernel[grid](
-            rows.x, cols.x, scale, *terms, *tables, out, undo, n, m, row_begin, span, rows.x.stride(0),
-            cols.x.stride(0), out.stride(-2), SHIFT=shift, LARGEST=max(exponents), EXPONENTS=exponents,
-            SCALE_IS_TENSOR=scale_is_tensor, FORWARD=row_term is not None, REVERSE=col_term is not None,
-            TIMES_SCALE=times_scale, BINS=ranks.bins if ranks else 0, **rules, **launch.tile_arguments(config, rows.x),
+
+class Weights:
+    """The weights w_ij of a backward, rows against columns, and their products; see row_stats_backward.py."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        rows: Side,
+        cols: Side,
+        row_term: Term | None,
+        col_term: Term | None,
+        exponents: tuple[float, ...] | None = None,
+    ):
+        self.problem, self.rows, self.cols, self.exponents = problem, rows, cols, exponents or problem.exponents
+        (self.n, self.d), self.m = rows.x.shape, len(cols.x)
+        self.like = problem.u.new_empty(0, dtype=problem.stats_dtype)
+        term = row_term or col_term
+        ranks = term.ranks if term else None
+        mask = triton_pairs.costliest_rule(problem.pairs)
+        self.config = launch.config_of("backward", rows.x, mask, ranked=ranks is not None)
+        shift, kernels = "online", launch.kernels()
+        if row_term is not None and col_term is not None and not ranks:  # omega differs by direction: nothing to factor
+            shift = launch.shift_of(problem, self.exponents, kernels.row_stats_backward.MAX_FACTORED.value)
+        self.found = [term for term in (row_term, col_term) if term is not None]
+        self.vectors = (*(row_term or (None, None))[:2], *(col_term or (None, None))[:2])
+        self.vectors += (*_table_of(row_term), *_table_of(col_term), ranks and ranks.shape)
+        anchors = {"row_anchors": row_term is not None, "col_anchors": col_term is not None}
+        chunk = launch.guide_chunk(rows.x.device)
+        self.flags = triton_pairs.arguments(problem.pairs, rows, cols, **anchors, guide_chunk=chunk)
+        self.flags |= {"SHIFT": shift, "LARGEST": max(self.exponents), "EXPONENTS": self.exponents}
+        self.flags |= {"FORWARD": row_term is not None, "REVERSE": col_term is not None}
+        self.flags |= {"BINS": ranks.bins if ranks else 0} | launch.tile_arguments(self.config, rows.x)
+
+    def times_columns(self, times_scale: bool = True) -> Tensor:
+        """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]."""
+        if self.config.block_d == 0:
+            tiles = launch.cdiv(self.n, self.config.block_m)
+            splits, span = launch.split(tiles, self.m, self.config.block_n, launch.processors(self.like.device))
+            out = self.like.new_empty(splits, self.n, self.d)
+            self._sweep((0, self.n), (0, self.m), splits, span, out, self.like.new_empty(0), times_scale)
+            return out
+        out = self.like.new_empty(self.n, self.d)
+        for (begin, end), _, weights, undo in self._stored(self.m, times_scale):
+            torch.mul(_product(weights, self.cols.x), undo, out=out[begin:end])
+        return out[None]
+
+    def times_both(self) -> tuple[Tensor, Tensor]:
+        """scale sum_j w_ij cols_j and scale sum_i w_ij rows_i, [1, rows, D] and [1, columns, D], from the same weights.
+
+        Saves the second score product and pays for it with sums in memory: blocks of weights are squares, so that
+        those are a small part however many rows there are.
+        """
+        du, dv = self.like.new_zeros(self.n, self.d), self.like.new_zeros(self.m, self.d)
+        largest_undo = self._largest_undo()
+        square = math.isqrt(self._budget())
+        for (begin, end), (first, last), weights, undo in self._stored(min(square, self.m), times_scale=False):
+            du[begin:end].addcmul_(_product(weights, self.cols.x[first:last]), undo)
+            x = self.rows.x[begin:end]
+            x = x if largest_undo is None else (x * (undo / largest_undo)).to(x.dtype)
+            dv[first:last] += _product(weights.T, x)
+        if largest_undo is not None:
+            dv *= largest_undo
+        return du.mul_(self.problem.scale)[None], dv.mul_(self.problem.scale)[None]
+
+    def _budget(self) -> int:
+        """Weights that may be stored at a time."""
+        limit = WORKSPACE_BYTES if self.d <= WIDE_FEATURES else WIDE_WORKSPACE_BYTES
+        return limit // self.rows.x.element_size()
+
+    def _stored(self, width: int, times_scale: bool):
+        """((begin, end) of rows, of columns, weights, what undoes their scaling [rows, 1]), block after block."""
+        block, aligned = self.config.block_m, max(ALIGNED, self.config.block_n)
+        width = max(1, launch.cdiv(width, aligned)) * aligned
+        height = min(launch.cdiv(self.n, block), max(1, self._budget() // width // block)) * block
+        stored, undo = self.rows.x.new_empty(height, width), self.like.new_empty(height, 1)
+        for begin in range(0, self.n, height):
+            for first in range(0, self.m, width):
+                end, last = min(begin + height, self.n), min(first + width, self.m)
+                tiles = launch.cdiv(end - begin, block)
+                programs = 4 * launch.processors(self.like.device)
+                splits, span = launch.split(tiles, last - first, self.config.block_n, programs)
+                self._sweep((begin, end), (first, last), splits, span, stored, undo, times_scale)
+                yield (begin, end), (first, last), stored[: end - begin, : last - first], undo[: end - begin]
+
+    def _sweep(self, rows, columns, splits: int, span: int, out: Tensor, undo: Tensor, times_scale: bool) -> None:
+        tiles = launch.cdiv(rows[1] - rows[0], self.config.block_m)
+        scale, scale_is_tensor = launch.scale_argument(self.problem)
+        u, v = self.rows.x, self.cols.x
+        launch.kernels().row_stats_backward.row_stats_backward_kernel[tiles, splits](
+            u, v, scale, *self.vectors, out, undo, self.n, self.m, rows[0], *columns, span, u.stride(0), v.stride(0),
+            out.stride(-2), SCALE_IS_TENSOR=scale_is_tensor, TIMES_SCALE=times_scale, **self.flags,
         )  # fmt: skip
 
-    if config.block_d == 0:
-        tiles = launch.cdiv(n, config.block_m)
-        splits, span = launch.split(tiles, m, config.block_n, launch.processors(like.device))
-        out = like.new_empty(splits, n, d)
-        sweep(0, (tiles, splits), span, out, like.new_empty(0))
-        return out
-    out = like.new_empty(n, d)
-    width = launch.cdiv(m, 64) * 64  # rows of weights stay aligned
-    budget = (WORKSPACE_BYTES if d <= 512 else WIDE_WORKSPACE_BYTES) // (width * rows.x.element_size())
-    height = min(launch.cdiv(n, config.block_m), max(1, budget // config.block_m)) * config.block_m
-    weights, undo = rows.x.new_empty(height, width), like.new_empty(height, 1)
-    for begin in range(0, n, height):
-        count = min(height, n - begin)
-        tiles = launch.cdiv(count, config.block_m)
-        splits, span = launch.split(tiles, m, config.block_n, 4 * launch.processors(like.device))
-        sweep(begin, (tiles, splits), span, weights, undo)
-        torch.mul(_product(weights[:count, :m], cols.x), undo[:count], out=out[begin : begin + count])
-    return out[None]
+    def _largest_undo(self) -> Tensor | None:
+        """What undoes the scaling of the row whose fp16 weights are scaled up the least; None: nothing is scaled."""
+        if self.rows.x.dtype != torch.float16:
+            return None
+        bounds = torch.stack([
+            beta * term.grad[k].abs().amax() for term in self.found for k, beta in enumerate(self.exponents)
+        ])  # fmt: skip
+        exponent = launch.kernels().row_stats_backward.FP16_EXPONENT.value - bounds.sum().log2().ceil()
+        return exponent.clamp(-100, 100).neg().exp2()
 
 
 def _table_of(term: Term | None) -> tuple[Tensor, Tensor] | tuple[None, None]:

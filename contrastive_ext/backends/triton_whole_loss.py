@@ -16,9 +16,8 @@ from ..numerics import stats_dtype
 from ..pairs import Pairs
 from ..problem import Problem
 from . import triton_launch as launch
-from . import triton_pairs
 from .short_road import BACKWARD_SCHEMA, FORWARD_SCHEMA, WholeLossOps, backward_shapes, forward_shapes
-from .triton_sweeps import Forward, Term, weighted_columns
+from .triton_sweeps import Forward, Term, gradients
 
 PROLOGUE_ELEMENTS = 2048  # of a block of rows: 16 for a thread and array
 ANCHORS_OF_PROGRAM = 4096  # one program reduces small batches; of larger ones each of many programs leaves a part
@@ -79,20 +78,12 @@ def _backward(
     sides, _, anchors = lse.shape
     if reduction == "none":
         coefficients = coefficients * grad_loss.view(sides, 1, anchors)
-    row_term, col_term = Term(lse[0], coefficients[0, :k]), None
-    if problem.one_set:
-        col_term = row_term
-    elif layout == "symmetric":
-        col_term = Term(lse[1], coefficients[1, :k])
+    terms = [Term(lse[side], coefficients[side, :k]) for side in range(sides)]
     dz1, dz2 = torch.empty_like(z1), torch.empty_like(z2)
     with launch.on_device(z1.device):
-        u, v = launch.operands(problem)
-        rows, cols = triton_pairs.sides(problem, u, v)
-        du = weighted_columns(problem, rows, cols, row_term, col_term)
-        if problem.one_set:
-            dv = du[:, images:]
-        else:
-            dv = weighted_columns(problem, cols, rows, col_term, row_term)
+        du, dv = gradients(problem, terms[0], terms[1] if sides == 2 else None)
+        assert du is not None
+        dv = du[:, images:] if dv is None else dv
         block, block_d = _prologue_block(features)
         programs = launch.cdiv(columns, block)
         dscale = inverse_norm.new_empty(programs) if need_scale else None

@@ -185,6 +185,32 @@ def test_column_partials_in_several_launches(monkeypatch, columns):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("exponents", [(1.0,), (0.5, 1.5)], ids=["one", "two"])
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "both_sides"])
+@pytest.mark.parametrize("workspace", [1, 64 * 64 * 8, 256 << 20], ids=["tile", "squares", "everything"])
+def test_weights_of_many_features_serve_both_sides(monkeypatch, workspace, columns, exponents):
+    """Blocks of a tile, several of them in both directions with tails, one; a limit above each makes no difference."""
+    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
+    monkeypatch.setattr(triton_sweeps, "WIDE_WORKSPACE_BYTES", workspace)
+    u, v = _vectors(100, 260), _vectors(150, 260)
+    _assert_like_torch(u, v, scale=5.0, unit=True, num_images=50, columns=columns, exponents=exponents)
+
+
+@pytest.mark.parametrize("upstream", [2.0**-20, 2.0**16])
+def test_fp16_weights_of_both_sides_neither_overflow_nor_vanish(monkeypatch, upstream):
+    """Coefficients of rows differ by 2^12: what scales a row's weights must not reach the columns."""
+    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
+    u, v = (_vectors(n, 300).detach().half().float().requires_grad_() for n in (60, 90))
+    coefficients = torch.logspace(-12, 0, 60, 2.0, device=DEVICE) * upstream
+    gradients = []
+    for name in ("triton", "torch"):
+        lse = row_stats(u, v, scale=2.0, unit=True, backend=name, operand_dtype=torch.float16).lse
+        gradients.append(torch.autograd.grad((lse * coefficients).sum(), (u, v)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 1.5e-3 * theirs.norm()
+        assert (ours - theirs).norm(dim=1).max() <= 1e-2 * theirs.norm(dim=1).max()
+
+
 def test_weights_in_several_launches(monkeypatch):
     """Rows of weights are independent: a workspace for one tile changes no bit."""
     u, v = _vectors(100, 300), _vectors(70, 300)
