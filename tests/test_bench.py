@@ -110,7 +110,7 @@ def test_flops_are_counted_as_executed(method, layout, forward, backward):
 def test_two_sets_of_many_features_share_their_weights():
     case = cases.Case("fused_infonce_loss", "symmetric", 1, 1, triton_sweeps.WIDE_FEATURES + 1)
     assert cases.executed_flops("triton", case) == (2 * case.dim, 6 * case.dim)
-    assert cases.STORED_FROM == case.dim
+    assert case.dim == cases.STORED_FROM
 
 
 def test_triangle_flops_are_what_the_torch_backend_multiplies(monkeypatch):
