@@ -30,6 +30,7 @@ def check_group(group: dist.ProcessGroup) -> None:
         )
 
 
+@torch.compiler.disable  # reads numbers on the host
 def agree(group: dist.ProcessGroup, device: torch.device, numbers: dict[str, int]) -> None:
     """ValueError on every rank, with the numbers of each, unless they are the same on all ranks of `group`.
 

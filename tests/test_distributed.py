@@ -1,5 +1,5 @@
 """Two ranks that gather negatives against one process that has the whole batch: the same loss, and after the average
-that DistributedDataParallel takes the same gradient. Both ranks run everything in one go; the tests look at the results.
+that DistributedDataParallel takes the same gradient. Both ranks run everything in one go; tests look at the results.
 """
 
 from __future__ import annotations
@@ -190,14 +190,29 @@ def second_derivatives_of_the_reference(rank: int):
 
 @check
 def queues_stay_the_same_everywhere(rank: int):
-    z1, z2 = random_pairs(PAIRS, FEATURES, torch.float64)
-    keys, ids = torch.randn(PAIRS, FEATURES, dtype=torch.float64), torch.arange(PAIRS) % 5
-    mine, queues = _mine(rank, PAIRS), [ce.NegativeQueue(9, FEATURES, dtype=torch.float64) for _ in range(2)]
-    queues[0].enqueue(keys, ids)
-    queues[1].enqueue(keys[mine], ids[mine], group=dist.group.WORLD)
-    whole = ce.fused_infonce_loss(z1, z2, ids=ids, queue=queues[0], reduction="none").view(2, PAIRS)[:, mine]
-    local = {"ids": ids[mine], "queue": queues[1], "reduction": "none", "group": dist.group.WORLD}
-    yield "loss", ce.fused_infonce_loss(z1[mine], z2[mine], **local).view(2, -1), whole
+    whole, local = (ce.NegativeQueue(17, FEATURES, dtype=torch.float64) for _ in range(2))
+    mine = _mine(rank, PAIRS)
+    for step in range(3):  # the second wraps around
+        keys, ids = torch.randn(PAIRS, FEATURES, dtype=torch.float64), torch.arange(PAIRS) % 5 + step
+        whole.enqueue(keys, ids)
+        local.enqueue(keys[mine], ids[mine], group=dist.group.WORLD)
+        for name, value in whole.state_dict().items():
+            yield f"{name} after step {step}", local.state_dict()[name], value
+
+
+@check
+def compiled(rank: int):
+    """Comparing shapes between ranks breaks the graph, the collectives are in it."""
+    leaves = [z[_mine(rank, PAIRS)].requires_grad_() for z in random_pairs(PAIRS, FEATURES, torch.float64)]
+
+    def step(z1, z2):
+        return ce.fused_debiased_loss(z1, z2, group=dist.group.WORLD)
+
+    results = []
+    for function in (torch.compile(step, backend="aot_eager"), step):
+        value = function(*leaves)
+        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    yield from zip(("loss", "gradient of z1", "gradient of z2"), *results, strict=True)
 
 
 @check
@@ -251,6 +266,10 @@ def _errors(rank: int) -> dict[str, str]:
             ce.fused_infonce_loss(z1, z2, **({"group": dist.group.WORLD} | options))
         except (ValueError, TypeError) as error:
             said[name] = f"{type(error).__name__}: {error}"
+    try:
+        ce.NegativeQueue(7, 3).enqueue(z[: 2 + rank], group=dist.group.WORLD)
+    except ValueError as error:
+        said["enqueue"] = str(error)
     (second,) = torch.autograd.grad(ce.fused_infonce_loss(z, z, group=dist.group.WORLD), [z], create_graph=True)
     with contextlib.suppress(RuntimeError):
         second.sum().backward()
@@ -261,7 +280,7 @@ def _errors(rank: int) -> dict[str, str]:
 def _run_everything(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(minutes=2)
     )
     results: dict = {}
     for loss, usage, backend in CASES:
@@ -332,6 +351,7 @@ def test_operands_of_every_dtype_are_sent_exactly(ranks, dtype):
         ("guide", r"ValueError: .* number of guide features .*; got \[0, 3\]"),
         ("negatives", r"ValueError: .* number of shared negatives; got \[2, 3\]"),
         ("queue", r"ValueError: .* number of keys in the queue; got \[2, 3\]"),
+        ("enqueue", r"same number of keys; got \[2, 3\]"),
         ("requires_grad", r"ValueError: .* requires_grad of z2; got \[0, 1\]"),
         ("group", r"TypeError: group must be a torch.distributed.ProcessGroup .* got 'world'"),
         ("not initialised", "call init_process_group first"),

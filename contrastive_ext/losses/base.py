@@ -157,11 +157,17 @@ def fused_row_loss(
     reduction    "mean", "sum" or "none"
     return_stats also return a `LossStats` record from the same pass
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    group        a torch.distributed process group (`torch.distributed.group.WORLD`: all ranks): candidates are those of
+                 all its ranks. Every rank brings as many rows, gets the loss and the statistics of its own anchors and
+                 calls backward; what DistributedDataParallel averages is then exactly the gradient of the mean over
+                 all anchors, a learned temperature's too. [K, D] `negatives` are gathered like z2, [B, n, D] and
+                 `positives` belong to their anchors, the queue has to be the same everywhere. distributed.py
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [2B] (two_view; symmetric: rows, then columns) or
                  [B] (one_way) for "none". A row without negatives has loss 0 and counts in the mean.
-    Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations; RuntimeError with the
-                 reason if a named backend cannot run
-    Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference"
+    Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations, on every rank where ranks
+                 differ; RuntimeError with the reason if a named backend cannot run, or before init_process_group
+    Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference". With W ranks
+                 M is W M (two_view, symmetric: W B), and a call waits once for the device, to compare shapes
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
