@@ -16,9 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .numerics import SUPPORTED_DTYPES
 
-def check_group(group: dist.ProcessGroup) -> None:
-    """RuntimeError without torch.distributed, TypeError unless `group` is a process group with this process in it."""
+_FIELDS = ("number of rows", "row length", "dtype (0 fp16, 1 bf16, 2 fp32, 3 fp64)", "requires_grad")
+
+
+@torch.compiler.disable  # reads numbers on the host
+def agree(group: dist.ProcessGroup, **tensors: Tensor | None) -> None:
+    """Raise on every rank unless all bring tensors of the same shape, dtype and need of a gradient; None has 0 rows.
+
+    To be called before they are gathered: unequal shards would hang a collective or garble its result. Waits for the
+    device. RuntimeError without torch.distributed, TypeError unless `group` is a process group with this process in it,
+    ValueError with what each rank brings.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "group was given, but torch.distributed is not initialised: call init_process_group first, "
@@ -28,18 +38,19 @@ def check_group(group: dist.ProcessGroup) -> None:
         raise TypeError(
             f"group must be a torch.distributed.ProcessGroup that this process belongs to, or None; got {group!r}."
         )
-
-
-@torch.compiler.disable  # reads numbers on the host
-def agree(group: dist.ProcessGroup, device: torch.device, numbers: dict[str, int]) -> None:
-    """ValueError on every rank, with the numbers of each, unless they are the same on all ranks of `group`.
-
-    To be called before a gather: unequal shards would hang it or garble its result. Waits for the device.
-    """
-    mine = torch.tensor(list(numbers.values()), device=device)
-    for name, values in zip(numbers, gather(mine[None], group).T.tolist(), strict=True):
+    device = next(x.device for x in tensors.values() if x is not None)
+    mine = torch.tensor([n for x in tensors.values() for n in _numbers(x)], device=device)
+    what = [f"{field} of {name}" for name in tensors for field in _FIELDS]
+    for same, values in zip(what, gather(mine[None], group).T.tolist(), strict=True):
         if len(set(values)) > 1:
-            raise ValueError(f"every rank of the group must bring the same {name}; got {values}, in rank order.")
+            raise ValueError(f"every rank of the group must bring the same {same}; got {values}, in rank order.")
+
+
+def _numbers(x: Tensor | None) -> list[int]:
+    if x is None:
+        return [0] * len(_FIELDS)
+    dtype = SUPPORTED_DTYPES.index(x.dtype) if x.dtype in SUPPORTED_DTYPES else -1
+    return [len(x), x.shape[1:].numel(), dtype, int(x.requires_grad and torch.is_grad_enabled())]
 
 
 def gather(local: Tensor, group: dist.ProcessGroup, wire: torch.dtype | None = None) -> Tensor:

@@ -90,7 +90,9 @@ def arrange(
     )  # fmt: skip
     if group is None:
         return (direction(z1, z2, layout, cancellation),)
-    _check_ranks(group, z1, z2, keys, negatives, cancellation)
+    shared = negatives if negatives is not None and negatives.dim() == 2 else None
+    guide = None if cancellation.guide is None else cancellation.guide[1]
+    distributed.agree(group, z1=z1, z2=z2, ids=cancellation.ids, guide=guide, negatives=shared, queue=keys)
     if layout != "symmetric":
         return (direction(z1, z2, layout, cancellation),)
     reverse = replace(cancellation, guide=cancellation.guide and cancellation.guide[::-1])
@@ -255,32 +257,6 @@ def _check_extras(
             raise ValueError("in_batch_negatives=False needs layout='one_way' and a queue or explicit negatives.")
         if z2.shape[0] != batch:
             raise ValueError(f"with in_batch_negatives=False z2 must be [{batch}, {dim}]; got {describe(z2)}.")
-
-
-def _check_ranks(
-    group: dist.ProcessGroup,
-    z1: Tensor,
-    z2: Tensor,
-    keys: Tensor | None,
-    negatives: Tensor | None,
-    cancellation: Cancellation,
-) -> None:
-    """ValueError on every rank if they differ in what is gathered, or in whether its gradient is summed back."""
-    distributed.check_group(group)
-    shared = negatives if negatives is not None and negatives.dim() == 2 else None
-    numbers = {
-        "number of pairs B": len(z1),
-        "number of rows of z2": len(z2),
-        "number of features D": z1.shape[1],
-        "dtype (0 fp16, 1 bf16, 2 fp32, 3 fp64)": numerics.SUPPORTED_DTYPES.index(z1.dtype),
-        "ids (0 none, 1 given)": int(cancellation.ids is not None),
-        "number of guide features (0 no guide)": 0 if cancellation.guide is None else cancellation.guide[1].shape[1],
-        "number of shared negatives": 0 if shared is None else len(shared),
-        "number of keys in the queue": 0 if keys is None else len(keys),
-    }
-    for name, z in (("z1", z1), ("z2", z2), ("negatives", shared)):
-        numbers[f"requires_grad of {name}"] = int(z is not None and z.requires_grad and torch.is_grad_enabled())
-    distributed.agree(group, z1.device, numbers)
 
 
 def check_queue(keys: Tensor, dim: int, device: torch.device, name: str = "queue") -> None:

@@ -55,8 +55,7 @@ class NegativeQueue(nn.Module):
             raise ValueError(f"ids must be int64 [{keys.shape[0]}]; got {ids.dtype} {list(ids.shape)}.")
         keys = keys.detach()
         if group is not None:
-            distributed.check_group(group)
-            distributed.agree(group, keys.device, {"number of keys": len(keys)})
+            distributed.agree(group, keys=keys)
             keys, ids = distributed.gather(keys, group), distributed.gather(ids, group)
         appended = keys.shape[0]
         last = torch.arange(max(0, appended - size), appended, device=self.data.device)

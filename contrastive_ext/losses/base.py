@@ -157,11 +157,12 @@ def fused_row_loss(
     reduction    "mean", "sum" or "none"
     return_stats also return a `LossStats` record from the same pass
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
-    group        a torch.distributed process group (`torch.distributed.group.WORLD`: all ranks): candidates are those of
-                 all its ranks. Every rank brings as many rows, gets the loss and the statistics of its own anchors and
-                 calls backward; what DistributedDataParallel averages is then exactly the gradient of the mean over
-                 all anchors, a learned temperature's too. [K, D] `negatives` are gathered like z2, [B, n, D] and
-                 `positives` belong to their anchors, the queue has to be the same everywhere. distributed.py
+    group        a torch.distributed process group (`torch.distributed.group.WORLD`: all ranks; that is None, this rank
+                 alone, before init_process_group): candidates are those of all its ranks. Every rank brings as many
+                 rows, gets loss and statistics of its own anchors and calls backward; what DistributedDataParallel
+                 averages is then exactly the gradient of the mean over all anchors, a learned temperature's too.
+                 [K, D] `negatives` are gathered as z2 is, [B, n, D] and `positives` stay with their anchors, a queue
+                 has to be the same on all ranks (`enqueue(keys, group=group)`)
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [2B] (two_view; symmetric: rows, then columns) or
                  [B] (one_way) for "none". A row without negatives has loss 0 and counts in the mean.
     Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations, on every rank where ranks
