@@ -166,9 +166,9 @@ def fused_row_loss(
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [2B] (two_view; symmetric: rows, then columns) or
                  [B] (one_way) for "none". A row without negatives has loss 0 and counts in the mean.
     Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations, on every rank where ranks
-                 differ; RuntimeError with the reason if a named backend cannot run, or before init_process_group
-    Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference". With W ranks
-                 M is W M (two_view, symmetric: W B), and a call waits once for the device, to compare shapes
+                 differ; RuntimeError with the reason if a named backend cannot run, or without an initialised group
+    Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference". A group of W
+                 ranks has W times the columns, and a call waits once for the device, to compare shapes between ranks
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
