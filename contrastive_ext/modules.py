@@ -32,7 +32,8 @@ from .stats import LossStats
 class RowLossModule(nn.Module):
     """Any `RowLoss` as a module: `RowLossModule(MyLoss(), temperature=0.1)(z1, z2)`.
 
-    Keywords given here are defaults, keywords given to the call override them (a queue, a learned temperature).
+    Keywords given here are defaults, keywords given to the call override them (a queue, a learned temperature). With a
+    process group here the module cannot be copied or pickled; `group` may be given to the call instead.
     """
 
     def __init__(self, row_loss: RowLoss, temperature: float | None = None, **options: Unpack[LossOptions]):
