@@ -71,6 +71,7 @@ def arrange(
     positives: Tensor | None,
     normalize: bool,
     cancellation: Cancellation,
+    operand_dtype: torch.dtype | None,
     group: dist.ProcessGroup | None,
 ) -> tuple[Arrangement, ...]:
     """Check the arguments of a loss over pairs and arrange them; raises before anything is computed.
@@ -86,7 +87,7 @@ def arrange(
     direction = partial(
         _direction, scale=resolve_scale(temperature, logit_scale, default_temperature, z1), keys=keys, key_ids=key_ids,
         negatives=negatives, in_batch_negatives=in_batch_negatives, positives=positives, normalize=normalize,
-        group=group,
+        operand_dtype=numerics.resolve_operand_dtype(z1.dtype, operand_dtype), group=group,
     )  # fmt: skip
     if group is None:
         return (direction(z1, z2, layout, cancellation),)
@@ -112,9 +113,10 @@ def _direction(
     in_batch_negatives: bool,
     positives: Tensor | None,
     normalize: bool,
+    operand_dtype: torch.dtype,
     group: dist.ProcessGroup | None,
 ) -> Arrangement:
-    dtype, operand_dtype = numerics.stats_dtype(z1.dtype), z1.dtype
+    dtype = numerics.stats_dtype(z1.dtype)
 
     def operand(z: Tensor) -> Tensor:
         z = z.to(dtype)

@@ -105,6 +105,7 @@ class LossOptions(TypedDict, total=False):
     reduction: Literal["mean", "sum", "none"]
     return_stats: bool
     backend: str
+    operand_dtype: torch.dtype | None
     group: dist.ProcessGroup | None
 
 
@@ -131,6 +132,7 @@ def fused_row_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
     backend: str = "auto",
+    operand_dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Any row loss over a batch of pairs, without forming the similarity matrix; every public loss is this call.
@@ -157,6 +159,9 @@ def fused_row_loss(
     reduction    "mean", "sum" or "none"
     return_stats also return a `LossStats` record from the same pass
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    operand_dtype
+                 torch.float16 or torch.bfloat16 for float32 z1 and z2: products at the 16-bit rate of a GPU from unit
+                 rows rounded once (fp16 keeps as much of them as TF32); everything else and the gradients stay float32
     group        a torch.distributed process group (`torch.distributed.group.WORLD`: all ranks; that is None, this rank
                  alone, before init_process_group): candidates are those of all its ranks. Every rank brings as many
                  rows, gets loss and statistics of its own anchors and calls backward; what DistributedDataParallel
@@ -179,7 +184,7 @@ def fused_row_loss(
         labels if ids is None else ids, queue_ids, guide, guide_queue, margin, margin_strategy
     )  # fmt: skip
     with torch.autocast(z1.device.type if isinstance(z1, Tensor) else "cpu", enabled=False):
-        more = (queue, negatives, positives, guide_queue, group)
+        more = (queue, negatives, positives, guide_queue, operand_dtype, group)
         plain = all(x is None for x in more) and cancellation == Cancellation() and in_batch_negatives
         if plain and not return_stats and row_loss.formula is not None:
             check_pairs(z1, z2, layout)
@@ -190,7 +195,8 @@ def fused_row_loss(
         batches = arrange(
             z1, z2, temperature, logit_scale=logit_scale, default_temperature=row_loss.default_temperature,
             layout=layout, queue=queue, negatives=negatives, in_batch_negatives=in_batch_negatives,
-            positives=positives, normalize=normalize, cancellation=cancellation, group=group,
+            positives=positives, normalize=normalize, cancellation=cancellation, operand_dtype=operand_dtype,
+            group=group,
         )  # fmt: skip
         path = _dense if backend == dispatch.REFERENCE else _streamed
         losses, stats, diagnostics = _end_to_end([path(row_loss, batch, return_stats, backend) for batch in batches])
