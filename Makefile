@@ -39,8 +39,11 @@ $(BUILT): $(INSTALLED) csrc $(CSRC)
 	PATH="$(abspath $(BIN)):$$PATH" $(RUN) setup.py -q build_ext --inplace
 	@touch $@
 
-test: $(BUILT) ## run the tests
-	$(RUN) -m pytest -q $(ARGS)
+# The whole suite takes all cores; a part of it, ARGS="tests/test_x.py -x", one process, which starts at once and debugs.
+ON_ALL_CORES := -n auto --maxprocesses=8 --dist worksteal
+
+test: $(BUILT) ## run the tests; ARGS="..." are pytest's arguments
+	$(RUN) -m pytest -q $(or $(ARGS),-m "not interpreter" $(ON_ALL_CORES))
 
 lint: $(BUILT) ## ruff, clang-format, mypy on the public API
 	$(BIN)/ruff check .
@@ -58,7 +61,7 @@ bench: $(BUILT) ## run the benchmark; ARGS="..." are its arguments
 
 # The rest of the table takes minutes in the interpreter and adds nothing about the kernels.
 interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, gradients, golden cases, losses
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:warnings -m interpreter tests/test_row_stats.py \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:warnings $(ON_ALL_CORES) -m interpreter tests/test_row_stats.py \
 	  tests/test_top_columns.py tests/test_golden.py tests/test_losses.py tests/test_whole_loss.py \
 	  tests/test_self_labeling.py tests/test_bayesian.py tests/test_false_negative.py tests/test_supcon.py \
 	  tests/test_cancellation.py tests/test_tuning.py tests/triton_kernels \

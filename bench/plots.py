@@ -16,6 +16,13 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "
 
 def draw(results: Results, path: Path) -> None:
     """Write the picture; ImportError without matplotlib."""
+    figure = picture(results)
+    if figure is not None:
+        figure.savefig(path, dpi=130)
+
+
+def picture(results: Results):
+    """The matplotlib figure; None without a problem in two views."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,7 +30,7 @@ def draw(results: Results, path: Path) -> None:
 
     series = growing_series(results.rows)
     if not series:
-        return
+        return None
     colors = _colors(results.rows)
     plt.rcParams.update(STYLE)
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
@@ -38,8 +45,10 @@ def draw(results: Results, path: Path) -> None:
         f"{short_name(row.loss)}, two views, D = {row.D}, {row.dtype}, torch {facts['torch']}, {where}",
         x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    for _ in range(3):  # axes that make room for the names at the ends of their lines move the ends
+        figure.draw_without_rendering()
+    plt.close(figure)  # pyplot forgets it
+    return figure
 
 
 def _colors(rows: list[Row]) -> dict[str, str]:

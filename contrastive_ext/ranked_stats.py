@@ -14,7 +14,16 @@ from torch import Tensor
 
 from .pairs import Gate
 from .ranking import RankedStatistics, Ranking
-from .row_stats import _PROBLEM, PAIR_NUMBERS, FirstOrderOnly, _check, _check_cancelled, _problem, _tensors
+from .row_stats import (
+    _PROBLEM,
+    PAIR_NUMBERS,
+    FirstOrderOnly,
+    _backward_shapes,
+    _check,
+    _check_cancelled,
+    _problem,
+    _tensors,
+)
 
 _RANKING = "float[] ranking, int bins"
 _library = torch.library.Library("contrastive_ext", "FRAGMENT")
@@ -91,14 +100,6 @@ def _forward_shapes(u, *rest) -> tuple[Tensor, ...]:
     n = u.shape[0]
     axis, below = ((3, n), (n, bins + 1)) if bins else ((0,), (0,))
     return u.new_empty(n), u.new_empty(6 if diagnostics else 1, n), u.new_empty(axis), u.new_empty(below)
-
-
-def _backward_shapes(u, v, *rest) -> tuple[Tensor, Tensor]:
-    need_u, need_v = rest[-2:]
-    return (
-        torch.empty_like(u) if need_u else u.new_empty(0),
-        torch.empty_like(v) if need_v and v is not None else u.new_empty(0),
-    )
 
 
 class _RankedStats(torch.autograd.Function):

@@ -126,16 +126,12 @@ ForwardTuple forward_cpu(const Tensor& u, MaybeTensor v, double scale, std::vect
                col_aux = columns ? empty(u, {aux_rows, m}) : nothing();
   const Tensor mean = means ? empty(u, {k, n, u.size(1)}) : nothing();
   const PairTables tables(request.pairs());
-  const auto run = [&](auto zero) {
+  for_float_or_double(u.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     row_stats_forward<T>(request.problem<T>(tables),
                          {data<T>(lse), data<T>(aux), data_if<T>(col_lse, columns), data_if<T>(col_aux, columns),
                           data_if<T>(mean, means), diagnostics, maximum});
-  };
-  if (u.scalar_type() == ScalarType::Float)
-    run(0.0f);
-  else
-    run(0.0);
+  });
   return {lse, aux, col_lse, col_aux, mean};
 }
 
@@ -164,17 +160,13 @@ std::tuple<Tensor, Tensor> backward_cpu(const Tensor& u, MaybeTensor v, double s
   const Tensor du = need_u ? empty(u, {n, u.size(1)}) : nothing(), dv = need_v ? empty(u, {m, u.size(1)}) : nothing();
   if (!need_u && !need_v) return {du, dv};
   const PairTables tables(request.pairs());
-  const auto run = [&](auto zero) {
+  for_float_or_double(dtype, [&](auto zero) {
     using T = decltype(zero);
     row_stats_backward<T>(
         request.problem<T>(tables),
         {data<T>(lse), data<T>(grad_lse), grad_col_lse ? data<T>(col_lse) : nullptr, data<T>(grad_col_lse)},
         data_if<T>(du, need_u), data_if<T>(dv, need_v));
-  };
-  if (dtype == ScalarType::Float)
-    run(0.0f);
-  else
-    run(0.0);
+  });
   return {du, dv};
 }
 
@@ -192,7 +184,7 @@ std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& 
   const Tensor scores = empty(scorers, {groups, k});
   const int64_t sizes[] = {groups, k};
   const Tensor columns = torch::stable::new_empty(scorers, {sizes, 2}, ScalarType::Long);
-  const auto run = [&](auto zero) {
+  for_float_or_double(dtype, [&](auto zero) {
     using T = decltype(zero);
     top_columns<T>({{data<T>(scorers), data<T>(features), views, groups, dim},
                     m,
@@ -201,11 +193,7 @@ std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& 
                     data<int64_t>(col_ids),
                     data<T>(scores),
                     data<int64_t>(columns)});
-  };
-  if (dtype == ScalarType::Float)
-    run(0.0f);
-  else
-    run(0.0);
+  });
   return {scores, columns};
 }
 
@@ -229,16 +217,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ranked_forward_cpu(
   const Tensor lse = empty(u, {n}), aux = empty(u, {diagnostics ? 6 : 1, n});
   const Tensor axis = bins ? empty(u, {3, n}) : empty(u, {0}), below = bins ? empty(u, {n, bins + 1}) : empty(u, {0});
   const PairTables tables(request.pairs());
-  const auto run = [&](auto zero) {
+  for_float_or_double(u.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const RankedResults<T> results{data<T>(lse), data<T>(aux), data<T>(axis), data<T>(below), diagnostics};
     const auto forward = bins ? histogram_ranks_forward<T> : exact_ranks_forward<T>;
     forward(request.problem<T>(tables), rule, results);
-  };
-  if (u.scalar_type() == ScalarType::Float)
-    run(0.0f);
-  else
-    run(0.0);
+  });
   return {lse, aux, axis, below};
 }
 
@@ -268,16 +252,12 @@ std::tuple<Tensor, Tensor> ranked_backward_cpu(const Tensor& u, MaybeTensor v, d
   const Tensor du = need_u ? empty(u, {n, u.size(1)}) : nothing(), dv = need_v ? empty(u, {m, u.size(1)}) : nothing();
   if (!need_u && !need_v) return {du, dv};
   const PairTables tables(request.pairs());
-  const auto run = [&](auto zero) {
+  for_float_or_double(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto backward = bins ? histogram_ranks_backward<T> : exact_ranks_backward<T>;
     backward(request.problem<T>(tables), rule, {data<T>(lse), data<T>(axis), data<T>(below), data<T>(grad_lse)},
              data_if<T>(du, need_u), data_if<T>(dv, need_v));
-  };
-  if (dtype == ScalarType::Float)
-    run(0.0f);
-  else
-    run(0.0);
+  });
   return {du, dv};
 }
 

@@ -30,6 +30,15 @@ inline const T* data(const std::optional<Tensor>& t) {
   return t ? data<T>(*t) : nullptr;
 }
 
+// Calls body with a zero of the type kernels compute in, for a dtype checked to be one of the two.
+template <class Body>
+void for_float_or_double(ScalarType dtype, const Body& body) {
+  if (dtype == ScalarType::Float)
+    body(0.0f);
+  else
+    body(0.0);
+}
+
 inline void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU.");
   STD_TORCH_CHECK(t.scalar_type() == dtype, name,

@@ -366,6 +366,31 @@ def test_second_derivatives_only_from_the_reference(run):
     assert torch.autograd.gradgradcheck(lambda a: ce.fused_bayesian_loss(a, z2, 0.8, backend="reference"), z1)
 
 
+@pytest.mark.parametrize("loss", RANKED, **ids_of)
+@pytest.mark.parametrize("kind", ["module", "tensor"])
+def test_queue_may_change_before_the_backward(run, kind, loss):
+    """The queue as the only columns; the backward ranks again and must see what the forward saw."""
+    backend, device = run
+    z1, z2 = random_pairs(5, 4, torch.float64, device)
+    keys, ids = torch.randn(8, 4, dtype=torch.float64, device=device), torch.arange(8, device=device)
+
+    def gradient(before_backward):
+        queue = ce.NegativeQueue(8, 4, dtype=torch.float64, device=device)
+        queue.enqueue(keys, ids)
+        columns = {"queue": queue} if kind == "module" else {"queue": queue.data, "queue_ids": queue.ids}
+        anchors = z1.clone().requires_grad_()
+        value = loss.function(
+            anchors, z2, layout="one_way", in_batch_negatives=False, ids=ids[:5], backend=backend,
+            **columns, **loss.parameters,
+        )  # fmt: skip
+        before_backward(queue)
+        return torch.autograd.grad(value, anchors)[0]
+
+    expected = gradient(lambda queue: None)
+    assert expected.abs().max() > 1e-3
+    assert torch.equal(gradient(lambda queue: queue.enqueue(-keys[:6], ids[2:])), expected)
+
+
 @pytest.mark.parametrize("usage", RANKED_USAGES, ids=lambda u: u.name)
 def test_statistics_are_those_of_the_reference(run, usage):
     reports_what_the_reference_reports(run, EXACT, usage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive_ext
-from bench import baselines, cases, digits, gate, report, timing
+from bench import baselines, cases, digits, gate, plots, report, timing
 from bench.__main__ import main
 from bench.device import Device
 from bench.frontier import frontier
@@ -25,6 +26,7 @@ from contrastive_ext.pairs import Pairs
 from contrastive_ext.problem import Problem, Upstream
 
 CPU = Device("cpu")
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 SMALL = cases.Case("fused_infonce_loss", "two_view", 70, 70, 32)
 
 
@@ -161,6 +163,15 @@ def test_run_writes_table_picture_and_file(tmp_path, capsys):
     assert 0 < rows["eager"]["peak_extra_mib"] < 200
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert "infonce two_view 1024x128" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("cpu-*.json")), ids=lambda p: p.stem)
+def test_names_stay_inside_the_picture(path):
+    text = pytest.importorskip("matplotlib.text", reason="matplotlib is not installed.")
+    figure = plots.picture(Results.read(path))
+    for name in figure.findobj(text.Annotation):
+        x0, y0, x1, y1 = name.get_window_extent().extents
+        assert x0 >= 0 and y0 >= 0 and x1 <= figure.bbox.x1 and y1 <= figure.bbox.y1, name.get_text()
 
 
 def test_digits_training_agrees_with_the_reference():

@@ -70,7 +70,10 @@ def test_vectors_of_any_length(run, loss, usage):
     _check(loss, usage, "random", 20, 8, torch.float32, 2.0, run, normalize=False)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
+# Tiles do not see a formula: they meet one exponent, on the short road and composed, two, or one and its double.
+@pytest.mark.parametrize(
+    "loss", [x for x in LOSSES if x.name in ("infonce", "dclw", "hard", "hard_fractional")], ids=lambda x: x.name
+)
 def test_many_tiles(run, loss):
     _check(loss, USAGES[0], "random", 1100, 24, torch.float32, 0.5, run)
 

@@ -99,7 +99,11 @@ class Bayesian(RowLoss):
 def _one_set_of_columns(batch: Arrangement) -> ColumnSet:
     """All candidates of an anchor as one set: ranks do not merge."""
     if len(batch.column_sets) == 1:
-        return batch.column_sets[0]
+        (columns,) = batch.column_sets
+        if columns.v is None or columns.v.requires_grad:
+            return columns
+        # a queue may be overwritten before the backward, which recomputes
+        return replace(columns, v=columns.v.clone(), ids=None if columns.ids is None else columns.ids.clone())
     vectors = [batch.anchors if s.v is None else s.v for s in batch.column_sets]
     ids = None
     if any(s.ids is not None for s in batch.column_sets):
