@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import contrastive_ext as ce
 from rows import LOSSES, USAGES, random_pairs

@@ -260,7 +260,7 @@ Z = torch.ones(2, 3, 4)
         (Z, {"support": torch.ones(3, 4)}, ValueError, r"support must be \[S, 3, 4\]"),
         (Z, {"keys": torch.ones(3, 3, 4)}, ValueError, r"keys must be \[2, 3, 4\]"),
         (Z, {"keys": torch.ones(2, 3, 4).double()}, TypeError, "float64"),
-        (Z, {"queue": torch.ones(3, 5)}, ValueError, r"queue must be \[K, 4\]"),
+        (Z, {"queue": torch.ones(3, 5)}, ValueError, r"queue must be floating-point \[K, 4\]"),
         (Z, {"labels": torch.ones(4).long()}, ValueError, r"integers \[3\]"),
         (Z, {"temperature": 0.1, "logit_scale": 10.0}, ValueError, "not both"),
         (Z, {"backend": "fast"}, ValueError, "backend must be"),
