@@ -27,6 +27,8 @@ def check_tensor(name: str, x: object) -> None:
 
 def check_number(name: str, x: object) -> None:
     """TypeError unless x is a number; a tensor is none: what takes numbers only would drop its gradient."""
+    if isinstance(x, (int, float)):
+        return  # first, since torch.compile knows no hasattr of a symbolic number
     if isinstance(x, Tensor) or not hasattr(x, "__float__"):
         raise TypeError(f"{name} must be a number; got {describe(x)}.")
 
