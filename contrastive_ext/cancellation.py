@@ -35,14 +35,16 @@ class Cancellation:
     margin_strategy: str = "absolute"
 
     def __post_init__(self) -> None:
-        guide = self.guide
-        if guide is not None and (not isinstance(guide, (tuple, list)) or len(guide) != 2):
-            raise TypeError(f"guide must be a pair (g1, g2) of tensors, features of z1 and z2; got {describe(guide)}.")
-        named = {"ids": self.ids, "queue_ids": self.queue_ids, "guide_queue": self.guide_queue}
-        named |= {} if guide is None else {"guide[0]": guide[0], "guide[1]": guide[1]}
-        for name, x in named.items():
-            if x is not None or name.startswith("guide["):
+        for name, x in (("ids", self.ids), ("queue_ids", self.queue_ids), ("guide_queue", self.guide_queue)):
+            if x is not None:
                 check_tensor(name, x)
+        if self.guide is not None:
+            if not isinstance(self.guide, (tuple, list)) or len(self.guide) != 2:
+                raise TypeError(
+                    f"guide must be a pair (g1, g2) of tensors, features of z1 and z2; got {describe(self.guide)}."
+                )
+            check_tensor("guide[0]", self.guide[0])
+            check_tensor("guide[1]", self.guide[1])
         check_number("margin", self.margin)
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin must be >= 0 and finite; got {self.margin}.")
@@ -88,6 +90,9 @@ class Cancellation:
         if self.guide_queue is None:
             return batch, None
         return batch, Gate(rows[None], numerics.normalize(self.guide_queue.detach().to(dtype)), limit)
+
+
+NOTHING = Cancellation()
 
 
 def _check_features(name: str, x: Tensor, length: int, dim: int, device: torch.device) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
-from .cancellation import Cancellation
+from .cancellation import NOTHING, Cancellation
 from .checks import can_read, check_number, check_tensor, describe
 from .pairs import Gate
 from .queue import NegativeQueue
@@ -69,7 +69,7 @@ def arrange(
     cancellation: Cancellation | None = None,
 ) -> Arrangement:
     """Check the arguments of a loss over pairs and arrange them; raises before anything is computed."""
-    cancellation = cancellation or Cancellation()
+    cancellation = cancellation or NOTHING
     has_ids = isinstance(queue, NegativeQueue)
     keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, cancellation.queue_ids)
     check_pairs(z1, z2, layout)
@@ -150,7 +150,8 @@ def resolve_scale(
 
 
 def _check_range(name: str, value: float, dtype: torch.dtype) -> None:
-    if not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:  # of normal numbers: so is the inverse
+    normal = torch.finfo(dtype)  # the inverse of a normal number is finite
+    if not normal.tiny <= value <= normal.max:
         raise ValueError(f"{name} must be > 0 and finite in {dtype}; got {value}.")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..cancellation import Cancellation
+from ..cancellation import NOTHING, Cancellation
 from ..layouts import Arrangement, Layout, arrange, check_pairs, resolve_scale
 from ..numerics import logsumexp_pair
 from ..problem import Formula, Statistics
@@ -171,7 +171,7 @@ def fused_row_loss(
     )  # fmt: skip
     with numerics.without_autocast(z1):
         more = (queue, negatives, positives, guide_queue)
-        plain = all(x is None for x in more) and cancellation == Cancellation() and in_batch_negatives
+        plain = all(x is None for x in more) and cancellation == NOTHING and in_batch_negatives
         if plain and not return_stats and row_loss.formula is not None:
             check_pairs(z1, z2, layout)
             operators = operators_for(row_loss, z1, z2, layout, backend)
