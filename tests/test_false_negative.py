@@ -246,6 +246,18 @@ def test_module_equals_function():
 Z = torch.ones(2, 3, 4)
 
 
+@pytest.mark.parametrize("mode", ["attract", "eliminate"])
+def test_support_that_changes_before_the_backward_is_noticed(run, mode):
+    """A threshold alone is asked again in the backward: of vectors used as given, overwritten since, silently wrong."""
+    backend, device = run
+    views, support = torch.randn(2, 6, 5, device=device, requires_grad=True), torch.randn(1, 6, 5, device=device)
+    how = {"top_k": None, "threshold": 0.5, "mode": mode, "normalize": False, "backend": backend}
+    loss = fused(views, support=support, **how)
+    support.zero_()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     "views, arguments, error, says",
     [
