@@ -4,6 +4,7 @@
     python -m bench --device cuda          the GPU protocol
     python -m bench smoke                  correctness at tiny shapes
     python -m bench negatives              how many negatives are enough: losses and bounds against the batch size
+    python -m bench tune                   times other tile sizes of the Triton kernels (a GPU)
     python -m bench plot RESULTS.json      draw the picture again
 
 A JSON file named after the device collects the results as they come. Exit status 1 says that a result was wrong.
@@ -32,6 +33,7 @@ from .harness import Harness
 from .memory import HostMemory
 from .results import Results
 from .smoke import smoke
+from .tune import DTYPES, tune
 
 _OUT = Path(__file__).parent / "results"
 _DIGITS_STEPS = {False: 40, True: 5}
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(smoke(Device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))) > 0)
     if options.command == "negatives":
         return _negatives(options)
+    if options.command == "tune":
+        return tune(Device(options.device or "cuda"), options.features, options.rows, options.dtype, options.out)
     return _bench(options)
 
 
@@ -163,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", action="store_true", help="other libraries too, where they are installed")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases and digits jobs whose name matches")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case that would end later")
-    commands = parser.add_subparsers(dest="command", metavar="smoke | negatives | plot")
+    commands = parser.add_subparsers(dest="command", metavar="smoke | negatives | tune | plot")
     smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
     smoke_parser.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
     sweep = commands.add_parser(
@@ -177,6 +181,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
     sweep.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
     sweep.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
+    tuning = commands.add_parser("tune", help="time other tile sizes of the Triton kernels, InfoNCE forward + backward")
+    tuning.add_argument("--features", type=int, nargs="+", default=[128, 256, 512, 1024], metavar="D")
+    tuning.add_argument("--rows", type=int, default=32768, metavar="N", help="anchors, 2B (32768)")
+    tuning.add_argument("--dtype", choices=DTYPES, default="fp16")
+    tuning.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
+    tuning.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
     plot_parser = commands.add_parser("plot", help="draw the picture of a results file again")
     plot_parser.add_argument("results", type=Path, metavar="RESULTS.json")
     return parser

@@ -68,6 +68,9 @@ DTYPES = {
 #   recompute  forms it a second time in the backward
 #   triangle   visits the upper triangle of one set only; s and two products per tile in the backward
 #   rows       every row block visits all columns; one set needs s and one product, two sets swap roles and run again
+#   tiles      as rows, but the forward of one set visits the upper triangle (a batch too small to fill the device does
+#              not: its share of the library's rate is then twice what is reported)
+#   stored     as tiles, but two sets share the weights
 #   histogram  whole rows in the forward, the triangle in the backward
 #   sweeps     three forward sweeps for range, counts and sums of a histogram, `rows` in the backward
 # The fused paths make a queue's gradient in the forward. Self-labels: the labels of a block and of its partners;
@@ -89,10 +92,19 @@ FLOPS = {
         "two_view": (2, 4), "symmetric": (2, 8), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
         "views": (4, 4), "labelled": (2, 4),
     },
+    "tiles": {
+        "two_view": (1, 4), "symmetric": (2, 8), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
+        "views": (3, 4), "labelled": (1, 4),
+    },
+    "stored": {
+        "two_view": (1, 4), "symmetric": (2, 6), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
+        "views": (3, 4), "labelled": (1, 4),
+    },
     "histogram": {"two_view": (2, 3), "symmetric": (4, 12), "queue": (2, 4)},
     "sweeps": {"two_view": (6, 4), "symmetric": (12, 8), "queue": (6, 2)},
 }  # fmt: skip
-ALGORITHMS = {"chunked": "recompute", "torch": "triangle", "cpu": "triangle", "triton": "rows", "cuda": "rows"}
+ALGORITHMS = {"chunked": "recompute", "torch": "triangle", "cpu": "triangle", "triton": "tiles", "cuda": "rows"}
+STORED_FROM = 513  # features from which `triton` stores weights for both sides
 # A loss of ranks sees whole rows; what is not listed recomputes.
 RANKED_ALGORITHMS = {
     "cpu, histogram": "histogram",
@@ -201,6 +213,8 @@ def short_name(loss: str) -> str:
 def executed_flops(method: str, case: Case) -> tuple[float, float]:
     """Matrix flops of forward and backward as `method` executes them; methods without a row are dense."""
     algorithm = ALGORITHMS.get(method, "dense")
+    if algorithm == "tiles" and case.dim >= STORED_FROM:
+        algorithm = "stored"
     if case.is_ranked:
         algorithm = RANKED_ALGORITHMS.get(method, "recompute")
     forward, backward = FLOPS[algorithm][case.layout]

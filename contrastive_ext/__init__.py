@@ -44,6 +44,7 @@ from .momentum import momentum_mixup, momentum_update, mu_schedule
 from .queue import NegativeQueue
 from .row_stats import row_stats
 from .stats import LossStats
+from .tuning import Trial, autotune
 
 __all__ = [
     "Bayesian",
@@ -72,7 +73,9 @@ __all__ = [
     "SoftTargetStats",
     "SupConLoss",
     "SupConStats",
+    "Trial",
     "__version__",
+    "autotune",
     "available_backends",
     "estimate_alpha",
     "estimate_memory",

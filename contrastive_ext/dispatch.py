@@ -13,7 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import cpu, cuda, torch_blocks, torch_ranked, triton, triton_ranked, triton_whole_loss
+from .backends import (
+    cpu,
+    cuda,
+    torch_blocks,
+    torch_ranked,
+    triton,
+    triton_ranked,
+    triton_top_columns,
+    triton_whole_loss,
+)
 from .backends.short_road import WholeLossOps
 from .numerics import in_torch_func
 from .problem import Problem, Statistics, Upstream
@@ -43,18 +52,18 @@ class Backend:
     note: str = ""
 
 
-def _backend(module, ranked, **more) -> Backend:
+def _backend(module, ranked, lists, **more) -> Backend:
     return Backend(
-        module.NAME, module.why_not, module.forward, module.backward, module.top_columns,
+        module.NAME, module.why_not, module.forward, module.backward, lists.top_columns,
         ranked.ranked_forward, ranked.ranked_backward, **more,
     )  # fmt: skip
 
 
 BACKENDS: tuple[Backend, ...] = (
-    _backend(cuda, cuda, needs_proof=True, note=cuda.NOTE),
-    _backend(triton, triton_ranked, whole_loss=triton_whole_loss.whole_loss, needs_proof=True),
-    _backend(cpu, cpu, whole_loss=cpu.whole_loss),
-    _backend(torch_blocks, torch_ranked),
+    _backend(cuda, cuda, cuda, needs_proof=True, note=cuda.NOTE),
+    _backend(triton, triton_ranked, triton_top_columns, whole_loss=triton_whole_loss.whole_loss, needs_proof=True),
+    _backend(cpu, cpu, cpu, whole_loss=cpu.whole_loss),
+    _backend(torch_blocks, torch_ranked, torch_blocks),
 )
 
 # (backend, architecture, operand dtype) -> file in bench/results that shows it correct and measured on hardware.

@@ -4,6 +4,8 @@
     one_way    anchors z1 [B]; candidates z2 [M >= B] (+ queue) (+ explicit negatives)  negatives M - 1 + K
     symmetric  anchors z1 and z2, each against the other                                negatives B - 1 each
 
+With a process group the anchors stay those of this rank, and the candidates (the queue aside) are those of all ranks.
+
 `arrange` checks the call, normalises, rounds to the operand dtype and computes the positive logits in float32
 (float64). Every path, streaming or dense, starts from its `Arrangement`.
 """
@@ -11,14 +13,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from . import numerics
-from .cancellation import NOTHING, Cancellation
+from . import distributed, numerics
+from .cancellation import Cancellation
 from .checks import can_read, check_number, check_tensor, describe
 from .pairs import Gate
 from .queue import NegativeQueue
@@ -32,7 +36,8 @@ class ColumnSet:
     """One set of candidates of every anchor; v None means the anchors themselves."""
 
     v: Tensor | None
-    num_images: int = 0  # > 0: the leading columns show the anchors' images, view by view (pairs.py)
+    num_images: int = 0  # > 0: columns from positive_offset on show the anchors' images, view by view (pairs.py)
+    positive_offset: int = 0
     ids: Tensor | None = None  # of the columns
     gate: Gate | None = None
     unit: bool = False
@@ -66,21 +71,60 @@ def arrange(
     in_batch_negatives: bool,
     positives: Tensor | None,
     normalize: bool,
-    cancellation: Cancellation | None = None,
-) -> Arrangement:
-    """Check the arguments of a loss over pairs and arrange them; raises before anything is computed."""
-    cancellation = cancellation or NOTHING
+    cancellation: Cancellation,
+    operand_dtype: torch.dtype | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[Arrangement, ...]:
+    """Check the arguments of a loss over pairs and arrange them; raises before anything is computed.
+
+    One arrangement, or with a group and layout="symmetric" one per direction: the columns of other ranks are no anchors
+    here.
+    """
     has_ids = isinstance(queue, NegativeQueue)
     keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, cancellation.queue_ids)
     check_pairs(z1, z2, layout)
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
     cancellation.check(z1, z2, keys, has_ids)
-    dtype, operand_dtype = numerics.stats_dtype(z1.dtype), z1.dtype
-    scale = resolve_scale(temperature, logit_scale, default_temperature, z1)
+    direction = partial(
+        _direction, scale=resolve_scale(temperature, logit_scale, default_temperature, z1), keys=keys, key_ids=key_ids,
+        negatives=negatives, in_batch_negatives=in_batch_negatives, positives=positives, normalize=normalize,
+        operand_dtype=numerics.resolve_operand_dtype(z1.dtype, operand_dtype), group=group,
+    )  # fmt: skip
+    if group is None:
+        return (direction(z1, z2, layout, cancellation),)
+    shared = negatives if negatives is not None and negatives.dim() == 2 else None
+    guide = None if cancellation.guide is None else cancellation.guide[1]
+    distributed.agree(group, z1=z1, z2=z2, ids=cancellation.ids, guide=guide, negatives=shared, queue=keys)
+    if layout != "symmetric":
+        return (direction(z1, z2, layout, cancellation),)
+    reverse = replace(cancellation, guide=cancellation.guide and cancellation.guide[::-1])
+    return direction(z1, z2, "one_way", cancellation), direction(z2, z1, "one_way", reverse)
+
+
+def _direction(
+    z1: Tensor,
+    z2: Tensor,
+    layout: str,
+    cancellation: Cancellation,
+    *,
+    scale: float | Tensor,
+    keys: Tensor | None,
+    key_ids: Tensor | None,
+    negatives: Tensor | None,
+    in_batch_negatives: bool,
+    positives: Tensor | None,
+    normalize: bool,
+    operand_dtype: torch.dtype,
+    group: dist.ProcessGroup | None,
+) -> Arrangement:
+    dtype = numerics.stats_dtype(z1.dtype)
 
     def operand(z: Tensor) -> Tensor:
         z = z.to(dtype)
         return numerics.round_operand(numerics.normalize(z) if normalize else z, operand_dtype)
+
+    def of_all_ranks(own: ColumnSet) -> ColumnSet:
+        return own if group is None else _gathered(own, anchors, operand_dtype, group)
 
     if layout == "two_view":
         anchors = operand(torch.cat([z1, z2]))
@@ -96,12 +140,13 @@ def arrange(
     gate, key_gate = cancellation.gates(two_view, dtype, both_ways=layout != "one_way")
     if in_batch_negatives:
         v = None if two_view else u2
-        column_sets.append(ColumnSet(v, num_images=batch, ids=column_ids, gate=gate, unit=normalize))
+        own = ColumnSet(v, num_images=batch, ids=column_ids, gate=gate, unit=normalize)
+        column_sets.append(of_all_ranks(own))
     if keys is not None:
         keys = numerics.round_operand(keys.detach().to(dtype), operand_dtype)
         column_sets.append(ColumnSet(keys, ids=None if key_ids is None else key_ids.long(), gate=key_gate))
     if negatives is not None and negatives.dim() == 2:
-        column_sets.append(ColumnSet(operand(negatives), unit=normalize))
+        column_sets.append(of_all_ranks(ColumnSet(operand(negatives), unit=normalize)))
     elif negatives is not None:
         row_negatives = operand(negatives)
 
@@ -121,6 +166,18 @@ def arrange(
         symmetric=layout == "symmetric",
         operand_dtype=operand_dtype,
         anchor_ids=None if column_ids is None else column_ids[: len(anchors)],
+    )
+
+
+def _gathered(own: ColumnSet, anchors: Tensor, operand_dtype: torch.dtype, group: dist.ProcessGroup) -> ColumnSet:
+    """The columns of every rank, in rank order; this rank's own begin at positive_offset."""
+    v = anchors if own.v is None else own.v
+    return replace(
+        own,
+        v=distributed.gather(v, group, operand_dtype),
+        positive_offset=dist.get_rank(group) * len(v) if own.num_images else 0,
+        ids=None if own.ids is None else distributed.gather(own.ids, group),
+        gate=own.gate and replace(own.gate, features=distributed.gather(own.gate.features, group), col_limit=None),
     )
 
 

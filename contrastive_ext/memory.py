@@ -42,23 +42,28 @@ def estimate_memory(
     *,
     layout: Layout = "two_view",
     queue_size: int = 0,
+    world_size: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> MemoryEstimate:
     """Estimate peak memory of one loss, forward and backward, for the dense formula and for the fused one.
 
-    batch_size   B, pairs
+    batch_size   B, pairs of one rank
     dim          D, features
     layout, queue_size, dtype  as in the loss
+    world_size   ranks of `group`, whose candidates every rank holds
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}.")
     if dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype!r}.")
-    if batch_size < 1 or dim < 1 or queue_size < 0:
-        raise ValueError(f"need batch_size, dim >= 1 and queue_size >= 0; got {batch_size}, {dim}, {queue_size}.")
+    if batch_size < 1 or dim < 1 or world_size < 1 or queue_size < 0:
+        raise ValueError(
+            "need batch_size, dim, world_size >= 1 and queue_size >= 0; "
+            f"got {batch_size}, {dim}, {world_size}, {queue_size}."
+        )
     itemsize = stats_dtype(dtype).itemsize
     rows = 2 * batch_size if layout == "two_view" else batch_size
-    columns = rows + queue_size
+    columns = rows * world_size + queue_size
     return MemoryEstimate(
         dense=int(DENSE_COPIES * rows * columns * itemsize),
         fused=FUSED_COPIES * (rows + columns) // 2 * dim * itemsize + FUSED_WORKSPACE,

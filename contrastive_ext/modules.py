@@ -41,7 +41,8 @@ def _with_defaults(defaults: dict, call: dict) -> dict:
 class RowLossModule(nn.Module):
     """Any `RowLoss` as a module: `RowLossModule(MyLoss(), temperature=0.1)(z1, z2)`.
 
-    Keywords given here are defaults, keywords given to the call override them (a queue, a learned temperature).
+    Keywords given here are defaults, keywords given to the call override them (a queue, a learned temperature). With a
+    process group here the module cannot be copied or pickled; `group` may be given to the call instead.
     """
 
     def __init__(self, row_loss: RowLoss, temperature: float | None = None, **options: Unpack[LossOptions]):

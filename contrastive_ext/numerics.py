@@ -66,6 +66,14 @@ def _inverse_norm(z: Tensor) -> Tensor:
     return norm.masked_fill(is_zero, torch.inf).reciprocal()
 
 
+def resolve_operand_dtype(dtype: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype of products for inputs of `dtype`: its own, or 16 bits asked for float32; ValueError otherwise."""
+    if asked in (None, dtype) or (dtype == torch.float32 and asked in (torch.float16, torch.bfloat16)):
+        return asked or dtype
+    allowed = "torch.float16, torch.bfloat16 or None" if dtype == torch.float32 else f"{dtype} or None"
+    raise ValueError(f"operand_dtype of {dtype} inputs must be {allowed}; got {asked!r}.")
+
+
 class _RoundOperand(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .checks import check_integers, check_tensor, describe
 from .numerics import SUPPORTED_DTYPES
 from .pairs import NO_COLUMN_ID, UNFILLED
@@ -58,7 +59,8 @@ class NegativeQueue(nn.Module):
         ids = ids.long()
         keys = keys.detach()
         if group is not None:
-            keys, ids = _gather(keys, group), _gather(ids, group)
+            distributed.agree(group, keys=keys)
+            keys, ids = distributed.gather(keys, group), distributed.gather(ids, group)
         appended = keys.shape[0]
         last = torch.arange(max(0, appended - size), appended, device=self.data.device)
         slots = (self.pointer + last) % size
@@ -69,17 +71,3 @@ class NegativeQueue(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.data.shape[0]}, dim={self.data.shape[1]}, dtype={self.data.dtype}"
-
-
-def _gather(local: Tensor, group) -> Tensor:
-    """Rows of every rank of `group`, in rank order; ValueError on every rank if their numbers differ."""
-    import torch.distributed as dist
-
-    world = dist.get_world_size(group)
-    sizes = [torch.zeros((), dtype=torch.int64, device=local.device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor(local.shape[0], device=local.device), group=group)
-    if len({int(s) for s in sizes}) > 1:
-        raise ValueError(f"every rank must enqueue the same number of keys; got {[int(s) for s in sizes]}.")
-    gathered = [torch.empty_like(local) for _ in range(world)]
-    dist.all_gather(gathered, local.contiguous(), group=group)
-    return torch.cat(gathered)

@@ -86,7 +86,7 @@ def _block(batch: Arrangement, columns: ColumnSet) -> tuple[Tensor, Tensor, Tens
     if columns.num_images:
         image = torch.arange(len(anchors), device=anchors.device) % columns.num_images
         image_of_column = torch.full((len(v),), -1, device=anchors.device)
-        image_of_column[: len(anchors)] = image
+        image_of_column[columns.positive_offset : columns.positive_offset + len(anchors)] = image
         kept &= image[:, None] != image_of_column[None, :]
     if columns.ids is not None:
         kept &= columns.ids[None, :] != UNFILLED

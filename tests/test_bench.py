@@ -20,7 +20,7 @@ from bench.memory import HostMemory
 from bench.methods import CHUNKED, EAGER, Method, backends_for, methods_for
 from bench.results import OK, OUT_OF_MEMORY, RED, Results, Row
 from bench.smoke import smoke
-from contrastive_ext.backends import torch_blocks
+from contrastive_ext.backends import torch_blocks, triton_sweeps
 from contrastive_ext.pairs import Pairs
 from contrastive_ext.problem import Problem, Upstream
 
@@ -95,7 +95,7 @@ def test_every_public_loss_has_a_bench_row():
         ("eager", "two_view", 2, 4),
         ("chunked", "two_view", 2, 6),
         ("torch", "two_view", 1, 3),
-        ("triton", "two_view", 2, 4),
+        ("triton", "two_view", 1, 4),
         ("triton", "symmetric", 2, 8),
         ("cpu", "queue", 4, 0),
         ("chunked", "soft_targets", 4, 6),
@@ -105,6 +105,12 @@ def test_every_public_loss_has_a_bench_row():
 def test_flops_are_counted_as_executed(method, layout, forward, backward):
     case = cases.Case("fused_infonce_loss", layout, 10, 10, 4)
     assert cases.executed_flops(method, case) == (forward * 400, backward * 400)
+
+
+def test_two_sets_of_many_features_share_their_weights():
+    case = cases.Case("fused_infonce_loss", "symmetric", 1, 1, triton_sweeps.WIDE_FEATURES + 1)
+    assert cases.executed_flops("triton", case) == (2 * case.dim, 6 * case.dim)
+    assert case.dim == cases.STORED_FROM
 
 
 def test_triangle_flops_are_what_the_torch_backend_multiplies(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 import contrastive_ext as ce
 from accuracy import assert_as_accurate_as_dense, evaluate, largest_terms, on_rounded_operands
+from contrastive_ext import numerics
 from rows import INPUTS, LOSSES, SHAPES, USAGES, peaked_pairs, random_pairs
 
 LOSS_IDS, USAGE_IDS = [loss.name for loss in LOSSES], [usage.name for usage in USAGES]
@@ -96,6 +97,34 @@ def test_converged_batch_keeps_its_relative_accuracy(run, loss, dtype, operand_e
     for name, expected in truth.grads.items():
         error = (ours.grads[name].double() - expected).norm() / expected.norm().clamp(min=1e-300)
         assert error.item() <= allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("operand_dtype, weight_error", [(torch.float16, 1.5e-3), (torch.bfloat16, 7e-3)])
+@pytest.mark.parametrize("usage", [USAGES[0], USAGES[5], USAGES[-1]], ids=lambda u: u.name)
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.name in ("infonce", "hard")], ids=lambda x: x.name)
+def test_sixteen_bit_operands_on_request(run, loss, usage, operand_dtype, weight_error):
+    """float32 rows, products of their unit rows rounded once: what float64 makes of the rounded rows."""
+    backend, device = run
+    z1, z2 = random_pairs(24, 16, torch.float32, device)
+    z2, options = usage.options(z1, z2)
+    options |= loss.parameters | {"temperature": 0.1}
+    leaves = [z1.requires_grad_(), z2.requires_grad_()]
+    value = loss.function(*leaves, backend=backend, operand_dtype=operand_dtype, **options)
+    gradients = torch.autograd.grad(value, leaves)
+    assert {value.dtype, *(g.dtype for g in gradients)} == {torch.float32}
+
+    units = [numerics.normalize(z) for z in leaves]
+    rounded = [u.detach().to(operand_dtype).double().requires_grad_() for u in units]
+    if "queue" in options:
+        options["queue"] = options["queue"].to(operand_dtype).double()
+    truth = loss.function(*rounded, backend="reference", normalize=False, **options)
+    by_unit = torch.autograd.grad(truth, rounded)
+    assert abs(value.item() - truth.item()) <= 2e-6 * truth.item()
+    for ours, theirs in zip(gradients, torch.autograd.grad(units, leaves, [g.float() for g in by_unit]), strict=True):
+        assert (ours - theirs).norm() <= weight_error * theirs.norm()
+    # the whole of it is not the rounding of something else
+    unrounded = loss.function(*[u.double() for u in units], backend="reference", normalize=False, **options)
+    assert abs(unrounded.item() - truth.item()) > 2e-6 * truth.item()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

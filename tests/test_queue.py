@@ -1,4 +1,4 @@
-"""The queue keeps exactly the last K keys, whatever batches arrive, across checkpoints, ranks and compilation."""
+"""The queue keeps exactly the last K keys, whatever batches arrive, across checkpoints and compilation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,35 +113,3 @@ def test_enqueue_is_compiled_whole():
 def test_bad_arguments_say_what_to_do(call, error, says):
     with pytest.raises(error, match=says):
         call()
-
-
-def _rank(rank: int, folder: str, sizes: tuple[int, ...]) -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    queue = ce.NegativeQueue(7, 2)
-    try:
-        for step in range(3):
-            n = sizes[rank]
-            queue.enqueue(_keys(100 * rank + 10 * step, n), group=dist.group.WORLD)
-        torch.save(queue.state_dict(), f"{folder}/{rank}.pt")
-    except ValueError as error:
-        torch.save(str(error), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_ranks_keep_the_same_queue_in_rank_order(tmp_path):
-    mp.spawn(_rank, (str(tmp_path), (2, 2)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    expected = ce.NegativeQueue(7, 2)
-    for step in range(3):
-        expected.enqueue(torch.cat([_keys(10 * step, 2), _keys(100 + 10 * step, 2)]))
-    for name, value in expected.state_dict().items():
-        assert torch.equal(first[name], value)
-        assert torch.equal(second[name], value)
-
-
-def test_ranks_with_unequal_batches_all_raise(tmp_path):
-    mp.spawn(_rank, (str(tmp_path), (2, 3)), nprocs=2)
-    for rank in range(2):
-        assert "same number of keys; got [2, 3]" in torch.load(tmp_path / f"{rank}.pt")

@@ -113,7 +113,7 @@ def test_a_loss_of_another_formula_does_not_inherit_the_fused_one(run):
 def test_every_keyword_is_known_to_the_short_road():
     """A new keyword either goes to `whole_loss` or sends the call to the composed road (`plain` in fused_row_loss)."""
     passed = {"row_loss", "z1", "z2", "temperature", "logit_scale", "layout", "normalize", "reduction", "backend"}
-    refused = {"queue", "negatives", "in_batch_negatives", "positives", "return_stats"}
+    refused = {"queue", "negatives", "in_batch_negatives", "positives", "return_stats", "operand_dtype", "group"}
     refused |= {"ids", "labels", "queue_ids", "guide", "guide_queue", "margin", "margin_strategy"}
     assert set(inspect.signature(ce.fused_row_loss).parameters) == passed | refused
 

@@ -34,7 +34,7 @@ from contrastive_ext.triton_kernels import (
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contrastive_ext.backends import triton_whole_loss
+from contrastive_ext.backends import triton_sweeps, triton_whole_loss
 
 # bytes a block may use: CUDA C++ programming guide, "Technical Specifications per Compute Capability"
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -48,12 +48,13 @@ MASKED = {  # variants that make a mask for every tile, and its costliest rule
     "sums": "ids",
     "sums+guide": "gate",
 }
+TRIANGLES = ("triangle", "hard", "busy", "lists", "guide")  # variants whose forward is that of one set, in its triangle
 RANKED = ("ranked", "ranked+guide", "sums", "sums+guide")  # variants that look weights up in histograms
 # launches without products: Triton's defaults but for the one program that reduces a batch
 ELEMENTWISE = {
-    "merge": configs.Config(128, 0, 0, 4, 3),
+    "merge": configs.Config(triton_sweeps.MERGE_BLOCK, 0, 0, 4, 3),
     "prologue": configs.Config(0, 0, 0, 4, 3),
-    "row_losses": configs.Config(triton_whole_loss.ROWS_AT_ONCE, 0, 0, 8, 3),
+    "row_losses": configs.Config(0, 0, 0, 8, 3),
 }
 TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
 GUIDE = 256  # features of a gate
@@ -65,18 +66,20 @@ class Case(NamedTuple):
     """One compilation. The variant says what is asked for; all but the first are compiled for 16 bits only.
 
     plain   one exponent, number as scale; backward of one set
+    triangle  forward of one set, rows and columns from the same tile
     hard    two exponents, scale tensor: both ways to shift in one kernel
     clip    column statistics, scale tensor
-    busy    two exponents, ids, column statistics, scale tensor
+    busy    two exponents, ids, scale tensor
     means   the mean of frozen columns
     lists   two exponents, ids, lists, scale tensor
-    guide   two exponents, a gate, column statistics, scale tensor
+    guide   two exponents, a gate, scale tensor
     ranked  backward of one set with weights from histograms; ranked+guide: and a gate
 
     The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
     a partial result, means adds means. The direction "top_columns" has the longest lists. "prologue" is that of the
     short road, plain forward, hard backward with the gradient of a scale tensor; "row_losses" the formula with the most
-    terms. "histogram" has a variant per pass, with ids; sums+guide is the last one with a gate.
+    terms, "small" a batch that one program reduces, "large" that of many. "histogram" has a variant per pass, with ids;
+    sums+guide is the last one with a gate.
     """
 
     direction: str
@@ -107,6 +110,8 @@ def cases() -> list[Case]:
         found += [Case(direction, "plain", "tf32", features, a) for a in configs.ARCHITECTURES if a != 86]
         found += [Case(direction, "plain", products, features, 86) for products in ("ieee", "fp64")]
         found.append(Case(direction, "hard", "16-bit", features, 90))
+    found += [Case("forward", "triangle", "16-bit", f, a) for f in configs.FEATURES for a in configs.ARCHITECTURES]
+    found += [Case("forward", "triangle", "tf32", f, a) for f in (128, 1024) for a in (80, 90, 100)]
     found += [Case(direction, "busy", "16-bit", f, 90) for direction in configs.DIRECTIONS for f in (128, 1024)]
     found += [Case(direction, "plain", "bf16", f, 90) for direction in configs.DIRECTIONS for f in (128, 1024)]
     found += [Case("forward", "clip", "16-bit", features, 90) for features in (128, 1024)]
@@ -120,7 +125,9 @@ def cases() -> list[Case]:
     found += [Case("top_columns", "plain", products, 128, 86) for products in ("ieee", "fp64")]
     found += [Case("merge", variant, "16-bit", 128, a) for variant in ("plain", "clip", "means") for a in (80, 100)]
     found += [Case("prologue", v, p, f, 90) for v in ("plain", "hard") for p in ("bf16", "fp64") for f in (128, 1024)]
-    found += [Case("row_losses", "hard", products, 128, a) for products in ("16-bit", "fp64") for a in (80, 100)]
+    found += [
+        Case("row_losses", v, p, 128, a) for v in ("small", "large") for p in ("16-bit", "fp64") for a in (80, 100)
+    ]
     return found
 
 
@@ -152,11 +159,12 @@ def compile_case(case: Case):
 
 def merge_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of a case that adds partial results."""
-    constants = {"EXPONENTS": (0.5, 1.5, 1.0), "NUM_PARTS": 7, "BLOCK": config_of(case).block_m}
+    constants = {"EXPONENTS": (0.5, 1.5, 1.0), "NUM_PARTS": 7, "BLOCK": triton_sweeps.MERGE_BLOCK}
     if case.variant == "means":
         constants |= {"D": case.features, "BLOCK": 32, "BLOCK_D": 64}
         return merge.merge_means_kernel, dict.fromkeys(("p_partials", "p_means", "p_out"), "*fp32"), constants
-    flags = {"HAS_SHIFT": True, "COUNTED": True, "DIAGNOSTICS": True, "MAXIMUM": False}
+    flags = {"HAS_SHIFT": True, "COUNTED": True, "DIAGNOSTICS": True, "MAXIMUM": False, "TRIANGLE": 128}
+    flags["AT_ONCE"] = triton_sweeps.MERGED_AT_ONCE
     flags["FINISH"] = case.variant == "plain"
     return merge.merge_kernel, dict.fromkeys(("p_partials", "p_lse", "p_aux"), "*fp32"), constants | flags
 
@@ -176,9 +184,7 @@ def rule_arguments(case: Case, accumulator: str) -> tuple[dict, dict]:
     rule = MASKED.get(case.variant)
     lists, guide, ids = rule == "lists", rule == "gate", rule in ("ids", "lists")
     types = dict.fromkeys(("p_row_ids", "p_col_ids"), "*i64" if ids else None)
-    reverse = lists and case.direction == "backward"
-    types |= {"p_listed_starts": "*i32" if lists else None, "p_listed": "*i32" if lists else None}
-    types |= {"p_listing_starts": "*i32" if reverse else None, "p_listing": "*i32" if reverse else None}
+    types |= dict.fromkeys(("p_listed_starts", "p_listed", "p_listing_starts", "p_listing"), "*i32" if lists else None)
     types |= dict.fromkeys(("p_row_guide", "p_col_guide", "p_row_limit"), accumulator if guide else None)
     types["p_col_limit"] = accumulator if guide and case.direction != "histogram" else None
     rules = (False, GUIDE if guide else 0, configs.GUIDE_FEATURES[case.architecture], False)
@@ -201,17 +207,19 @@ def prologue_arguments(case: Case) -> tuple[Any, dict, dict]:
 def row_losses_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of the row losses, every loss stored too."""
     accumulator = "*fp64" if case.products == "fp64" else "*fp32"
-    names = ("p_lse", "p_count", "p_cosine", "scale", "p_coefficients", "p_losses", "p_sums", "p_clamped")
+    names = ("p_rows", "p_columns", "p_cosine", "scale", "p_lse", "p_coefficients", "p_losses", "p_sums", "p_clamped")
     constants = triton_whole_loss._formula("hard_negative", [0.1, 1.0, 0.0])
-    constants |= {"NUM_LSE": 2, "MEAN": True, "SCALE_IS_TENSOR": True, "BLOCK": config_of(case).block_m}
-    constants |= {"SPAN": triton_whole_loss.ROWS_OF_PROGRAM}
+    constants |= {"EXPONENTS": (1.0, 2.0), "NUM_PARTS": 3, "HAS_SHIFT": True, "TRIANGLE": 128, "SIDES": 2, "MEAN": True}
+    span, block = triton_whole_loss.blocks(triton_whole_loss.ANCHORS_OF_PROGRAM + (case.variant == "large"))
+    constants |= {"SPAN": span, "BLOCK": block, "AT_ONCE": triton_whole_loss.READ_AT_ONCE // block}
+    constants["SCALE_IS_TENSOR"] = True
     return row_losses.row_losses_kernel, dict.fromkeys(names, accumulator), constants
 
 
 def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of a case with a tile loop."""
-    means, masked = case.variant == "means", case.variant in MASKED
-    columns, learned = case.variant in ("busy", "clip", "guide"), case.variant in ("hard", "clip", *MASKED)
+    means, masked, triangle = case.variant == "means", case.variant in MASKED, case.variant in TRIANGLES
+    columns, learned = triangle or case.variant == "clip", case.variant in ("hard", "clip", *MASKED)
     config = config_of(case)
     pointer, accumulator = POINTER[case.products], "*fp64" if case.products == "fp64" else "*fp32"
     ranked = case.variant in RANKED
@@ -238,12 +246,11 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         kernel = row_stats_forward.row_stats_forward_kernel
         types |= {"p_rows": accumulator, "p_columns": accumulator if columns else None}
         types |= {"p_mean": accumulator if means else None}
-        constants |= {"COLUMNS": columns, "MEANS": means, "DIAGNOSTICS": False}
+        constants |= {"COLUMNS": columns, "TRIANGLE": triangle, "MEANS": means, "DIAGNOSTICS": False}
         constants["NUM_PARTS"] = len(exponents) + masked + (shift != "plain")
     else:
         kernel = row_stats_backward.row_stats_backward_kernel
         types |= dict.fromkeys(("p_lse", "p_grad", "p_col_lse", "p_col_grad", "p_factor"), accumulator)
-        types |= {"p_col_largest": accumulator if case.products == "16-bit" else None}
         types |= {"p_out": pointer if case.features > configs.RESIDENT_FEATURES else accumulator}
         tables = ("p_row_axis", "p_row_below", "p_col_axis", "p_col_below", "p_shape")
         types |= dict.fromkeys(tables, accumulator if ranked else None)

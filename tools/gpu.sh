@@ -6,6 +6,7 @@
 #   ladder                the Hopper kernels from one tile to the whole, without torch (tests/cuda_kernels/ladder.cu);
 #                         ladder-* the same under compute-sanitizer's tools
 #   sanitizer, racecheck  every backend at tiny shapes under memcheck and racecheck
+#   tune                  other tile sizes, for triton_kernels/configs.py
 #
 #   PYTHON   interpreter that has torch (python3); the package is installed there, editable
 #   OUT      folder of the logs (bench/results/gpu-logs); every step writes its log as it runs
@@ -18,7 +19,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu-logs}
 DEVICE=${DEVICE:-cuda}
-ALL_STEPS="install ladder tests gradcheck ladder-memcheck ladder-racecheck ladder-synccheck sanitizer racecheck bench"
+ALL_STEPS="install ladder tests gradcheck ladder-memcheck ladder-racecheck ladder-synccheck sanitizer racecheck bench tune"
 STEPS=" ${*:-$ALL_STEPS} "
 failed=0
 report=()
@@ -102,6 +103,7 @@ elif [[ $STEPS == *" sanitizer "* ]]; then
   report+=("sanitizer        not installed")
 fi
 step bench 1800 "$PYTHON" -m bench --device "$DEVICE" --out bench/results
+[[ $DEVICE == cpu ]] || step tune 580 "$PYTHON" -m bench tune --out bench/results
 
 printf '%s\n' "${report[@]}" >> "$OUT/summary.txt"
 echo "== summary"

@@ -1,7 +1,8 @@
 """Tile sizes, the only place that has any: direction x products x features, one entry per architecture.
 
 Found by compiling (tools/gate.py): the largest tiles without spills, in the register-hungriest of the usual calls. No
-entry has been timed yet. Where a tile has a third number, features come in chunks of so many.
+entry has been timed yet; contrastive_ext.autotune times others on request. Where a tile has a third number, features
+come in chunks of so many.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ LARGEST_MASKED = {
 GUIDE_FEATURES = {80: 16, 86: 16, 90: 32, 100: 32}
 # Weights by rank hold bins and edges of two histograms beside the tile: 128x32 spills 440 bytes, 64x32 spills 8.
 RANKED_TILE = (64, 16)
+PAIRS_OF_THREAD = (4, 64)  # fewer leave the units idle, more never fit the registers
 
 
 class Config(NamedTuple):
@@ -36,6 +38,15 @@ class Config(NamedTuple):
     block_d: int
     num_warps: int
     num_stages: int
+
+
+class Line(NamedTuple):
+    """A line of the table: `features` the largest number it stands for, `architecture` 0 in the interpreter."""
+
+    direction: str
+    products: str
+    features: int
+    architecture: int
 
 
 def _tile(size: str, warps: int, stages: int) -> Config:
@@ -112,6 +123,9 @@ _TABLE = {
 # small enough that test problems have edges, corners and several chunks
 _INTERPRETER = {False: _tile("32x32", 1, 1), True: _tile("32x32x64", 1, 1)}
 
+preferred: dict[Line, Config] = {}  # what autotune found on this device
+asked: set[Line] = set()  # since autotune last looked
+
 
 def choose(
     direction: str, products: str, features: int, architecture: int, mask: str = "images", ranked: bool = False
@@ -123,14 +137,36 @@ def choose(
     mask          the costliest rule beside the images': none (images), ids, lists or gate
     ranked        whether weights are looked up in histograms
     """
+    group = FEATURES[-1] if features > RESIDENT_FEATURES else next(f for f in FEATURES if features <= f)
+    line = Line(direction, products, group, architecture and nearest(architecture))
+    asked.add(line)
+    config = preferred.get(line) or default(line)
     if architecture == 0:
-        return _INTERPRETER[features > RESIDENT_FEATURES]
-    line = next((f for f in FEATURES if features <= f), FEATURES[-1])
-    line = FEATURES[-1] if features > RESIDENT_FEATURES else line
-    config = _TABLE[direction, products][line, nearest(architecture)]
+        return config
     largest = (LARGEST_MASKED.get((direction, mask), config[:2]), RANKED_TILE if ranked else config[:2])
     rows, columns = (min(sizes) for sizes in zip(config[:2], *largest, strict=True))
     return config._replace(block_m=rows, block_n=columns)
+
+
+def default(line: Line) -> Config:
+    """The table's tile."""
+    if line.architecture == 0:
+        return _INTERPRETER[line.features > RESIDENT_FEATURES]
+    return _TABLE[line.direction, line.products][line.features, line.architecture]
+
+
+def alternatives(line: Line) -> list[Config]:
+    """Other tiles worth timing: half and twice the rows and columns, 4 and 8 warps; triangles need columns <= rows."""
+    table = default(line)
+    rows, columns = ([size // 2, size, 2 * size] for size in table[:2])
+    found = (
+        table._replace(block_m=m, block_n=n, num_warps=warps)
+        for m in rows
+        for n in columns
+        for warps in sorted({table.num_warps, 4, 8})
+        if 16 <= n <= m and PAIRS_OF_THREAD[0] <= m * n / (32 * warps) <= PAIRS_OF_THREAD[1]
+    )
+    return [config for config in found if config != table]
 
 
 def nearest(architecture: int) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pairs import keep_tile, load_anchors
+from .pairs import SIZES, keep_tile, load_anchors
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
 
 
@@ -56,20 +56,7 @@ def rank_weights(
     return (low * b_rest + high * b_twice) / (b * b_rest + (2.0 - b) * b_twice)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "list_groups",
-        "scorer_groups",
-        "num_scorers",
-        "num_rows",
-        "num_columns",
-        "num_images",
-        "shard",
-        "first_row",
-        "first_column",
-        "span",
-    ]
-)
+@triton.jit(do_not_specialize=[*SIZES])
 def histogram_ranks_kernel(
     p_u, p_v, scale, p_axis, p_below, p_shape, p_shift, p_counts, p_out, num_rows, num_columns, span,
     stride_u, stride_v,

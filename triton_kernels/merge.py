@@ -2,7 +2,8 @@
 
 A partial result of anchors is [parts, anchors]: shift (absent where it is known to be 0), one sum per exponent, count
 (only with ids), largest and sum of logits (only with diagnostics). Row partials differ in their split of the columns,
-column partials in their tile of rows.
+column partials in their tile of rows. Several are read at once: a sweep of 65,536 rows leaves 512 of them, and one
+after the other they would wait for memory longer than the sweep takes.
 """
 
 # ruff: noqa: RUF005
@@ -39,47 +40,79 @@ def store_parts(p_parts, o_anchors, num_anchors, b_parts):
 
 
 @triton.jit
-def load_state(
-    p_parts, o_anchors, num_anchors, NUM_SUMS: tl.constexpr, HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The log-sum-exp state of a partial result."""
-    m_anchors = o_anchors < num_anchors
-    b_shift = tl.zeros((BLOCK,), p_parts.dtype.element_ty)
+def load_states(p_parts, m_parts, length, NUM_SUMS: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """The log-sum-exp states of partial results, [partials, anchors], from pointers to their first parts."""
+    b_shifts = tl.zeros(m_parts.shape, p_parts.dtype.element_ty)
     if HAS_SHIFT:
-        b_shift = tl.load(p_parts + o_anchors, mask=m_anchors, other=0.0)
-        p_parts += num_anchors
+        b_shifts = tl.load(p_parts, mask=m_parts, other=float("-inf"))
+        p_parts += length
     b_sums = ()
     for k in tl.static_range(NUM_SUMS):
-        b_sums = b_sums + (tl.load(p_parts + k * num_anchors.to(tl.int64) + o_anchors, mask=m_anchors, other=0.0),)
-    return b_shift, b_sums
+        b_sums = b_sums + (tl.load(p_parts + k * length, mask=m_parts, other=0.0),)
+    return b_shifts, b_sums
 
 
-@triton.jit(do_not_specialize=["begin", "end", "num_anchors", "num_candidates", "same_image", "first", "shard"])
-def merge_kernel(
-    p_partials, p_lse, p_aux, begin, end, num_anchors, num_candidates, same_image, first, shard,
+@triton.jit
+def merged(
+    partials, o_anchors, num_anchors,
     EXPONENTS: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, COUNTED: tl.constexpr,
-    DIAGNOSTICS: tl.constexpr, MAXIMUM: tl.constexpr, FINISH: tl.constexpr, BLOCK: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr, TRIANGLE: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Partials begin..end of a block of anchors -> lse and aux, or (FINISH=False) one partial in slot 0."""
+    """(state, counts) of a block of anchors, the sum of `partials` = (pointer, number, of_tiles, first_tile).
+
+    Partials from `of_tiles` on are of one tile of rows each, the first of tile `first_tile`. TRIANGLE > 0: of that many
+    rows, and about anchors beyond the tile only; the others' numbers were never written.
+    """
+    p_partials, num_partials, of_tiles, first_tile = partials
+    DTYPE: tl.constexpr = p_partials.dtype.element_ty
+    NUM_SUMS: tl.constexpr = len(EXPONENTS)
+    length = num_anchors.to(tl.int64)
+    state = online_lse.init(NUM_SUMS, BLOCK, DTYPE, HAS_SHIFT)
+    b_zero = tl.zeros((BLOCK,), DTYPE)
+    b_count, b_largest, b_total = b_zero, b_zero + float("-inf"), b_zero
+    if TRIANGLE > 0:
+        tiles_above = tl.maximum(tl.max(o_anchors, 0) // TRIANGLE - first_tile, 0)
+        num_partials = tl.minimum(num_partials, of_tiles + tiles_above)
+    for start in range(0, num_partials, AT_ONCE):
+        o_partials = start + tl.arange(0, AT_ONCE)
+        m_parts = (o_partials < num_partials)[:, None] & (o_anchors < num_anchors)[None, :]
+        if TRIANGLE > 0:
+            o_stop = tl.where(o_partials < of_tiles, 0, (first_tile + o_partials - of_tiles + 1) * TRIANGLE)
+            m_parts = m_parts & (o_stop[:, None] <= o_anchors[None, :])
+        p_parts = p_partials + o_partials.to(tl.int64)[:, None] * (NUM_PARTS * length) + o_anchors[None, :]
+        state, _, _ = online_lse.merge(
+            state, load_states(p_parts, m_parts, length, NUM_SUMS, HAS_SHIFT), EXPONENTS, HAS_SHIFT
+        )
+        p_parts += (NUM_SUMS + (1 if HAS_SHIFT else 0)) * length
+        if COUNTED:
+            b_count += tl.sum(tl.load(p_parts, mask=m_parts, other=0.0), 0)
+            p_parts += length
+        if DIAGNOSTICS:
+            b_largest = tl.maximum(b_largest, tl.max(tl.load(p_parts, mask=m_parts, other=float("-inf")), 0))
+            b_total += tl.sum(tl.load(p_parts + length, mask=m_parts, other=0.0), 0)
+    return state, (b_count, b_largest, b_total)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_partials", "of_tiles", "first_tile", "num_anchors", "num_candidates", "same_image", "first", "shard"
+    ]
+)  # fmt: skip
+def merge_kernel(
+    p_partials, num_partials, of_tiles, first_tile, p_lse, p_aux, num_anchors, num_candidates, same_image, first, shard,
+    EXPONENTS: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, COUNTED: tl.constexpr,
+    DIAGNOSTICS: tl.constexpr, TRIANGLE: tl.constexpr, MAXIMUM: tl.constexpr, FINISH: tl.constexpr, BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """The partials of a block of anchors -> lse and aux, or (FINISH=False) one partial result in p_lse."""
     o_anchors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_anchors = o_anchors < num_anchors
     NUM_SUMS: tl.constexpr = len(EXPONENTS)
     length = num_anchors.to(tl.int64)
-    state = online_lse.init(NUM_SUMS, BLOCK, p_partials.dtype.element_ty, HAS_SHIFT)
-    b_zero = tl.zeros((BLOCK,), p_partials.dtype.element_ty)
-    b_count, b_largest, b_total = b_zero, b_zero + float("-inf"), b_zero
-    for i in range(begin, end):
-        p_parts = p_partials + i * (NUM_PARTS * length)
-        state = online_lse.merge(
-            state, load_state(p_parts, o_anchors, num_anchors, NUM_SUMS, HAS_SHIFT, BLOCK), EXPONENTS, HAS_SHIFT
-        )
-        p_parts += (NUM_SUMS + (1 if HAS_SHIFT else 0)) * length
-        if COUNTED:
-            b_count += tl.load(p_parts + o_anchors, mask=m_anchors, other=0.0)
-            p_parts += length
-        if DIAGNOSTICS:
-            b_largest = tl.maximum(b_largest, tl.load(p_parts + o_anchors, mask=m_anchors, other=0.0))
-            b_total += tl.load(p_parts + length + o_anchors, mask=m_anchors, other=0.0)
+    partials = (p_partials, num_partials, of_tiles, first_tile)
+    state, counts = merged(partials, o_anchors, num_anchors, EXPONENTS, NUM_PARTS, HAS_SHIFT, COUNTED, DIAGNOSTICS,
+                           TRIANGLE, BLOCK, AT_ONCE)  # fmt: skip
+    b_count, b_largest, b_total = counts
     if FINISH:
         if not COUNTED:
             m_shard = (o_anchors >= first) & (o_anchors < first + shard)
@@ -97,8 +130,7 @@ def merge_kernel(
             tl.store(p_aux + 2 * length + o_anchors, b_total * LN2, mask=m_anchors)
             tl.store(p_aux + 3 * length + o_anchors, online_lse.finish(state, NUM_LSE, EXPONENTS), mask=m_anchors)
     else:
-        b_parts = pack(state, (b_count, b_largest, b_total), HAS_SHIFT, COUNTED, DIAGNOSTICS)
-        store_parts(p_partials, o_anchors, num_anchors, b_parts)
+        store_parts(p_lse, o_anchors, num_anchors, pack(state, counts, HAS_SHIFT, COUNTED, DIAGNOSTICS))
 
 
 @triton.jit(do_not_specialize=["num_splits", "num_rows"])
@@ -117,12 +149,9 @@ def merge_means_kernel(
     state = online_lse.init(NUM_SUMS, BLOCK, DTYPE, True)
     b_mean = tl.zeros((BLOCK, BLOCK_D), DTYPE)
     for i in range(num_splits):
-        other = load_state(p_partials + i * step, o_i, num_rows, NUM_SUMS, True, BLOCK)
-        merged = online_lse.merge(state, other, EXPONENTS, True)
-        b_here = tl.exp2((state[0] - online_lse.finite(merged[0])) * EXPONENTS[0])
-        b_there = tl.exp2((other[0] - online_lse.finite(merged[0])) * EXPONENTS[0])
+        split = load_states((p_partials + i * step + o_i)[None, :], (o_i < num_rows)[None, :], num_rows, NUM_SUMS, True)
+        state, b_here, b_there = online_lse.merge(state, split, EXPONENTS, True)
         b_split = tl.load(p_means + i * (num_rows.to(tl.int64) * D) + o_mean, mask=m_mean, other=0.0)
-        b_mean = b_mean * b_here[:, None] + b_split * b_there[:, None]
-        state = merged
+        b_mean = b_mean * b_here[0][:, None] + b_split * tl.trans(b_there[0])
     b_sum = state[1][0]
     tl.store(p_out + o_mean, b_mean / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None], mask=m_mean)

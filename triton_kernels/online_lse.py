@@ -65,21 +65,24 @@ def update(state, b_x, EXPONENTS: tl.constexpr, AXIS: tl.constexpr, ONLINE: tl.c
 
 
 @triton.jit
-def merge(state, other, EXPONENTS: tl.constexpr, ONLINE: tl.constexpr):
-    """The state of the union of two disjoint streams."""
+def merge(state, others, EXPONENTS: tl.constexpr, ONLINE: tl.constexpr):
+    """The state of the union of disjoint streams: one [anchors], the others side by side [streams, anchors].
+
+    Also returns what the sums shrank by: the one's [anchors], the others' [streams, anchors].
+    """
     b_shift, b_sums = state
-    b_other_shift, b_other_sums = other
+    b_other_shifts, b_other_sums = others
     b_here = (1.0,) * len(EXPONENTS)
     b_there = (1.0,) * len(EXPONENTS)
     if ONLINE:
-        b_new = tl.maximum(b_shift, b_other_shift)
+        b_new = tl.maximum(b_shift, tl.max(b_other_shifts, 0))
         b_here = exponentials(b_shift - finite(b_new), EXPONENTS)
-        b_there = exponentials(b_other_shift - finite(b_new), EXPONENTS)
+        b_there = exponentials(b_other_shifts - finite(b_new)[None, :], EXPONENTS)
         b_shift = b_new
     b_merged = ()
     for k in tl.static_range(len(EXPONENTS)):
-        b_merged = b_merged + (b_sums[k] * b_here[k] + b_other_sums[k] * b_there[k],)
-    return b_shift, b_merged
+        b_merged = b_merged + (b_sums[k] * b_here[k] + tl.sum(b_other_sums[k] * b_there[k], 0),)
+    return (b_shift, b_merged), b_here, b_there
 
 
 @triton.jit

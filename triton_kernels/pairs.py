@@ -19,6 +19,9 @@ import triton.language as tl
 from .scores import largest_scores
 
 UNFILLED = tl.constexpr(-(2**63))  # contrastive_ext.pairs.UNFILLED: padding, nobody's negative
+# sizes every kernel with pair rules takes: a batch size must not compile a kernel of its own
+SIZES = ("num_rows", "num_columns", "list_groups", "scorer_groups", "num_scorers", "num_images", "shard", "first_row",
+         "first_column", "span")  # fmt: skip
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""The built-in row losses with their derivatives, and the reduction; csrc/row_losses.h explains the formulas.
+"""The built-in row losses with their derivatives, after the sweep's partial results are merged and before the losses
+are reduced: one kernel. csrc/row_losses.h explains the formulas.
 
 A row without negatives has loss 0 and no derivatives, NaN if its positive is not finite. Sums run in a fixed order:
 lanes over blocks of rows, then over lanes, then over programs.
@@ -12,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import online_lse
+from .merge import merged
 from .scores import load_scale
 
 OVERWHELMED = tl.constexpr(60.0)  # e^60 times the sum itself: far below the floor, and finite in float32
@@ -72,47 +75,66 @@ def row_loss(
         return b_loss, b_pull * b_by_sum, b_pull * (b_by_pos - 1.0), b_pull * b_by_scale, m_clamped
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_anchors", "num_images"])
+@triton.jit(
+    do_not_specialize=[
+        "num_row_partials", "row_of_tiles", "num_col_partials", "col_of_tiles", "first_tile", "num_anchors",
+        "num_images", "count",
+    ]
+)  # fmt: skip
 def row_losses_kernel(
-    p_lse, p_count, p_cosine, scale, p_coefficients, p_losses, p_sums, p_clamped, num_rows, num_anchors, num_images,
+    p_rows, num_row_partials, row_of_tiles, p_columns, num_col_partials, col_of_tiles, first_tile,
+    p_cosine, scale, p_lse, p_coefficients, p_losses, p_sums, p_clamped, num_anchors, num_images, count,
+    EXPONENTS: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, TRIANGLE: tl.constexpr,
     FORMULA: tl.constexpr, TAU_PLUS: tl.constexpr, LOG_TAU_PLUS: tl.constexpr, BY_FIRST: tl.constexpr,
-    BY_SECOND: tl.constexpr, NUM_LSE: tl.constexpr, MEAN: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr,
+    BY_SECOND: tl.constexpr, SIDES: tl.constexpr, MEAN: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
+    SPAN: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Program p: rows p * SPAN .. of the sides one after the other; its share of the loss, its clamped share.
+    """Program p: anchors p * SPAN .. of each side; their lse, coefficients, share of the loss and clamped share.
 
-    p_losses  [rows] every loss, or None where only the sums are wanted
+    p_rows, p_columns  partial results of the first and of the second side, see `merged`
+    p_losses           [sides, anchors] every loss, or None where only the sums are wanted
+    count              negatives of every anchor
     BY_FIRST, BY_SECOND  dS/dlse_0 and dS/dlse_1
     """
     scale = load_scale(scale, SCALE_IS_TENSOR)
     DTYPE: tl.constexpr = p_lse.dtype.element_ty
+    NUM_LSE: tl.constexpr = len(EXPONENTS)
+    length = num_anchors.to(tl.int64)
+    num_losses = SIDES * length
     b_total, b_on_floor = tl.zeros((BLOCK,), DTYPE), tl.zeros((BLOCK,), DTYPE)
-    for start in range(0, SPAN, BLOCK):
-        o_row = tl.program_id(0) * SPAN + start + tl.arange(0, BLOCK)
-        m_row = o_row < num_rows
-        o_side, o_anchor = (o_row // num_anchors).to(tl.int64), o_row % num_anchors
-        b_lse = ()
-        for k in tl.static_range(NUM_LSE):
-            b_lse = b_lse + (tl.load(p_lse + (o_side * NUM_LSE + k) * num_anchors + o_anchor, mask=m_row, other=0.0),)
-        b_count = tl.load(p_count + o_row, mask=m_row, other=0.0)
-        b_pos = tl.load(p_cosine + o_anchor % num_images, mask=m_row, other=0.0) * scale
-        m_full = b_count > 0
-        b_loss, b_by_sum, b_by_pos, b_by_scale, m_clamped = row_loss(
-            b_lse, b_pos, tl.where(m_full, b_count, 1.0), scale, FORMULA, TAU_PLUS, LOG_TAU_PLUS
-        )
-        b_loss = tl.where(m_full, b_loss, 0.0 * b_pos)
-        p_out = p_coefficients + o_side * (NUM_LSE + 2) * num_anchors + o_anchor
-        tl.store(p_out, tl.where(m_full, b_by_sum * BY_FIRST, 0.0), mask=m_row)
-        if NUM_LSE == 2:
-            tl.store(p_out + num_anchors, tl.where(m_full, b_by_sum * BY_SECOND, 0.0), mask=m_row)
-        tl.store(p_out + NUM_LSE * num_anchors, tl.where(m_full, b_by_pos, 0.0), mask=m_row)
-        tl.store(p_out + (NUM_LSE + 1) * num_anchors, tl.where(m_full, b_by_scale, 0.0), mask=m_row)
-        if p_losses is not None:
-            tl.store(p_losses + o_row, b_loss, mask=m_row)
-        b_total += tl.where(m_row, b_loss, 0.0)
-        b_on_floor += tl.where(m_row & m_full & m_clamped, 1.0, 0.0)
-    tl.store(p_sums + tl.program_id(0), tl.sum(b_total, 0) / num_rows if MEAN else tl.sum(b_total, 0))
-    tl.store(p_clamped + tl.program_id(0), tl.sum(b_on_floor, 0) / num_rows)
+    for i_side in tl.static_range(SIDES):
+        if i_side == 0:
+            partials = (p_rows, num_row_partials, row_of_tiles, first_tile)
+        else:
+            partials = (p_columns, num_col_partials, col_of_tiles, first_tile)
+        for start in range(0, SPAN, BLOCK):
+            o_anchor = tl.program_id(0) * SPAN + start + tl.arange(0, BLOCK)
+            m_anchor = o_anchor < num_anchors
+            state, _ = merged(partials, o_anchor, num_anchors, EXPONENTS, NUM_PARTS, HAS_SHIFT, False, False, TRIANGLE,
+                              BLOCK, AT_ONCE)  # fmt: skip
+            b_lse = ()
+            for k in tl.static_range(NUM_LSE):
+                b_lse = b_lse + (online_lse.finish(state, k, EXPONENTS),)
+                tl.store(p_lse + (i_side * NUM_LSE + k) * length + o_anchor, b_lse[k], mask=m_anchor)
+            b_pos = tl.load(p_cosine + o_anchor % num_images, mask=m_anchor, other=0.0) * scale
+            b_count = tl.zeros((BLOCK,), DTYPE) + count
+            m_full = b_count > 0
+            b_loss, b_by_sum, b_by_pos, b_by_scale, m_clamped = row_loss(
+                b_lse, b_pos, tl.where(m_full, b_count, 1.0), scale, FORMULA, TAU_PLUS, LOG_TAU_PLUS
+            )
+            b_loss = tl.where(m_full, b_loss, 0.0 * b_pos)
+            p_out = p_coefficients + i_side * (NUM_LSE + 2) * length + o_anchor
+            tl.store(p_out, tl.where(m_full, b_by_sum * BY_FIRST, 0.0), mask=m_anchor)
+            if NUM_LSE == 2:
+                tl.store(p_out + length, tl.where(m_full, b_by_sum * BY_SECOND, 0.0), mask=m_anchor)
+            tl.store(p_out + NUM_LSE * length, tl.where(m_full, b_by_pos, 0.0), mask=m_anchor)
+            tl.store(p_out + (NUM_LSE + 1) * length, tl.where(m_full, b_by_scale, 0.0), mask=m_anchor)
+            if p_losses is not None:
+                tl.store(p_losses + i_side * length + o_anchor, b_loss, mask=m_anchor)
+            b_total += tl.where(m_anchor, b_loss, 0.0)
+            b_on_floor += tl.where(m_anchor & m_full & m_clamped, 1.0, 0.0)
+    tl.store(p_sums + tl.program_id(0), tl.sum(b_total, 0) / num_losses if MEAN else tl.sum(b_total, 0))
+    tl.store(p_clamped + tl.program_id(0), tl.sum(b_on_floor, 0) / num_losses)
 
 
 @triton.jit(do_not_specialize=["num_parts"])

@@ -21,13 +21,14 @@ import triton.language as tl
 
 from .histogram_ranks import rank_weights
 from .online_lse import exponentials
-from .pairs import keep_images, keep_tile, load_anchors, needs_mask
+from .pairs import SIZES, keep_images, keep_tile, load_anchors, needs_mask
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
 
 # One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
 # range: exponents up to 64 leave 2^62 for upstream gradients and 2^-62 for batches and means.
 MAX_FACTORED = tl.constexpr(64.0)
 FP16_EXPONENT = tl.constexpr(14.0)  # of fp16 weights after scaling: neither overflow nor underflow matters
+LARGEST_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
@@ -78,8 +79,19 @@ def weight_tile(
 
 
 @triton.jit
+def largest(p_grad, num_anchors):
+    """max_j |p_grad[j]|: every program reads all of it, which is less than a launch, and little beside the columns."""
+    o_block = tl.arange(0, LARGEST_BLOCK)
+    b_largest = tl.zeros((LARGEST_BLOCK,), tl.float32)
+    for start in range(0, num_anchors, LARGEST_BLOCK):
+        o_j = start + o_block
+        b_largest = tl.maximum(b_largest, tl.abs(tl.load(p_grad + o_j, mask=o_j < num_anchors, other=0.0)))
+    return tl.max(b_largest, 0)
+
+
+@triton.jit
 def fp16_factor(
-    p_grad, p_col_largest, o_i, num_rows,
+    p_grad, p_col_grad, o_i, num_rows, num_columns,
     EXPONENTS: tl.constexpr, BLOCK_M: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Powers of two that bring every row's largest possible weight, sum_k beta_k (|a_k,i| + max_j |c_k,j|), to 2^14."""
@@ -89,7 +101,7 @@ def fp16_factor(
             o_k = k * num_rows.to(tl.int64) + o_i
             b_bound += tl.abs(tl.load(p_grad + o_k, mask=o_i < num_rows, other=0.0)) * EXPONENTS[k]
         if REVERSE:
-            b_bound += tl.load(p_col_largest + k) * EXPONENTS[k]
+            b_bound += largest(p_col_grad + k * num_columns.to(tl.int64), num_columns) * EXPONENTS[k]
     b_exponent = FP16_EXPONENT - tl.ceil(tl.log2(tl.where(b_bound > 0, b_bound, 1.0)))
     return tl.exp2(tl.minimum(tl.maximum(b_exponent, -100.0), 100.0))
 
@@ -104,10 +116,10 @@ def sweep(
     """The tile loop of the backward."""
     p_u, p_v, stride_u, stride_v = operands
     num_rows, num_columns = sizes
-    p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest = terms
+    p_lse, p_grad, p_col_lse, p_col_grad = terms
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape = ranks
     p_out, p_factor, stride_out = outputs
-    i0, row_begin, j_begin, j_end = where
+    i0, row_begin, col_begin, j_begin, j_end = where
     DTYPE: tl.constexpr = p_factor.dtype.element_ty
     RESIDENT: tl.constexpr = BLOCK_D >= D
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -115,7 +127,7 @@ def sweep(
     row_term = load_term(p_lse, p_grad, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
     IS_FP16: tl.constexpr = p_u.dtype.element_ty == tl.float16
     if IS_FP16:
-        b_factor = fp16_factor(p_grad, p_col_largest, o_i, num_rows, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
+        b_factor = fp16_factor(p_grad, p_col_grad, o_i, num_rows, num_columns, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
     if RESIDENT:
         b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
         b_sum = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
@@ -151,7 +163,7 @@ def sweep(
             b_sum = tl.dot(b_weight, b_v, b_sum, input_precision=PRECISION, out_dtype=DTYPE)
         else:
             # 64 bits up to the tile's corner only: 64-bit offsets for every weight would spill
-            p_corner = p_out + (i0 - row_begin).to(tl.int64) * stride_out + j0
+            p_corner = p_out + (i0 - row_begin).to(tl.int64) * stride_out + (j0 - col_begin)
             o_weight = tl.arange(0, BLOCK_M)[:, None] * stride_out + tl.arange(0, BLOCK_N)[None, :]
             tl.store(p_corner + o_weight, b_weight, mask=(o_i < num_rows)[:, None] & (o_j < num_columns)[None, :])
     b_undo = tl.zeros((BLOCK_M,), DTYPE) + (scale if TIMES_SCALE else 1.0)
@@ -160,29 +172,15 @@ def sweep(
     if RESIDENT:
         m_out = (o_i < num_rows)[:, None] & (o_d < D)[None, :]
         tl.store(p_out + o_i.to(tl.int64)[:, None] * stride_out + o_d[None, :], b_sum * b_undo[:, None], mask=m_out)
-    elif j_begin == 0:
+    elif j_begin == col_begin:
         tl.store(p_factor + o_i - row_begin, b_undo, mask=o_i < num_rows)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "list_groups",
-        "scorer_groups",
-        "num_scorers",
-        "num_rows",
-        "num_columns",
-        "num_images",
-        "shard",
-        "first_row",
-        "first_column",
-        "row_begin",
-        "span",
-    ]
-)
+@triton.jit(do_not_specialize=[*SIZES, "row_begin", "col_begin", "col_end"])
 def row_stats_backward_kernel(
-    p_u, p_v, scale, p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest,
+    p_u, p_v, scale, p_lse, p_grad, p_col_lse, p_col_grad,
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape, p_out, p_factor,
-    num_rows, num_columns, row_begin, span, stride_u, stride_v, stride_out,
+    num_rows, num_columns, row_begin, col_begin, col_end, span, stride_u, stride_v, stride_out,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
     p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
@@ -190,9 +188,9 @@ def row_stats_backward_kernel(
     REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TIMES_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, split): rows row_begin + i * BLOCK_M against columns split * span up to the next split.
+    """Program (i, split): rows from row_begin + i * BLOCK_M, columns from col_begin + split * span, before col_end.
 
-    Writes du [splits, rows, D], or with D > BLOCK_D weights [rows of this launch, columns] and the factor that undoes
+    Writes du [splits, rows, D], or with D > BLOCK_D weights [rows, columns of this launch] and the factor that undoes
     their scaling. SHIFT: "plain" one exponential for both terms, "online" two, "device" decided by the scale tensor.
     BINS > 0: each term times omega, looked up in the histograms of its anchors.
     """
@@ -204,12 +202,13 @@ def row_stats_backward_kernel(
     guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
     listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
     rules = ((p_row_ids, p_col_ids), guide, listed, listing)
-    terms = (p_lse, p_grad, p_col_lse, p_col_grad, p_col_largest)
+    terms = (p_lse, p_grad, p_col_lse, p_col_grad)
     ranks = (p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape)
     if BLOCK_D >= D:
         p_out += i_split.to(tl.int64) * num_rows * D
     outputs = (p_out, p_factor, stride_out)
-    where = (row_begin + i_tile * BLOCK_M, row_begin, i_split * span, tl.minimum(i_split * span + span, num_columns))
+    i0, j_begin = row_begin + i_tile * BLOCK_M, col_begin + i_split * span
+    where = (i0, row_begin, col_begin, j_begin, tl.minimum(j_begin + span, col_end))
     if SHIFT == "device":
         if scale * LOG2E * LARGEST <= MAX_FACTORED:
             sweep(operands, sizes, images, rules, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,

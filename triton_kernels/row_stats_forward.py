@@ -5,7 +5,8 @@
                                    ->  sum_j exp(beta_0 s_ij) v_j, like an attention output   MEANS
 
 A program owns one tile of rows and one split of the columns, so every partial has one writer; merge.py adds them in a
-fixed order.
+fixed order. TRIANGLE: with one set s_ij = s_ji, so a tile of rows begins at its own columns, and what comes after them
+counts for both sides; those columns' sums are completed by the column partials of the tiles above them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from . import online_lse
 from .merge import pack, store_parts
-from .pairs import keep_images, keep_tile, load_anchors, needs_mask
+from .pairs import SIZES, keep_images, keep_tile, load_anchors, needs_mask
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
 
 FP16_RANGE = tl.constexpr(16384.0)  # exponentials up to 1 use the upper half of fp16's range, small ones stay normal
@@ -35,7 +36,8 @@ def sweep(
     operands, sizes, images, rules, outputs, where, log2_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
     ONLINE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr,
-    COLUMNS: tl.constexpr, MEANS: tl.constexpr, DIAGNOSTICS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, MEANS: tl.constexpr, DIAGNOSTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the forward."""
     p_u, p_v, stride_u, stride_v = operands
@@ -79,7 +81,7 @@ def sweep(
             b_weight = b_exp[0] * FP16_RANGE if b_v.dtype == tl.float16 else b_exp[0]
             b_mean = tl.dot(b_weight.to(b_v.dtype), b_v, b_mean * b_rescale[0][:, None], input_precision=PRECISION,
                             out_dtype=DTYPE)  # fmt: skip
-        if COLUMNS:
+        if COLUMNS and (not TRIANGLE or j0 >= i0 + BLOCK_M):
             col_state = online_lse.init(len(EXPONENTS), BLOCK_N, DTYPE, ONLINE)
             col_state, _, _ = online_lse.update(col_state, b_reverse, EXPONENTS, 0, ONLINE)
             b_none = tl.zeros((BLOCK_N,), DTYPE)
@@ -94,28 +96,14 @@ def sweep(
         tl.store(p_mean + o_i.to(tl.int64)[:, None] * D + o_d[None, :], b_mean, mask=m_mean)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "list_groups",
-        "scorer_groups",
-        "num_scorers",
-        "num_rows",
-        "num_columns",
-        "num_images",
-        "shard",
-        "first_row",
-        "first_column",
-        "first_tile",
-        "span",
-    ]
-)
+@triton.jit(do_not_specialize=[*SIZES, "first_tile"])
 def row_stats_forward_kernel(
     p_u, p_v, scale, p_rows, p_columns, p_mean, num_rows, num_columns, first_tile, span, stride_u, stride_v,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
     p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
     LARGEST: tl.constexpr, NUM_PARTS: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, COLUMNS: tl.constexpr, MEANS: tl.constexpr,
+    HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, MEANS: tl.constexpr,
     DIAGNOSTICS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): tile first_tile + i of the rows against columns split * span up to the next split.
@@ -136,15 +124,16 @@ def row_stats_forward_kernel(
     if MEANS:
         p_mean += i_split.to(tl.int64) * num_rows * D
     outputs = (p_rows, p_columns, p_mean)
-    where = ((first_tile + i_tile) * BLOCK_M, i_split * span, tl.minimum(i_split * span + span, num_columns))
+    i0, j_begin = (first_tile + i_tile) * BLOCK_M, i_split * span
+    where = (i0, tl.maximum(j_begin, i0) if TRIANGLE else j_begin, tl.minimum(j_begin + span, num_columns))
     if SHIFT == "device":
         if log2_scale * LARGEST <= online_lse.MAX_PLAIN:
             sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  False, True, HAS_IMAGES, RULES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+                  False, True, HAS_IMAGES, RULES, COLUMNS, TRIANGLE, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
         else:
             sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  True, True, HAS_IMAGES, RULES, COLUMNS, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+                  True, True, HAS_IMAGES, RULES, COLUMNS, TRIANGLE, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
     else:
         sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-              SHIFT == "online", SHIFT == "online", HAS_IMAGES, RULES, COLUMNS, MEANS, DIAGNOSTICS,
+              SHIFT == "online", SHIFT == "online", HAS_IMAGES, RULES, COLUMNS, TRIANGLE, MEANS, DIAGNOSTICS,
               PRECISION)  # fmt: skip

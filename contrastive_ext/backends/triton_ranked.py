@@ -12,22 +12,8 @@ from torch import Tensor
 from ..problem import Problem
 from ..ranking import RankedStatistics, Ranking, histogram_axis
 from . import torch_ranked, triton_pairs
-from .triton import (
-    _cdiv,
-    _common,
-    _config,
-    _guide_chunk,
-    _kernels,
-    _on,
-    _operands,
-    _processors,
-    _Ranks,
-    _scale,
-    _split,
-    _Term,
-    _total,
-    _weighted_columns,
-)
+from . import triton_launch as launch
+from .triton_sweeps import Ranks, Term, gradients, total
 
 
 def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
@@ -35,7 +21,7 @@ def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> 
     if not ranking.bins:
         return torch_ranked.ranked_forward(problem, ranking, diagnostics=diagnostics)
     u, n, bins = problem.u, problem.pairs.num_rows, ranking.bins
-    with _on(u.device):
+    with launch.on_device(u.device):
         partial = _sweep(problem, "RANGE", bins, parts=2)
         lowest, highest = partial[:, 0].amin(0), partial[:, 1].amax(0)
         axis = histogram_axis(lowest, highest, torch.ones_like(lowest), bins)
@@ -63,15 +49,11 @@ def ranked_backward(
     """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
     if not ranking.bins:
         return torch_ranked.ranked_backward(problem, ranking, stats, grad_lse, need_u=need_u, need_v=need_v)
-    ranks = _Ranks(ranking.bins, stats.axis, stats.below, _shape(ranking, stats.lse))
-    term = _Term(stats.lse[None].contiguous(), grad_lse[None].contiguous(), ranks)
-    rows, cols = triton_pairs.sides(problem, *_operands(problem))
-    du, dv = problem.u.new_empty(0), problem.u.new_empty(0)
-    with _on(problem.u.device):
-        if need_u:
-            du = _total(_weighted_columns(problem, rows, cols, term, term if problem.one_set else None))
-        if need_v and not problem.one_set:
-            dv = _total(_weighted_columns(problem, cols, rows, None, term))
+    ranks = Ranks(ranking.bins, stats.axis, stats.below, _shape(ranking, stats.lse))
+    term = Term(stats.lse[None].contiguous(), grad_lse[None].contiguous(), ranks)
+    with launch.on_device(problem.u.device):
+        found = gradients(problem, term, None, need_u, need_v)
+        du, dv = (problem.u.new_empty(0) if x is None else total(x) for x in found)
     return du, dv
 
 
@@ -88,21 +70,21 @@ def _sweep(
     counts: Tensor | None = None,
 ) -> Tensor:
     """Partial results [splits, parts, N] of one pass of the kernel."""
-    u, v = _operands(problem)
+    u, v = launch.operands(problem)
     rows, cols = triton_pairs.sides(problem, u, v)
     rule = triton_pairs.costliest_rule(problem.pairs)
     # a mask for every tile, whatever the rules
-    config = _config("forward", u, "ids" if rule == "images" else rule, ranked=name == "SUMS")
-    scale, scale_is_tensor = _scale(problem)
-    tiles = _cdiv(len(u), config.block_m)
-    splits, span = _split(tiles, len(v), config.block_n, 2 * _processors(u.device))
+    config = launch.config_of("forward", u, "ids" if rule == "images" else rule, ranked=name == "SUMS")
+    scale, scale_is_tensor = launch.scale_argument(problem)
+    tiles = launch.cdiv(len(u), config.block_m)
+    splits, span = launch.split(tiles, len(v), config.block_n, 2 * launch.processors(u.device))
     out = problem.u.new_empty(splits, parts, len(u))
     rules = triton_pairs.arguments(
-        problem.pairs, rows, cols, row_anchors=True, col_anchors=False, guide_chunk=_guide_chunk(u.device)
+        problem.pairs, rows, cols, row_anchors=True, col_anchors=False, guide_chunk=launch.guide_chunk(u.device)
     )
-    _kernels().histogram_ranks.histogram_ranks_kernel[(tiles, splits)](
+    launch.kernels().histogram_ranks.histogram_ranks_kernel[(tiles, splits)](
         u, v, scale, axis, below, shape, shift, counts, out, len(u), len(v), span, u.stride(0), v.stride(0),
-        BINS=bins, PASS=name, SCALE_IS_TENSOR=scale_is_tensor, **rules, **_common(config, u),
+        BINS=bins, PASS=name, SCALE_IS_TENSOR=scale_is_tensor, **rules, **launch.tile_arguments(config, u),
     )  # fmt: skip
     return out
 

@@ -1,9 +1,8 @@
 """The short road of the `triton` backend: few launches, because those are what a small batch costs.
 
-Two views: prologue, sweep, merge, row losses with reduction; backward sweep, prologue backward, and for float16 one
-more in between (the largest weight). The column side of "symmetric" costs a merge more, two sets a sweep more. The
-sweep's splits are summed and the upstream gradient enters in the prologue's backward: coefficients are those of the
-unreduced losses.
+Forward: prologue, sweep, row losses, which merge the sweep's partial results first and reduce at the end; beyond 4096
+anchors a second launch completes the reduction. Backward: sweep, for two sets one of each side, prologue backward,
+where the sweep's splits are summed and the upstream gradient enters: coefficients are those of the unreduced losses.
 """
 
 from __future__ import annotations
@@ -16,29 +15,19 @@ from torch import Tensor
 from ..numerics import stats_dtype
 from ..pairs import Pairs
 from ..problem import Problem
-from . import triton_pairs
+from . import triton_launch as launch
 from .short_road import BACKWARD_SCHEMA, FORWARD_SCHEMA, WholeLossOps, backward_shapes, forward_shapes
-from .triton import (
-    _cdiv,
-    _feature_block,
-    _Forward,
-    _interpreted,
-    _kernels,
-    _on,
-    _operands,
-    _scale,
-    _Term,
-    _weighted_columns,
-)
+from .triton_sweeps import Forward, Term, gradients
 
 PROLOGUE_ELEMENTS = 2048  # of a block of rows: 16 for a thread and array
-ROWS_AT_ONCE = 1024
-ROWS_OF_PROGRAM = 8192  # one program reduces small batches; a second launch adds the parts of larger ones
+ANCHORS_OF_PROGRAM = 4096  # one program reduces small batches; of larger ones each of many programs leaves a part
+BLOCK_OF_ONE, BLOCK_OF_MANY = 1024, 128  # anchors of a block
+READ_AT_ONCE = 8192  # partial results times anchors
 
 
 def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
     """The operators of the short road; the interpreter truncates to bf16 where a GPU rounds."""
-    return None if dtype == torch.bfloat16 and _interpreted() else _OPERATORS
+    return None if dtype == torch.bfloat16 and launch.interpreted() else _OPERATORS
 
 
 def _forward(
@@ -50,30 +39,32 @@ def _forward(
     problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
     cosine, clamped = like.new_empty(images), like.new_empty(())
     sides, anchors, k = 2 if layout == "symmetric" else 1, problem.pairs.num_rows, len(exponents)
-    rows = sides * anchors
-    lse, count = like.new_empty(sides, k, anchors), like.new_empty(sides, 1, anchors)
-    coefficients = like.new_empty(sides, k + 2, anchors)
-    losses = like.new_empty(rows) if reduction == "none" else None
-    with _on(z1.device):
+    lse, coefficients = like.new_empty(sides, k, anchors), like.new_empty(sides, k + 2, anchors)
+    losses = like.new_empty(sides * anchors) if reduction == "none" else None
+    count = 2 * images - 2 if problem.one_set else columns - 1  # negatives of every anchor
+    with launch.on_device(z1.device):
         block, block_d = _prologue_block(features)
-        _kernels().prologue.prologue_kernel[(_cdiv(columns, block),)](
+        launch.kernels().prologue.prologue_kernel[(launch.cdiv(columns, block),)](
             z1, z2, operands, inverse_norm, cosine, images, columns, z1.stride(0), z2.stride(0), D=features,
             BLOCK=block, BLOCK_D=block_d, NORMALIZE=normalize, enable_fp_fusion=True,
         )  # fmt: skip
-        _Forward(problem, layout == "symmetric", means=False, diagnostics=False, maximum=False, out=(lse, count)).run()
-        parts = _cdiv(rows, ROWS_OF_PROGRAM)
+        sweep = Forward(problem, columns=layout == "symmetric")
+        row_partials, col_partials, _ = sweep.partials()
+        col_partials = col_partials or row_partials
+        span, block = blocks(anchors)
+        parts = launch.cdiv(anchors, span)
         loss = like.new_empty(())
         sums, shares = (loss, clamped) if parts == 1 else (like.new_empty(parts), like.new_empty(parts))
-        scale_argument, scale_is_tensor = _scale(problem)
-        _kernels().row_losses.row_losses_kernel[(parts,)](
-            lse, count, cosine, scale_argument, coefficients, losses, sums, shares, rows, anchors, images,
-            **_formula(formula, parameters), NUM_LSE=k, MEAN=reduction == "mean", SCALE_IS_TENSOR=scale_is_tensor,
-            SPAN=min(ROWS_OF_PROGRAM, _cdiv(rows, ROWS_AT_ONCE) * ROWS_AT_ONCE), BLOCK=ROWS_AT_ONCE, num_warps=8,
-            enable_fp_fusion=True,
+        scale_argument, scale_is_tensor = launch.scale_argument(problem)
+        launch.kernels().row_losses.row_losses_kernel[(parts,)](
+            *row_partials.arguments, *col_partials.arguments, col_partials.first_tile, cosine, scale_argument, lse,
+            coefficients, losses, sums, shares, anchors, images, count, **sweep.flags, **_formula(formula, parameters),
+            TRIANGLE=row_partials.triangle, SIDES=sides, MEAN=reduction == "mean", SCALE_IS_TENSOR=scale_is_tensor,
+            SPAN=span, BLOCK=block, AT_ONCE=READ_AT_ONCE // block, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         if parts > 1:
-            _kernels().row_losses.add_parts_kernel[(1,)](
-                sums, shares, loss, clamped, parts, BLOCK=ROWS_AT_ONCE, enable_fp_fusion=True
+            launch.kernels().row_losses.add_parts_kernel[(1,)](
+                sums, shares, loss, clamped, parts, BLOCK=1024, enable_fp_fusion=True
             )
     return (loss if losses is None else losses), operands, inverse_norm, lse, coefficients, clamped
 
@@ -87,26 +78,18 @@ def _backward(
     sides, _, anchors = lse.shape
     if reduction == "none":
         coefficients = coefficients * grad_loss.view(sides, 1, anchors)
-    row_term, col_term = _Term(lse[0], coefficients[0, :k]), None
-    if problem.one_set:
-        col_term = row_term
-    elif layout == "symmetric":
-        col_term = _Term(lse[1], coefficients[1, :k])
+    terms = [Term(lse[side], coefficients[side, :k]) for side in range(sides)]
     dz1, dz2 = torch.empty_like(z1), torch.empty_like(z2)
-    with _on(z1.device):
-        u, v = _operands(problem)
-        rows, cols = triton_pairs.sides(problem, u, v)
-        du = _weighted_columns(problem, rows, cols, row_term, col_term)
-        if problem.one_set:
-            dv = du[:, images:]
-        else:
-            dv = _weighted_columns(problem, cols, rows, col_term, row_term)
+    with launch.on_device(z1.device):
+        du, dv = gradients(problem, terms[0], terms[1] if sides == 2 else None)
+        assert du is not None
+        dv = du[:, images:] if dv is None else dv
         block, block_d = _prologue_block(features)
-        programs = _cdiv(columns, block)
+        programs = launch.cdiv(columns, block)
         dscale = inverse_norm.new_empty(programs) if need_scale else None
-        scale_argument, scale_is_tensor = _scale(problem)
+        scale_argument, scale_is_tensor = launch.scale_argument(problem)
         second = {"two_view": images, "one_way": 0, "symmetric": (k + 2) * anchors}[layout]
-        _kernels().prologue.prologue_backward_kernel[(programs,)](
+        launch.kernels().prologue.prologue_backward_kernel[(programs,)](
             z1, z2, operands, inverse_norm, coefficients[0, k], coefficients[0, k + 1], du, dv,
             None if reduction == "none" else grad_loss, scale_argument, dz1, dz2, dscale, len(du), len(dv),
             du.stride(0), dv.stride(0), images, columns, second, z1.stride(0), z2.stride(0),
@@ -123,6 +106,13 @@ def _problem(operands: Tensor, scale, scale_value, layout: str, normalize: bool,
     return Problem(u, v, scale_value if scale is None else scale, tuple(exponents), pairs, normalize, operands.dtype)
 
 
+def blocks(anchors: int) -> tuple[int, int]:
+    """Anchors of a program of the row losses, and of a block."""
+    if anchors <= ANCHORS_OF_PROGRAM:
+        return launch.cdiv(anchors, BLOCK_OF_ONE) * BLOCK_OF_ONE, BLOCK_OF_ONE
+    return BLOCK_OF_MANY, BLOCK_OF_MANY
+
+
 def _formula(name: str, parameters: list[float]) -> dict[str, object]:
     """The kernel's constants for a formula; csrc/row_losses.h says what parameters it has."""
     tau_plus, beta, detach_weights = (*parameters, 0.0, 0.0, 0.0)[:3]
@@ -135,7 +125,7 @@ def _formula(name: str, parameters: list[float]) -> dict[str, object]:
 
 def _prologue_block(features: int) -> tuple[int, int]:
     """Rows of a program of the prologue, and features with their padding."""
-    block_d = _feature_block(features)
+    block_d = launch.feature_block(features)
     return max(1, PROLOGUE_ELEMENTS // block_d), block_d
 
 

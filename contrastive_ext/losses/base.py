@@ -14,6 +14,7 @@ from functools import reduce
 from typing import Literal, TypedDict, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import dispatch, numerics
@@ -104,6 +105,8 @@ class LossOptions(TypedDict, total=False):
     reduction: Literal["mean", "sum", "none"]
     return_stats: bool
     backend: str
+    operand_dtype: torch.dtype | None
+    group: dist.ProcessGroup | None
 
 
 def fused_row_loss(
@@ -129,6 +132,8 @@ def fused_row_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
     backend: str = "auto",
+    operand_dtype: torch.dtype | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Any row loss over a batch of pairs, without forming the similarity matrix; every public loss is this call.
 
@@ -154,11 +159,21 @@ def fused_row_loss(
     reduction    "mean", "sum" or "none"
     return_stats also return a `LossStats` record from the same pass
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    operand_dtype
+                 torch.float16 or torch.bfloat16 for float32 z1 and z2: products at the 16-bit rate of a GPU from unit
+                 rows rounded once (fp16 keeps as much of them as TF32); everything else and the gradients stay float32
+    group        a torch.distributed process group (`torch.distributed.group.WORLD`: all ranks; that is None, this rank
+                 alone, before init_process_group): candidates are those of all its ranks. Every rank brings as many
+                 rows, gets loss and statistics of its own anchors and calls backward; what DistributedDataParallel
+                 averages is then exactly the gradient of the mean over all anchors, a learned temperature's too.
+                 [K, D] `negatives` are gathered as z2 is, [B, n, D] and `positives` stay with their anchors, a queue
+                 has to be the same on all ranks (`enqueue(keys, group=group)`)
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [2B] (two_view; symmetric: rows, then columns) or
                  [B] (one_way) for "none". A row without negatives has loss 0 and counts in the mean.
-    Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations; RuntimeError with the
-                 reason if a named backend cannot run
-    Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference"
+    Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations, on every rank where ranks
+                 differ; RuntimeError with the reason if a named backend cannot run, or without an initialised group
+    Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference". A group of W
+                 ranks has W times the columns, and a call waits once for the device, to compare shapes between ranks
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
@@ -170,7 +185,7 @@ def fused_row_loss(
         labels if ids is None else ids, queue_ids, guide, guide_queue, margin, margin_strategy
     )  # fmt: skip
     with numerics.without_autocast(z1):
-        more = (queue, negatives, positives, guide_queue)
+        more = (queue, negatives, positives, guide_queue, operand_dtype, group)
         plain = all(x is None for x in more) and cancellation == NOTHING and in_batch_negatives
         if plain and not return_stats and row_loss.formula is not None:
             check_pairs(z1, z2, layout)
@@ -178,13 +193,14 @@ def fused_row_loss(
             if operators is not None:
                 scale = resolve_scale(temperature, logit_scale, row_loss.default_temperature, z1)
                 return whole_loss(operators, row_loss, z1, z2, scale, layout, normalize, reduction)
-        batch = arrange(
+        batches = arrange(
             z1, z2, temperature, logit_scale=logit_scale, default_temperature=row_loss.default_temperature,
             layout=layout, queue=queue, negatives=negatives, in_batch_negatives=in_batch_negatives,
-            positives=positives, normalize=normalize, cancellation=cancellation,
+            positives=positives, normalize=normalize, cancellation=cancellation, operand_dtype=operand_dtype,
+            group=group,
         )  # fmt: skip
         path = _dense if backend == dispatch.REFERENCE else _streamed
-        losses, stats, diagnostics = path(row_loss, batch, return_stats, backend)
+        losses, stats, diagnostics = _end_to_end([path(row_loss, batch, return_stats, backend) for batch in batches])
         loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
         if diagnostics is None:
             return loss
@@ -197,9 +213,32 @@ def check_row_loss(row_loss: object) -> None:
         raise TypeError(f"row_loss must be a RowLoss, for instance Debiased(tau_plus=0.1); got {row_loss!r:.60}.")
 
 
-def _streamed(
-    row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str
-) -> tuple[Tensor, RowStatistics, Diagnostics | None]:
+_Rows = tuple[Tensor, RowStatistics, Diagnostics | None]  # losses, what they were made of, what was asked beside
+
+
+def _end_to_end(parts: list[_Rows]) -> _Rows:
+    """Rows of one arrangement after those of the other."""
+    if len(parts) == 1:
+        return parts[0]
+    losses, stats, diagnostics = zip(*parts, strict=True)
+    joined = RowStatistics(
+        lse=tuple(torch.cat(vectors) for vectors in zip(*(s.lse for s in stats), strict=True)),
+        pos=torch.cat([s.pos for s in stats]),
+        correction=torch.cat([s.correction for s in stats]),
+        count=torch.cat([s.count for s in stats]),
+        scale=stats[0].scale,
+    )
+    if diagnostics[0] is None:
+        return torch.cat(losses), joined, None
+    fields = zip(*diagnostics, strict=True)
+    return (
+        torch.cat(losses),
+        joined,
+        Diagnostics._make(torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in fields),
+    )
+
+
+def _streamed(row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str) -> _Rows:
     stats, diagnostics = row_loss.statistics(batch, return_stats, backend)
     # what ids and gates cancel the device alone knows: only candidates without them are certain
     certain = replace(batch, column_sets=tuple(s for s in batch.column_sets if s.ids is None and s.gate is None))
@@ -219,9 +258,9 @@ def _sweep(
     for columns in batch.column_sets:
         swept = row_stats(
             batch.anchors, columns.v, scale=batch.scale, exponents=exponents, num_images=columns.num_images,
-            row_ids=batch.anchor_ids, col_ids=None if columns.v is None else columns.ids, gate=columns.gate,
-            unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric,
-            diagnostics=diagnostics, backend=backend,
+            positive_offset=columns.positive_offset, row_ids=batch.anchor_ids,
+            col_ids=None if columns.v is None else columns.ids, gate=columns.gate, unit=columns.unit,
+            operand_dtype=batch.operand_dtype, columns=batch.symmetric, diagnostics=diagnostics, backend=backend,
         )  # fmt: skip
         parts.append(_both_sides(swept, batch.symmetric))
     if batch.row_negatives is not None:
@@ -234,9 +273,7 @@ def _sweep(
     return stats, Diagnostics(negatives, largest, total, lse_squared, candidates_of(batch))
 
 
-def _dense(
-    row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str
-) -> tuple[Tensor, RowStatistics, Diagnostics | None]:
+def _dense(row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str) -> _Rows:
     matrix = row_loss.weighted(dense_logits(batch))
     empty = ~matrix.negative.any(1)
     stand_in = matrix.negative.clone()

@@ -62,8 +62,9 @@ class Bayesian(RowLoss):
         swept = [
             ranked_stats(
                 u, v, ranking=self.ranking(len(u if v is None else v)), scale=batch.scale,
-                num_images=columns.num_images, row_ids=row_ids, col_ids=col_ids, gate=gate, diagnostics=diagnostics,
-                unit=columns.unit, operand_dtype=batch.operand_dtype, backend=backend,
+                num_images=columns.num_images, positive_offset=columns.positive_offset, row_ids=row_ids,
+                col_ids=col_ids, gate=gate, diagnostics=diagnostics, unit=columns.unit,
+                operand_dtype=batch.operand_dtype, backend=backend,
             )
             for u, v, row_ids, col_ids, gate in sides
         ]  # fmt: skip
@@ -115,7 +116,7 @@ def _one_set_of_columns(batch: Arrangement) -> ColumnSet:
             raise ValueError("the Bayesian loss takes a guide or explicit negatives, not both: it ranks them together.")
         gate = Gate(gates[0].scorers, torch.cat([g.features for g in gates]), gates[0].row_limit)
     unit = all(s.unit for s in batch.column_sets)
-    return ColumnSet(torch.cat(vectors), batch.column_sets[0].num_images, ids, gate, unit)
+    return replace(batch.column_sets[0], v=torch.cat(vectors), ids=ids, gate=gate, unit=unit)
 
 
 def _refuse_own_negatives(batch: Arrangement) -> None:

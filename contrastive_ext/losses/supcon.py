@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .. import dispatch, numerics
+from .. import dispatch, distributed, numerics
 from ..checks import check_integers, describe
 from ..layouts import resolve_scale
 from ..numerics import softplus
@@ -53,6 +54,7 @@ def fused_supcon_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
     backend: str = "auto",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, SupConStats]:
     """Supervised contrastive loss over labelled rows, without forming the similarity matrix.
 
@@ -68,6 +70,9 @@ def fused_supcon_loss(
     reduction    "mean" over the rows that have a positive, "sum" or "none"
     return_stats also return a `SupConStats`
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    group        a torch.distributed process group as in `fused_row_loss`: positives and negatives of all its ranks, the
+                 loss of a rank's own rows. "mean" divides by the average over ranks of the rows that have a positive:
+                 the ranks' means average to that of the whole batch, in value and gradient
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [N] ([V, B]) for "none". A row without positives is
                  skipped: 0, no gradient, not counted in the mean
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
@@ -82,23 +87,36 @@ def fused_supcon_loss(
         z = features.to(dtype)
         z = numerics.round_operand(numerics.normalize(z) if normalize else z, features.dtype).flatten(0, -2)
         row_labels = labels.long().repeat(len(z) // len(labels))
+        columns, column_labels, own = z, row_labels, slice(0, len(z))
+        if group is not None:
+            distributed.agree(group, features=features.flatten(0, -2))
+            columns = distributed.gather(z, group, features.dtype)
+            column_labels = distributed.gather(row_labels, group)
+            own = slice(dist.get_rank(group) * len(z), (dist.get_rank(group) + 1) * len(z))
         if backend == dispatch.REFERENCE:
-            losses, pos, number = _dense(z, row_labels, scale, positives)
+            losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
-            positive_mean, number = _class_means(z, row_labels)
+            positive_mean, number = (x[own] for x in _class_means(columns, column_labels))
             pos = scale * (z * positive_mean).sum(1)
-            how = {"scale": scale, "unit": normalize, "operand_dtype": features.dtype, "backend": backend}
-            losses = _out(z, pos, how) if positives == "out" else _in(z, row_labels, how)
+            v, col_ids = (None, None) if group is None else (columns, column_labels)
+            how = {
+                "v": v, "num_images": len(z), "positive_offset": own.start, "scale": scale, "unit": normalize,
+                "operand_dtype": features.dtype, "backend": backend,
+            }  # fmt: skip
+            ids = {"row_ids": row_labels, "col_ids": col_ids}
+            losses = _out(z, pos, how) if positives == "out" else _in(z, how | ids)
         has_positives = number > 0
         losses = torch.where(has_positives, losses, 0.0 * z.sum(1))  # 0, but NaN where the row holds one
-        rows = has_positives.sum().clamp(min=1)
+        rows = has_positives.sum()
+        if group is not None:  # their mean over ranks: what the ranks average is then the mean over all rows
+            rows = distributed.gather(rows[None], group).to(dtype).mean()
         if reduction == "none":
             loss = losses.view(features.shape[:-1])
         else:
-            loss = losses.sum() if reduction == "sum" else losses.sum() / rows
+            loss = losses.sum() if reduction == "sum" else losses.sum() / (rows + (rows == 0))
     if not return_stats:
         return loss
-    similarity = (pos.detach() / scale).masked_fill(~has_positives, 0.0).sum() / rows
+    similarity = (pos.detach() / scale).masked_fill(~has_positives, 0.0).sum() / has_positives.sum().clamp(min=1)
     return loss, SupConStats(number.to(z.dtype).mean(), (~has_positives).sum(), similarity)
 
 
@@ -127,25 +145,28 @@ class _ClassSums(torch.autograd.Function):
 
 
 def _out(z: Tensor, pos: Tensor, how: dict) -> Tensor:
-    return row_stats(z, num_images=len(z), **how).lse[0] - pos
+    return row_stats(z, **how).lse[0] - pos
 
 
-def _in(z: Tensor, labels: Tensor, how: dict) -> Tensor:
-    negatives = row_stats(z, num_images=len(z), row_ids=labels, **how)
-    positives = row_stats(z, num_images=len(z), row_ids=labels, only_equal_ids=True, **how)
+def _in(z: Tensor, how: dict) -> Tensor:
+    negatives = row_stats(z, **how)
+    positives = row_stats(z, **how, only_equal_ids=True)
     number = positives.aux[0]
     log_positives = positives.lse[0].masked_fill(number == 0, 0.0)
     return softplus(negatives.lse[0] - log_positives) + number.clamp(min=1).log()
 
 
-def _dense(z: Tensor, labels: Tensor, scale: float | Tensor, positives: str) -> tuple[Tensor, Tensor, Tensor]:
+def _dense(
+    z: Tensor, columns: Tensor, labels: Tensor, rows: slice, scale: float | Tensor, positives: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """The definition on the whole matrix, the mean logit of every row's positives and their number.
 
     Losses are finite, and of no consequence, in rows without positives.
     """
-    logits = scale * (z @ z.T)
-    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positive = (labels[:, None] == labels) & ~own
+    logits = scale * (z @ columns.T)
+    index = torch.arange(len(columns), device=z.device)
+    own = index[rows, None] == index
+    positive = (labels[rows, None] == labels) & ~own
     number = positive.sum(1)
     alone = number == 0
     log_sum = logits.masked_fill(own & ~alone[:, None], -torch.inf).logsumexp(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from contrastive_ext import row_stats
-from contrastive_ext.backends import torch_ranked, triton_ranked
+from contrastive_ext.backends import torch_ranked, triton_launch, triton_ranked, triton_sweeps
 from contrastive_ext.backends import triton as backend
 from contrastive_ext.pairs import NO_COLUMN, UNFILLED, Gate, Pairs
 from contrastive_ext.problem import Problem
@@ -25,7 +25,8 @@ pytestmark = [
 
 # name, rows, columns (None: one set), features, what else is passed, why it is there
 PROBLEMS = [
-    ("one_set", 70, None, 20, {"num_images": 35}, "several tiles in both directions, tails, views between tile edges"),
+    ("one_set", 70, None, 20, {"num_images": 35}, "a triangle with tails, views between tile edges"),
+    ("one_square", 40, None, 20, {"num_images": 20}, "too few tiles for a triangle"),
     ("small_images", 70, None, 20, {"num_images": 5}, "every tile holds pairs of views, more than one apart"),
     ("clip", 70, 70, 20, {"num_images": 70, "columns": True}, "column partials of several row tiles"),
     ("hard_clip", 70, 70, 20, {"num_images": 70, "columns": True, "exponents": (0.5, 1.5)}, "and two exponents"),
@@ -108,7 +109,7 @@ RULES = [
 @pytest.mark.parametrize("problem", RULES, ids=[r[0] for r in RULES])
 def test_rules_across_tiles(problem, exponents, monkeypatch):
     _, n, m, features, rules, _ = problem
-    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)  # weights and column partials in several launches
+    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", 1)  # weights and column partials in several launches
     u, v = _vectors(n, features), None if m is None else _vectors(m, features)
     _assert_like_torch(u, v, scale=5.0, exponents=exponents, diagnostics=len(exponents) == 2, **rules())
 
@@ -173,14 +174,41 @@ def test_mean_of_frozen_columns(exponents, features, dtype):
     assert (ours - theirs).norm() <= (1e-12 if dtype == torch.float64 else 5e-4) * theirs.norm()
 
 
-def test_column_partials_in_several_launches(monkeypatch):
+@pytest.mark.parametrize("columns", [None, 100], ids=["triangle", "two_sets"])
+def test_column_partials_in_several_launches(monkeypatch, columns):
     """A workspace for one tile of rows gives what a workspace for all gives."""
-    u, v = _vectors(100, 20), _vectors(100, 20)
-    arguments = {"scale": 5.0, "num_images": 100, "columns": True, "unit": False, "diagnostics": True}
+    u, v = _vectors(100, 20), None if columns is None else _vectors(columns, 20)
+    arguments = {"scale": 5.0, "num_images": 50, "columns": v is not None, "unit": False, "diagnostics": True}
     at_once = _everything(u, v, "triton", **arguments)
-    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", 1)
     for a, b in zip(at_once, _everything(u, v, "triton", **arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("exponents", [(1.0,), (0.5, 1.5)], ids=["one", "two"])
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "both_sides"])
+@pytest.mark.parametrize("workspace", [1, 64 * 64 * 8, 256 << 20], ids=["tile", "squares", "everything"])
+def test_weights_of_many_features_serve_both_sides(monkeypatch, workspace, columns, exponents):
+    """Blocks of a tile, several of them in both directions with tails, one; a limit above each makes no difference."""
+    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
+    monkeypatch.setattr(triton_sweeps, "WIDE_WORKSPACE_BYTES", workspace)
+    u, v = _vectors(100, 260), _vectors(150, 260)
+    _assert_like_torch(u, v, scale=5.0, unit=True, num_images=50, columns=columns, exponents=exponents)
+
+
+@pytest.mark.parametrize("upstream", [2.0**-20, 2.0**16])
+def test_fp16_weights_of_both_sides_neither_overflow_nor_vanish(monkeypatch, upstream):
+    """Coefficients of rows differ by 2^12: what scales a row's weights must not reach the columns."""
+    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
+    u, v = (_vectors(n, 300).detach().half().float().requires_grad_() for n in (60, 90))
+    coefficients = torch.logspace(-12, 0, 60, 2.0, device=DEVICE) * upstream
+    gradients = []
+    for name in ("triton", "torch"):
+        lse = row_stats(u, v, scale=2.0, unit=True, backend=name, operand_dtype=torch.float16).lse
+        gradients.append(torch.autograd.grad((lse * coefficients).sum(), (u, v)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 1.5e-3 * theirs.norm()
+        assert (ours - theirs).norm(dim=1).max() <= 1e-2 * theirs.norm(dim=1).max()
 
 
 def test_weights_in_several_launches(monkeypatch):
@@ -188,18 +216,19 @@ def test_weights_in_several_launches(monkeypatch):
     u, v = _vectors(100, 300), _vectors(70, 300)
     arguments = {"scale": 5.0, "unit": True}
     at_once = _everything(u, v, "triton", **arguments)
-    monkeypatch.setattr(backend, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", 1)
     for a, b in zip(at_once, _everything(u, v, "triton", **arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_splits_change_rounding_only(monkeypatch, splits):
-    u, v = _vectors(40, 20), _vectors(300, 20)
-    arguments = {"scale": 5.0, "exponents": (1.0, 2.0)}
+@pytest.mark.parametrize("rows, columns", [(40, 300), (300, None)], ids=["two_sets", "triangle"])
+def test_splits_change_rounding_only(monkeypatch, rows, columns, splits):
+    u, v = _vectors(rows, 20), None if columns is None else _vectors(columns, 20)
+    arguments = {"scale": 5.0, "exponents": (1.0, 2.0), "unit": True}
     usual = _everything(u, v, "triton", **arguments)
     span = -(-320 // splits // 32) * 32
-    monkeypatch.setattr(backend, "_split", lambda tiles, columns, block, programs: (splits, span))
+    monkeypatch.setattr(triton_launch, "split", lambda tiles, columns, block, programs: (splits, span))
     for a, b in zip(usual, _everything(u, v, "triton", **arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
