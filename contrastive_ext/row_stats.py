@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import dispatch
 from .checks import can_read, check_number, check_tensor, describe
+from .numerics import SUPPORTED_DTYPES
 from .pairs import Gate, Pairs
 from .problem import Problem, Statistics, Upstream
 
@@ -81,6 +82,8 @@ def row_stats(
     """
     _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend)
     _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, columns)
+    if operand_dtype not in (None, *SUPPORTED_DTYPES):
+        raise TypeError(f"operand_dtype must be float16, bfloat16, float32, float64 or None; got {operand_dtype!r}.")
     scale_tensor = scale if isinstance(scale, Tensor) else None
     needs_gradient = u.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     frozen = v is not None and not v.requires_grad and not columns

@@ -349,6 +349,7 @@ def test_extreme_logits_stay_finite(run, scale_type):
         ({"gate": Gate(torch.ones(1, 4, 3), torch.ones(4, 3), torch.ones(4))}, ValueError, "col_limit"),
         ({"gate": Gate(torch.ones(1, 4, 3), torch.ones(4, 2), torch.ones(4), torch.ones(4))}, ValueError, "a gate is"),
         ({"gate": Gate(torch.ones(1, 4, 3), torch.ones(4, 3).double(), torch.ones(4))}, TypeError, "features"),
+        ({"operand_dtype": torch.int8}, TypeError, "operand_dtype must be"),
         ({"backend": "fastest"}, ValueError, "auto"),
         ({"backend": "reference"}, ValueError, "streams"),
     ],
