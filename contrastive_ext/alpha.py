@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_integers, check_tensor, describe
 from .numerics import normalize, stats_dtype
 
 _BLOCK_ELEMENTS = 2**20  # similarities sorted at a time
@@ -18,7 +19,7 @@ def linear_alpha(step: int, alpha: float = 0.9, *, start: float = 0.501, steps: 
     start    in [0.5, 1]: an untrained encoder ranks by chance
     Returns  alpha of this step: `loss(z1, z2, alpha=linear_alpha(epoch))`
     """
-    if step < 0 or steps < 1:
+    if not step >= 0 or steps < 1:
         raise ValueError(f"need step >= 0 and steps >= 1; got {step=}, {steps=}.")
     if not 0.5 <= start <= 1 or not 0.5 <= alpha <= 1:
         raise ValueError(f"start and alpha must be in [0.5, 1]; got {start=}, {alpha=}.")
@@ -33,17 +34,17 @@ def estimate_alpha(features: Tensor, labels: Tensor) -> float:
     labels    [N] integer classes
     Returns   mean over the anchors of the area under the ROC curve of their cosines, ties counting half; never below
               0.5, the smallest alpha the loss takes. Waits for the device.
-    Raises    ValueError on shapes and dtypes, and if no anchor has samples both of its own and of another class
+    Raises    ValueError on shapes, dtypes, values that are not finite, and if no anchor has samples both of its own
+              and of another class; TypeError on anything but tensors
     Memory    O(N D) and a few rows of similarities; time O(N^2 (D + log N))
     """
+    check_tensor("features", features)
     if features.dim() != 2 or not features.is_floating_point():
-        raise ValueError(f"features must be floating-point [N, D]; got {features.dtype} {list(features.shape)}.")
+        raise ValueError(f"features must be floating-point [N, D]; got {describe(features)}.")
+    if not features.isfinite().all():
+        raise ValueError("features must be finite: a row with NaN or inf has no rank.")
     count = len(features)
-    if labels.shape != (count,) or labels.is_floating_point() or labels.device != features.device:
-        raise ValueError(
-            f"labels must be integer [{count}] on {features.device}; got {labels.dtype} {list(labels.shape)} "
-            f"on {labels.device}."
-        )
+    check_integers("labels", labels, count, features.device)
     unit = normalize(features.to(stats_dtype(features.dtype)))
     total, anchors = 0.0, 0
     for first in range(0, count, height := max(1, _BLOCK_ELEMENTS // max(1, count))):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
+from .checks import check_integers, check_number, check_tensor, describe
 from .pairs import Gate
 
 MARGIN_STRATEGIES = ("absolute", "relative")
@@ -33,17 +34,32 @@ class Cancellation:
     margin: float = 0.0
     margin_strategy: str = "absolute"
 
+    def __post_init__(self) -> None:
+        for name, x in (("ids", self.ids), ("queue_ids", self.queue_ids), ("guide_queue", self.guide_queue)):
+            if x is not None:
+                check_tensor(name, x)
+        if self.guide is not None:
+            if not isinstance(self.guide, (tuple, list)) or len(self.guide) != 2:
+                raise TypeError(
+                    f"guide must be a pair (g1, g2) of tensors, features of z1 and z2; got {describe(self.guide)}."
+                )
+            check_tensor("guide[0]", self.guide[0])
+            check_tensor("guide[1]", self.guide[1])
+        check_number("margin", self.margin)
+        if not 0 <= self.margin < float("inf"):
+            raise ValueError(f"margin must be >= 0 and finite; got {self.margin}.")
+
     def check(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> None:
         """Raise on shapes, dtypes and combinations that do not fit a batch z1, z2 with queue `keys`."""
         if self.ids is not None:
-            _check_ids("ids", self.ids, len(z2), z1.device)
+            check_integers("ids", self.ids, len(z2), z1.device)
         if self.queue_ids is not None:
             if keys is None or queue_has_ids or self.ids is None:
                 raise ValueError(
                     "queue_ids belong to a queue given as a tensor, compared with the batch's ids; "
                     "a NegativeQueue holds its own: queue.enqueue(keys, ids)."
                 )
-            _check_ids("queue_ids", self.queue_ids, len(keys), z1.device)
+            check_integers("queue_ids", self.queue_ids, len(keys), z1.device)
         if self.margin_strategy not in MARGIN_STRATEGIES:
             raise ValueError(
                 f"margin_strategy must be one of {', '.join(MARGIN_STRATEGIES)}; got {self.margin_strategy!r}."
@@ -53,12 +69,13 @@ class Cancellation:
                 raise ValueError("guide_queue and margin need guide=(g1, g2), the guide's features of z1 and z2.")
             return
         g1, g2 = self.guide
-        _check_features("guide[0]", g1, len(z1), g1.shape[-1], z1.device)
-        _check_features("guide[1]", g2, len(z2), g1.shape[-1], z1.device)
+        dim = g1.shape[-1] if g1.dim() else 0
+        _check_features("guide[0]", g1, len(z1), dim, z1.device)
+        _check_features("guide[1]", g2, len(z2), dim, z1.device)
         if (keys is None) != (self.guide_queue is None):
             raise ValueError("guide_queue and queue go together: the guide scores every column, the queue's too.")
         if keys is not None and self.guide_queue is not None:
-            _check_features("guide_queue", self.guide_queue, len(keys), g1.shape[-1], z1.device)
+            _check_features("guide_queue", self.guide_queue, len(keys), dim, z1.device)
 
     def gates(self, two_view: bool, dtype: torch.dtype, both_ways: bool) -> tuple[Gate | None, Gate | None]:
         """The gates of the batch's own columns and of the queue's."""
@@ -75,13 +92,9 @@ class Cancellation:
         return batch, Gate(rows[None], numerics.normalize(self.guide_queue.detach().to(dtype)), limit)
 
 
-def _check_ids(name: str, ids: Tensor, length: int, device: torch.device) -> None:
-    if ids.is_floating_point() or ids.is_complex() or ids.shape != (length,) or ids.device != device:
-        raise ValueError(f"{name} must be integers [{length}] on {device}; got {ids.dtype} {list(ids.shape)}.")
+NOTHING = Cancellation()
 
 
 def _check_features(name: str, x: Tensor, length: int, dim: int, device: torch.device) -> None:
     if not x.is_floating_point() or x.shape != (length, dim) or x.device != device:
-        raise ValueError(
-            f"{name} must be floating-point [{length}, {dim}] on {device}; got {x.dtype} {list(x.shape)} on {x.device}."
-        )
+        raise ValueError(f"{name} must be floating-point [{length}, {dim}] on {device}; got {describe(x)}.")

@@ -24,6 +24,7 @@ from .backends import (
     triton_whole_loss,
 )
 from .backends.short_road import WholeLossOps
+from .numerics import in_torch_func
 from .problem import Problem, Statistics, Upstream
 from .ranking import RankedStatistics
 
@@ -84,9 +85,14 @@ def backend_names() -> list[str]:
 
 
 def check_backend_name(name: str) -> None:
-    """Raise ValueError for a name that is not in the table."""
+    """ValueError for a name that is not in the table, RuntimeError under torch.func unless it is the reference."""
     if name not in backend_names():
         raise ValueError(f"backend must be one of {', '.join(backend_names())}; got {name!r}.")
+    if name != REFERENCE and in_torch_func():
+        raise RuntimeError(
+            "contrastive_ext: the fused losses know no torch.func transform (grad, vmap, jvp, hessian ...). "
+            "Use backend='reference', which is plain PyTorch."
+        )
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> Backend:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .numerics import SUPPORTED_DTYPES, stats_dtype
+from .layouts import check_pairs
+from .numerics import stats_dtype
 from .ranking import choose_ranks
 
 
@@ -39,10 +40,7 @@ def explain(z1: Tensor, z2: Tensor | None = None) -> Explanation:
 
     z1, z2   [B, D] as given to the loss; z2 is only checked to match
     """
-    if z1.dtype not in SUPPORTED_DTYPES or z1.dim() != 2:
-        raise ValueError(f"z1 must be a floating-point [B, D] tensor; got {z1.dtype} {list(z1.shape)}.")
-    if z2 is not None and (z2.dtype != z1.dtype or z2.device != z1.device):
-        raise TypeError(f"z1 and z2 must share dtype and device; got {z1.dtype} and {z2.dtype}.")
+    check_pairs(z1, z1 if z2 is None else z2, "one_way")
     explanation = explain_for(z1.device, z1.dtype, z1.shape[1])
     return replace(explanation, ranks=choose_ranks("auto", 2 * len(z1)))
 

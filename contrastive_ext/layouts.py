@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import distributed, numerics
 from .cancellation import Cancellation
+from .checks import can_read, check_number, check_tensor, describe
 from .pairs import Gate
 from .queue import NegativeQueue
 
@@ -189,18 +190,26 @@ def resolve_scale(
     name, value = ("logit_scale", logit_scale) if logit_scale is not None else ("temperature", temperature)
     if value is None:
         value = default_temperature
+    dtype = numerics.stats_dtype(like.dtype)
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.is_floating_point() or value.device != like.device:
             raise ValueError(
                 f"a {name} tensor must be a 0-d floating-point tensor on {like.device}; "
                 f"got {list(value.shape)} {value.dtype} on {value.device}."
             )
-        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not value.detach() > 0:
-            raise ValueError(f"{name} must be > 0; got {value.item()}.")
-        value = value.to(numerics.stats_dtype(like.dtype))
-    elif not 0 < value < math.inf:
-        raise ValueError(f"{name} must be > 0 and finite; got {value}.")
+        value = value.to(dtype)
+        if can_read(value):
+            _check_range(name, value.item(), dtype)
+    else:
+        check_number(name, value)
+        _check_range(name, value, dtype)
     return value if name == "logit_scale" else 1.0 / value
+
+
+def _check_range(name: str, value: float, dtype: torch.dtype) -> None:
+    normal = torch.finfo(dtype)  # the inverse of a normal number is finite
+    if not normal.tiny <= value <= normal.max:
+        raise ValueError(f"{name} must be > 0 and finite in {dtype}; got {value}.")
 
 
 def check_pairs(z1: Tensor, z2: Tensor, layout: str) -> None:
@@ -208,8 +217,7 @@ def check_pairs(z1: Tensor, z2: Tensor, layout: str) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}.")
     for name, z in (("z1", z1), ("z2", z2)):
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(z).__name__}.")
+        check_tensor(name, z)
         if z.dtype not in numerics.SUPPORTED_DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {z.dtype}.")
     if z1.dtype != z2.dtype or z1.device != z2.device:
@@ -236,6 +244,9 @@ def _check_extras(
     positives: Tensor | None,
 ) -> None:
     batch, dim = z1.shape
+    for name, x in (("queue", keys), ("negatives", negatives), ("positives", positives)):
+        if x is not None:
+            check_tensor(name, x)
     if keys is not None:
         if layout == "symmetric":
             raise ValueError("layout='symmetric' takes no queue: it is undefined which side it would belong to.")
@@ -262,7 +273,8 @@ def _check_extras(
 
 
 def check_queue(keys: Tensor, dim: int, device: torch.device, name: str = "queue") -> None:
-    """ValueError unless keys are floating-point [K, dim] on `device`."""
+    """TypeError or ValueError unless keys are floating-point [K, dim] on `device`."""
+    check_tensor(name, keys)
     is_matrix = keys.dim() == 2 and keys.shape[1] == dim and len(keys) > 0
     if not is_matrix or not keys.is_floating_point() or keys.device != device:
         raise ValueError(f"{name} must be floating-point [K, {dim}], K >= 1, on {device}; got {describe(keys)}.")
@@ -271,8 +283,3 @@ def check_queue(keys: Tensor, dim: int, device: torch.device, name: str = "queue
 def _check_like(tensor: Tensor, z1: Tensor, name: str) -> None:
     if tensor.dtype != z1.dtype or tensor.device != z1.device:
         raise TypeError(f"{name} must be {z1.dtype} on {z1.device} like z1; got {describe(tensor)}.")
-
-
-def describe(x: object) -> str:
-    """dtype, shape and device of a tensor, or what else it is, for an error message."""
-    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .layouts import LAYOUTS, Layout
-from .numerics import stats_dtype
+from .numerics import SUPPORTED_DTYPES, stats_dtype
 
 # Copies of the [N, M] matrix alive at the peak of eager PyTorch's forward + backward (logits, mask, softmax, gradient);
 # measured 3.2 at N = 16,384 on the CPU (docs/measurements.md).
@@ -54,6 +54,8 @@ def estimate_memory(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}.")
+    if dtype not in SUPPORTED_DTYPES:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype!r}.")
     if batch_size < 1 or dim < 1 or world_size < 1 or queue_size < 0:
         raise ValueError(
             "need batch_size, dim, world_size >= 1 and queue_size >= 0; "

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .losses.base import LossOptions, RowLoss, fused_row_loss
+from .checks import check_number
+from .losses.base import LossOptions, RowLoss, check_row_loss, fused_row_loss
 from .losses.bayesian import Bayesian
 from .losses.debiased import Debiased
 from .losses.decoupled import Decoupled, fused_decoupled_loss
@@ -29,6 +30,14 @@ from .ranking import Ranks
 from .stats import LossStats
 
 
+def _with_defaults(defaults: dict, call: dict) -> dict:
+    """Keywords of a call; one that a call gives replaces the default, also where it is the default's other name."""
+    scales = ("temperature", "logit_scale")
+    if any(call.get(name) is not None for name in scales):
+        defaults = {name: x for name, x in defaults.items() if name not in scales}
+    return {**defaults, **call}
+
+
 class RowLossModule(nn.Module):
     """Any `RowLoss` as a module: `RowLossModule(MyLoss(), temperature=0.1)(z1, z2)`.
 
@@ -38,6 +47,7 @@ class RowLossModule(nn.Module):
 
     def __init__(self, row_loss: RowLoss, temperature: float | None = None, **options: Unpack[LossOptions]):
         super().__init__()
+        check_row_loss(row_loss)
         unknown = set(options) - set(LossOptions.__annotations__)
         if unknown:
             raise TypeError(
@@ -52,18 +62,18 @@ class RowLossModule(nn.Module):
 
     def forward(self, z1: Tensor, z2: Tensor, **call) -> Tensor | tuple[Tensor, LossStats]:
         """Loss of the pairs z1, z2 [B, D]; call-time keywords as in the function."""
-        arguments = {**self.options, "queue": self.queue, **call}
-        if "temperature" not in call and "logit_scale" not in call:
-            arguments["temperature"] = self.temperature
+        arguments = _with_defaults({**self.options, "temperature": self.temperature, "queue": self.queue}, call)
         return self._loss(z1, z2, **arguments)
 
     def _loss(self, z1: Tensor, z2: Tensor, **arguments) -> Tensor | tuple[Tensor, LossStats]:
         return fused_row_loss(self.row_loss, z1, z2, **arguments)
 
     def extra_repr(self) -> str:
-        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        temperature = self.row_loss.default_temperature if self.temperature is None else self.temperature
-        return f"{self.row_loss}, temperature={temperature}{options}"
+        options = dict(self.options)
+        if "logit_scale" not in options or self.temperature is not None:
+            default = self.row_loss.default_temperature
+            options = {"temperature": default if self.temperature is None else self.temperature, **options}
+        return ", ".join([f"{self.row_loss}", *(f"{name}={value!r}" for name, value in options.items())])
 
 
 class InfoNCELoss(RowLossModule):
@@ -119,8 +129,7 @@ class _LossModule(nn.Module):
 
     def _with_defaults(self, call: dict) -> dict:
         queue = {"queue": self.queue} if hasattr(self, "queue") else {}
-        temperature = {"temperature": None} if "logit_scale" in call else {}
-        return {**self.options, **queue, **temperature, **call}
+        return _with_defaults({**self.options, **queue}, call)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -242,7 +251,8 @@ class LogitScale(nn.Module):
 
     def __init__(self, temperature: float = 0.07, max_scale: float = 100.0):
         super().__init__()
-        if not 0 < 1 / temperature <= max_scale:
+        check_number("temperature", temperature)
+        if not temperature > 0 or not 1 / temperature <= max_scale:
             raise ValueError(f"need 0 < 1/temperature <= max_scale; got {temperature=} and {max_scale=}.")
         self.max_scale = max_scale
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))

@@ -7,6 +7,8 @@ are never themselves rounded in between.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,24 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def in_torch_func() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp ...) is active: it wants plain PyTorch operations."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def without_autocast(z: object) -> AbstractContextManager:
+    """A context in which autocast is off for the device of z; the meta device has none."""
+    device = z.device.type if isinstance(z, Tensor) else "cpu"
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
 def normalize(z: Tensor) -> Tensor:
     """Rows of z [..., D] scaled to unit length; a zero row stays zero and gets a zero gradient.
 
     Expects the statistics dtype. Rows shorter than sqrt(smallest normal number) count as zero: their squares underflow.
     NaN and inf stay visible as NaN. Twice differentiable.
     """
-    return _Normalize.apply(z)
+    return z * _inverse_norm(z) if in_torch_func() else _Normalize.apply(z)
 
 
 class _Normalize(torch.autograd.Function):
@@ -77,7 +90,9 @@ class _RoundOperand(torch.autograd.Function):
 
 def round_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x rounded to the values `dtype` can hold, kept in its own dtype; the gradient passes through unrounded."""
-    return x if x.dtype == dtype else _RoundOperand.apply(x, dtype)
+    if x.dtype == dtype:
+        return x
+    return x + (x.to(dtype) - x).detach() if in_torch_func() else _RoundOperand.apply(x, dtype)
 
 
 def logsumexp_pair(a: Tensor, b: Tensor) -> Tensor:

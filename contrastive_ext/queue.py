@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .checks import check_integers, check_tensor, describe
+from .numerics import SUPPORTED_DTYPES
 from .pairs import NO_COLUMN_ID, UNFILLED
 
 
@@ -29,10 +31,10 @@ class NegativeQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, device=None):
         super().__init__()
-        if size < 1 or dim < 1:
-            raise ValueError(f"size and dim must be >= 1; got size={size}, dim={dim}.")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point dtype; got {dtype}.")
+        if not all(isinstance(x, int) and x >= 1 for x in (size, dim)):
+            raise ValueError(f"size and dim must be integers >= 1; got size={size!r}, dim={dim!r}.")
+        if dtype not in SUPPORTED_DTYPES:
+            raise TypeError(f"dtype must be a floating-point dtype of 16, 32 or 64 bits; got {dtype!r}.")
         self.register_buffer("data", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("ids", torch.full((size,), UNFILLED, dtype=torch.int64, device=device))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
@@ -42,17 +44,19 @@ class NegativeQueue(nn.Module):
     def enqueue(self, keys: Tensor, ids: Tensor | None = None, *, group=None) -> None:
         """Append keys [n, D] (any n; of more than K the last K stay), overwriting the oldest.
 
-        ids    [n] int64, to ignore a key for anchors of the same id
+        ids    [n] integers, to ignore a key for anchors of the same id
         group  a torch.distributed process group: keys of all its ranks are appended in rank order, so that the queue
                stays the same everywhere; every rank must bring the same n
         """
         size, dim = self.data.shape
-        if keys.dim() != 2 or keys.shape[1] != dim:
-            raise ValueError(f"keys must be [n, {dim}]; got {list(keys.shape)}.")
+        device = self.data.device
+        check_tensor("keys", keys)
+        if keys.dim() != 2 or keys.shape[1] != dim or not keys.is_floating_point() or keys.device != device:
+            raise ValueError(f"keys must be floating-point [n, {dim}] on {device}; got {describe(keys)}.")
         if ids is None:
-            ids = torch.full((keys.shape[0],), NO_COLUMN_ID, dtype=torch.int64, device=self.ids.device)
-        elif ids.shape != keys.shape[:1] or ids.dtype != torch.int64:
-            raise ValueError(f"ids must be int64 [{keys.shape[0]}]; got {ids.dtype} {list(ids.shape)}.")
+            ids = torch.full((keys.shape[0],), NO_COLUMN_ID, dtype=torch.int64, device=device)
+        check_integers("ids", ids, keys.shape[0], device)
+        ids = ids.long()
         keys = keys.detach()
         if group is not None:
             distributed.agree(group, keys=keys)

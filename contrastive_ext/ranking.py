@@ -20,6 +20,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_number
+
 Ranks = Literal["auto", "exact", "histogram"]
 RANKS = ("auto", "exact", "histogram")
 # Up to so many candidates `auto` sorts: no approximation while the loss is a small part of a training step.
@@ -65,7 +67,9 @@ class Ranking:
 
 
 def check_ranking(tau_plus: float, alpha: float, beta: float, eps: float, ranks: str, bins: int) -> None:
-    """Raise ValueError for parameters outside their range."""
+    """TypeError for parameters that are no numbers, ValueError outside their range."""
+    for name, value in (("tau_plus", tau_plus), ("alpha", alpha), ("beta", beta), ("eps", eps)):
+        check_number(name, value)
     if not 0 <= tau_plus < 1:
         raise ValueError(f"tau_plus, the probability of a false negative, must be in [0, 1); got {tau_plus}.")
     if not 0.5 <= alpha <= 1:

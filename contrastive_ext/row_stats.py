@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .checks import can_read, check_number, check_tensor, describe
+from .numerics import SUPPORTED_DTYPES
 from .pairs import Gate, Pairs
 from .problem import Problem, Statistics, Upstream
 
@@ -80,6 +82,8 @@ def row_stats(
     """
     _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend)
     _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, columns)
+    if operand_dtype not in (None, *SUPPORTED_DTYPES):
+        raise TypeError(f"operand_dtype must be float16, bfloat16, float32, float64 or None; got {operand_dtype!r}.")
     scale_tensor = scale if isinstance(scale, Tensor) else None
     needs_gradient = u.requires_grad or (scale_tensor is not None and scale_tensor.requires_grad)
     frozen = v is not None and not v.requires_grad and not columns
@@ -213,6 +217,10 @@ class FirstOrderOnly(torch.autograd.Function):
 
 
 def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend) -> None:
+    check_tensor("u", u)
+    for name, x in (("v", v), ("row_ids", row_ids), ("col_ids", col_ids)):
+        if x is not None:
+            check_tensor(name, x)
     if u.dim() != 2 or (v is not None and (v.dim() != 2 or v.shape[1] != u.shape[1])):
         shapes = f"{list(u.shape)}" + ("" if v is None else f" and {list(v.shape)}")
         raise ValueError(f"u must be [N, D] and v [M, D] with the same D; got {shapes}.")
@@ -221,15 +229,19 @@ def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids
             "u and v must both be float32 or float64 (16-bit values go in as float32 with operand_dtype set); "
             f"got {u.dtype}" + ("" if v is None else f" and {v.dtype}") + "."
         )
+    if v is not None and v.device != u.device:
+        raise TypeError(f"u and v must be on one device; got {u.device} and {v.device}.")
     if isinstance(scale, Tensor):
-        if scale.dim() != 0 or scale.dtype != u.dtype:
-            raise ValueError(f"a scale tensor must be 0-d of dtype {u.dtype}; got {list(scale.shape)} {scale.dtype}.")
-    elif not scale > 0:
-        raise ValueError(f"scale must be > 0; got {scale}.")
+        if scale.dim() != 0 or scale.dtype != u.dtype or scale.device != u.device:
+            raise ValueError(f"a scale tensor must be 0-d {u.dtype} on {u.device}; got {describe(scale)}.")
+    else:
+        check_number("scale", scale)
+    if (not isinstance(scale, Tensor) or can_read(scale)) and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be > 0 and finite; got {float(scale)}.")
     if len(exponents) not in (1, 2) or not all(0 < beta < float("inf") for beta in exponents):
         raise ValueError(f"exponents must be one or two positive numbers; got {exponents}.")
     n, m = u.shape[0], (u if v is None else v).shape[0]
-    if num_images and (n % num_images or not 0 <= positive_offset <= m - n):
+    if num_images and (num_images < 0 or n % num_images or not 0 <= positive_offset <= m - n):
         raise ValueError(
             f"rows must be whole views of num_images rows lying inside the columns; got {n} rows, "
             f"num_images={num_images}, positive_offset={positive_offset}, {m} columns."
@@ -244,7 +256,7 @@ def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids
     if v is None and (columns or col_ids is not None):
         raise ValueError("columns=True and col_ids need a second set v; with one set rows and columns are the same.")
     if backend == dispatch.REFERENCE:
-        raise ValueError("row_stats streams; the dense reference is `contrastive_ext.reference.dense_row_stats`.")
+        raise ValueError("row_stats streams and has no dense form; backend='reference' is a choice of the losses.")
     dispatch.check_backend_name(backend)
 
 
@@ -253,6 +265,7 @@ def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, colu
     if only_equal_ids and (row_ids is None or (col_ids is None and not one_set)):
         raise ValueError("only_equal_ids=True compares ids: give row_ids, and col_ids where there is a second set.")
     if ignored is not None:
+        check_tensor("ignored", ignored)
         if ignored.dtype != torch.int64 or ignored.dim() != 2 or ignored.device != u.device or n % max(1, len(ignored)):
             raise ValueError(
                 f"ignored must be int64 [G, k] on {u.device}, G a divisor of {n} rows; "
@@ -262,6 +275,8 @@ def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, colu
             raise ValueError("ignored lists belong to rows: with columns=True use ids or a gate.")
     if gate is None:
         return
+    if not isinstance(gate, Gate):
+        raise TypeError(f"gate must be a contrastive_ext.pairs.Gate; got {type(gate).__name__}.")
     scorers, features, row_limit, col_limit = gate.scorers, gate.features, gate.row_limit, gate.col_limit
     for name, tensor in (("scorers", scorers), ("features", features), ("limits", row_limit)):
         if tensor.dtype != u.dtype or tensor.device != u.device or tensor.requires_grad:
@@ -272,6 +287,7 @@ def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, colu
         scorers.dim() != 3
         or features.shape != (m, scorers.shape[2])
         or row_limit.shape != (n,)
+        or 0 in scorers.shape[:2]
         or n % scorers.shape[1]
         or (col_limit is not None and col_limit.shape != (m,))
     ):

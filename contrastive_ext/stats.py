@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import can_read
+
 if TYPE_CHECKING:
     from .losses.base import RowStatistics
 
@@ -112,7 +114,7 @@ def warn_if_clamped(clamped: Callable[[], Tensor | None], device: torch.device) 
         return
     with torch.no_grad():
         rows = clamped()
-        if rows is not None:
+        if rows is not None and can_read(rows):
             _warn_about(float(rows.float().mean() if rows.dim() else rows))
 
 

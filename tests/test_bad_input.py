@@ -24,6 +24,7 @@ Z = torch.randn(4, 3)
         ({"z1": Z[None], "z2": Z[None]}, ValueError, r"got \[1, 4, 3\]"),
         ({"z1": Z[:0], "z2": Z[:0]}, ValueError, "B, D >= 1"),
         ({"z1": Z[:, :0], "z2": Z[:, :0]}, ValueError, "B, D >= 1"),
+        ({"z1": Z.to_sparse(), "z2": Z.to_sparse()}, TypeError, "dense"),
         ({"z2": Z[:3]}, ValueError, r"same shape \[B, D\]; got \[4, 3\] and \[3, 3\]"),
         ({"z2": Z[:3], "layout": "one_way"}, ValueError, "M >= B"),
         ({"z2": Z[:3], "layout": "symmetric"}, ValueError, "same shape"),
@@ -33,11 +34,30 @@ Z = torch.randn(4, 3)
         ({"temperature": -1.0}, ValueError, "got -1.0"),
         ({"temperature": float("nan")}, ValueError, "nan"),
         ({"temperature": float("inf")}, ValueError, "finite"),
+        ({"temperature": "0.5"}, TypeError, "temperature must be a number; got str"),
+        ({"temperature": [0.5]}, TypeError, "temperature must be a number; got list"),
+        ({"temperature": 1e-42}, ValueError, "temperature must be > 0 and finite in torch.float32"),  # 1/t overflows
         ({"temperature": torch.tensor(-0.5)}, ValueError, "got -0.5"),
+        ({"temperature": torch.tensor(1e-42)}, ValueError, "finite"),
+        ({"temperature": torch.tensor(float("inf"))}, ValueError, "got inf"),
+        ({"temperature": torch.tensor(float("nan"))}, ValueError, "got nan"),
         ({"temperature": torch.ones(1)}, ValueError, "0-d"),
         ({"temperature": torch.tensor(1)}, ValueError, "int64"),
         ({"temperature": 0.5, "logit_scale": 2.0}, ValueError, "not both"),
         ({"logit_scale": 0.0}, ValueError, "logit_scale must be > 0"),
+        ({"queue": Z.tolist()}, TypeError, "queue must be a tensor; got list"),
+        ({"negatives": Z.tolist(), "layout": "one_way"}, TypeError, "negatives must be a tensor; got list"),
+        ({"ids": [0, 1, 2, 3]}, TypeError, "ids must be a tensor; got list"),
+        ({"ids": Z[:, 0].numpy()}, TypeError, "ids must be a tensor; got ndarray"),
+        ({"ids": Z[:, 0].to(torch.complex64)}, ValueError, r"integers \[4\]"),
+        ({"queue": Z, "ids": torch.arange(4), "queue_ids": [0, 1, 2, 3]}, TypeError, "queue_ids must be a tensor"),
+        ({"guide": Z}, TypeError, r"guide must be a pair"),
+        ({"guide": (Z,)}, TypeError, r"guide must be a pair"),
+        ({"guide": (Z, None)}, TypeError, r"guide\[1\] must be a tensor; got NoneType"),
+        ({"guide": (Z[0, 0], Z[0, 0])}, ValueError, r"guide\[0\] must be"),
+        ({"guide": (Z, Z), "margin": "0.1"}, TypeError, "margin must be a number"),
+        ({"guide": (Z, Z), "margin": -0.1}, ValueError, "margin must be >= 0"),
+        ({"guide": (Z, Z), "margin": float("nan")}, ValueError, "margin must be >= 0"),
         ({"queue": Z, "layout": "symmetric"}, ValueError, "takes no queue"),
         ({"queue": Z[:, :2]}, ValueError, r"\[K, 3\]"),
         ({"queue": Z.long()}, ValueError, "floating-point"),
@@ -78,11 +98,67 @@ def test_every_loss_refuses(loss, arguments, error, says):
         (lambda: ce.fused_hard_negative_loss(Z, Z, tau_plus=2.0), r"\[0, 1\)"),
         (lambda: ce.fused_hard_negative_loss(Z, Z, beta=-1.0), "beta"),
         (lambda: ce.fused_hard_negative_loss(Z, Z, beta=float("inf")), "finite"),
-        (lambda: ce.fused_decoupled_loss(Z, Z, positive_weight=torch.ones(3)), r"positive_weight must be \[4\]"),
+        (
+            lambda: ce.fused_decoupled_loss(Z, Z, positive_weight=torch.ones(3)),
+            r"must be floating-point \[4\]",
+        ),
         (lambda: ce.DebiasedLoss(tau_plus=1.5), r"\[0, 1\)"),
     ],
 )
 def test_parameters_out_of_range(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: ce.fused_debiased_loss(Z, Z, tau_plus="0.1"), "tau_plus must be a number; got str"),
+        # a tensor would be taken as a constant on one road and differentiated in part on another
+        (lambda: ce.fused_debiased_loss(Z, Z, tau_plus=torch.tensor(0.1)), "tau_plus must be a number; got torch"),
+        (lambda: ce.fused_hard_negative_loss(Z, Z, beta="1"), "beta must be a number"),
+        (lambda: ce.fused_bayesian_loss(Z, Z, alpha=None), "alpha must be a number"),
+        (lambda: ce.fused_debiased_loss(Z, Z, positives=[Z, Z]), "positives must be a tensor; got list"),
+        (lambda: ce.fused_decoupled_loss(Z, Z, positive_weight=[1.0] * 4), "positive_weight must be a tensor"),
+        (lambda: ce.fused_decoupled_loss(None, Z, positive_weight=Z[:, 0]), "z1 must be a tensor"),
+        (lambda: ce.fused_row_loss(ce.Debiased, Z, Z), "row_loss must be a RowLoss"),
+        (lambda: ce.RowLossModule("infonce"), "row_loss must be a RowLoss"),
+        (lambda: ce.fused_supcon_loss(Z, [0, 0, 1, 1]), "labels must be a tensor; got list"),
+        (lambda: ce.fused_false_negative_loss(torch.stack([Z, Z]), threshold="0.7"), "threshold must be a number"),
+        (lambda: ce.fused_false_negative_loss(torch.stack([Z, Z]), support=[Z]), "support must be a tensor"),
+        (lambda: ce.fused_false_negative_loss(torch.stack([Z, Z]), queue=Z.tolist()), "queue must be a tensor"),
+        (lambda: ce.fused_soft_target_loss(Z, Z, Z, teacher_temperature="1"), "teacher_temperature must be a number"),
+        (lambda: ce.LogitScale("0.07"), "temperature must be a number"),
+        (lambda: ce.NegativeQueue(4, 3).enqueue(Z.tolist()), "keys must be a tensor"),
+        (lambda: ce.NegativeQueue(4, 3).enqueue(Z, [0, 1, 2, 3]), "ids must be a tensor"),
+        (lambda: ce.explain([1.0]), "z1 must be a tensor"),
+        (lambda: ce.estimate_memory(8, 8, dtype=torch.int32), "dtype must be float16"),
+        (lambda: ce.estimate_alpha(Z.tolist(), torch.arange(4)), "features must be a tensor"),
+        (lambda: ce.estimate_alpha(Z, [0, 0, 1, 1]), "labels must be a tensor"),
+    ],
+)
+def test_what_is_no_tensor_or_number_is_named(call, says):
+    with pytest.raises(TypeError, match=says):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: ce.fused_supcon_loss(Z, torch.arange(4).to(torch.complex64)), "integers"),
+        (lambda: ce.fused_false_negative_loss(torch.stack([Z, Z]), top_k=2.5), "top_k must be an integer"),
+        (lambda: ce.fused_false_negative_loss(torch.stack([Z, Z]), threshold=float("nan")), "threshold"),
+        (lambda: ce.fused_false_negative_loss(torch.stack([Z, Z]), queue=Z.long()), "queue must be floating-point"),
+        (lambda: ce.fused_decoupled_loss(Z, Z, positive_weight=torch.arange(4)), "floating-point"),
+        (lambda: ce.LogitScale(0.0), "1/temperature"),
+        (lambda: ce.NegativeQueue(2.5, 3), "integers >= 1"),
+        (lambda: ce.NegativeQueue(4, 3).enqueue(Z.long()), "keys must be floating-point"),
+        (lambda: ce.estimate_alpha(Z * float("nan"), torch.arange(4) // 2), "finite"),  # once 1.25, an impossible AUC
+        (lambda: ce.linear_alpha(float("nan")), "step >= 0"),
+        (lambda: ce.explain(Z, Z[:, :2]), r"\[B, D\]"),
+    ],
+)
+def test_values_that_used_to_slip_through(call, says):
     with pytest.raises(ValueError, match=says):
         call()
 

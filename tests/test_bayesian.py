@@ -514,7 +514,7 @@ def test_estimated_alpha_is_the_macro_auc(block, monkeypatch):
 def test_estimating_alpha_refuses_what_has_no_answer():
     with pytest.raises(ValueError, match="macro-AUC needs"):
         ce.estimate_alpha(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"integer \[4\]"):
+    with pytest.raises(ValueError, match=r"integers \[4\]"):
         ce.estimate_alpha(torch.randn(4, 2), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[N, D\]"):
         ce.estimate_alpha(torch.randn(4), torch.zeros(4, dtype=torch.int64))

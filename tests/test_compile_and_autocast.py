@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import contrastive_ext as ce
 from rows import LOSSES, USAGES, random_pairs
@@ -52,6 +53,20 @@ def test_batch_size_may_vary_in_one_graph(run):
         torch.testing.assert_close(compiled(z1, z2), ce.fused_debiased_loss(z1, z2, 0.5, backend=backend))
         compiled_so_far = compiled_so_far or counter.frame_count
     assert counter.frame_count == compiled_so_far
+
+
+def test_numbers_may_be_symbolic(run):
+    backend, device = run
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda a, b, t, tau: ce.fused_debiased_loss(a, b, t, tau, backend=backend),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    z1, z2 = random_pairs(6, 4, torch.float32, device)
+    for numbers in ((0.5, 0.1), (0.4, 0.05)):
+        torch.testing.assert_close(
+            compiled(z1, z2, *numbers), ce.fused_debiased_loss(z1, z2, *numbers, backend=backend)
+        )
 
 
 def test_statistics_compile_too(run):

@@ -171,6 +171,8 @@ def test_published_numbers_of_draws():
     assert math.ceil(expected_draws(num_classes=10)) == 30  # CIFAR-10
     assert math.ceil(expected_draws(num_classes=100)) == 519  # CIFAR-100
     assert math.ceil(expected_draws(num_classes=1000)) == 7486  # ImageNet, balanced
+    million = 1e6 * (math.log(1e6) + 0.5772156649015329 + 0.5e-6)  # C H_C
+    assert expected_draws(num_classes=1_000_000) == pytest.approx(million, rel=1e-12)
 
 
 def test_one_class_is_covered_at_once():

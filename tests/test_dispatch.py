@@ -73,7 +73,7 @@ def test_explain_names_the_choice_and_every_reason():
     assert f"takes {explanation.chosen!r}" in str(explanation)
     with pytest.raises(TypeError, match="share dtype"):
         ce.explain(torch.randn(4, 3), torch.randn(4, 3).double())
-    with pytest.raises(ValueError, match="int64"):
+    with pytest.raises(TypeError, match="int64"):
         ce.explain(torch.ones(4, 3, dtype=torch.int64))
 
 

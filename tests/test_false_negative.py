@@ -246,6 +246,18 @@ def test_module_equals_function():
 Z = torch.ones(2, 3, 4)
 
 
+@pytest.mark.parametrize("mode", ["attract", "eliminate"])
+def test_support_that_changes_before_the_backward_is_noticed(run, mode):
+    """A threshold alone is asked again in the backward: of vectors used as given, overwritten since, silently wrong."""
+    backend, device = run
+    views, support = torch.randn(2, 6, 5, device=device, requires_grad=True), torch.randn(1, 6, 5, device=device)
+    how = {"top_k": None, "threshold": 0.5, "mode": mode, "normalize": False, "backend": backend}
+    loss = fused(views, support=support, **how)
+    support.zero_()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     "views, arguments, error, says",
     [
@@ -260,7 +272,7 @@ Z = torch.ones(2, 3, 4)
         (Z, {"support": torch.ones(3, 4)}, ValueError, r"support must be \[S, 3, 4\]"),
         (Z, {"keys": torch.ones(3, 3, 4)}, ValueError, r"keys must be \[2, 3, 4\]"),
         (Z, {"keys": torch.ones(2, 3, 4).double()}, TypeError, "float64"),
-        (Z, {"queue": torch.ones(3, 5)}, ValueError, r"queue must be \[K, 4\]"),
+        (Z, {"queue": torch.ones(3, 5)}, ValueError, r"queue must be floating-point \[K, 4\]"),
         (Z, {"labels": torch.ones(4).long()}, ValueError, r"integers \[3\]"),
         (Z, {"temperature": 0.1, "logit_scale": 10.0}, ValueError, "not both"),
         (Z, {"backend": "fast"}, ValueError, "backend must be"),

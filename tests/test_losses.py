@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import contrastive_ext as ce
 from accuracy import assert_as_accurate_as_dense, evaluate, largest_terms, on_rounded_operands
 from contrastive_ext import numerics
 from rows import INPUTS, LOSSES, SHAPES, USAGES, peaked_pairs, random_pairs
@@ -151,6 +152,19 @@ def test_a_row_without_negatives_costs_nothing(run, loss):
     value.backward()
     assert value.item() == 0.0
     assert z1.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("function", [ce.fused_debiased_loss, ce.fused_hard_negative_loss])
+def test_floor_far_below_the_largest_logit(run, function, dtype):
+    """Positives that outweigh every negative put all rows on N e^{-1/t}, which underflows beside e^{|z|^2/t}."""
+    backend, device = run
+    z = 20 * torch.randn(5, 8, dtype=dtype, device=device)
+    call = {"temperature": 0.5, "tau_plus": 0.5, "normalize": False, "layout": "one_way", "reduction": "none"}
+    expected = math.log(4) - 2 + 2 * (z * z).sum(1)  # log N - 1/t - p with p = -|z|^2/t
+    for name in (backend, "reference"):
+        losses = function(z, -z, positives=10 * z[None], backend=name, **call)
+        torch.testing.assert_close(losses, expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -32,6 +32,18 @@ def test_call_overrides_construction():
     )
 
 
+def test_a_call_replaces_the_other_name_of_the_temperature_too():
+    z1, z2 = random_pairs(6, 4)
+    module = ce.InfoNCELoss(logit_scale=20.0)
+    assert torch.equal(module(z1, z2, temperature=0.7), ce.fused_infonce_loss(z1, z2, 0.7))
+    assert torch.equal(module(z1, z2, logit_scale=None), ce.fused_infonce_loss(z1, z2))
+    assert torch.equal(ce.InfoNCELoss(0.7)(z1, z2, logit_scale=None), ce.fused_infonce_loss(z1, z2, 0.7))
+    assert "temperature" not in repr(module)
+    views = torch.stack([z1, z2])
+    found = ce.FalseNegativeLoss(logit_scale=20.0)(views, temperature=0.7)
+    assert torch.equal(found, ce.fused_false_negative_loss(views, 0.7))
+
+
 def test_module_carries_its_queue():
     module = ce.DebiasedLoss(queue=ce.NegativeQueue(5, 4))
     module.queue.enqueue(torch.randn(5, 4))

@@ -59,6 +59,14 @@ def test_an_empty_queue_alone_gives_zero(run):
     assert stats.to_dict()["cancelled_fraction"] == 1.0
 
 
+def test_a_refused_batch_leaves_the_queue_as_it_was():
+    queue = ce.NegativeQueue(4, 2)
+    before = copy.deepcopy(queue.state_dict())
+    with pytest.raises(ValueError, match="on cpu; got"):
+        queue.enqueue(_keys(0, 2), ids=torch.arange(2, device="meta"))
+    assert all(torch.equal(x, before[name]) for name, x in queue.state_dict().items())
+
+
 def test_checkpoint_restores_everything():
     queue = ce.NegativeQueue(7, 2)
     queue.enqueue(_keys(0, 10), ids=torch.arange(10))
@@ -98,7 +106,7 @@ def test_enqueue_is_compiled_whole():
         (lambda: ce.NegativeQueue(0, 4), ValueError, "size"),
         (lambda: ce.NegativeQueue(4, 4, dtype=torch.int8), TypeError, "floating"),
         (lambda: ce.NegativeQueue(4, 4).enqueue(torch.ones(2, 3)), ValueError, r"\[n, 4\]"),
-        (lambda: ce.NegativeQueue(4, 4).enqueue(torch.ones(2, 4), ids=torch.ones(2)), ValueError, "int64"),
+        (lambda: ce.NegativeQueue(4, 4).enqueue(torch.ones(2, 4), ids=torch.ones(2)), ValueError, "integers"),
         (lambda: ce.NegativeQueue(4, 4).enqueue(torch.ones(2, 4), ids=torch.ones(3).long()), ValueError, r"\[2\]"),
     ],
 )

@@ -123,7 +123,7 @@ def test_gradients_and_second_derivative(run):
         assert torch.autograd.gradcheck(lambda z, t, p=positives: fused(z, labels, t, p, backend=backend), (z, t))
         assert torch.autograd.gradgradcheck(lambda z, p=positives: fused(z, labels, 0.4, p, backend="reference"), z)
         (grad,) = torch.autograd.grad(fused(z, labels, 0.4, positives, backend=backend), z, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once differentiable|not implemented"):
+        with pytest.raises(RuntimeError, match="once differentiable"):
             grad.sum().backward()
 
 

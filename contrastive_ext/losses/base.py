@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import dispatch
-from ..cancellation import Cancellation
+from .. import dispatch, numerics
+from ..cancellation import NOTHING, Cancellation
 from ..layouts import Arrangement, Layout, arrange, check_pairs, resolve_scale
 from ..numerics import logsumexp_pair
 from ..problem import Formula, Statistics
@@ -179,13 +179,14 @@ def fused_row_loss(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
     if ids is not None and labels is not None:
         raise ValueError("give ids or labels, not both: columns with an equal integer are ignored either way.")
+    check_row_loss(row_loss)
     dispatch.check_backend_name(backend)
     cancellation = Cancellation(
         labels if ids is None else ids, queue_ids, guide, guide_queue, margin, margin_strategy
     )  # fmt: skip
-    with torch.autocast(z1.device.type if isinstance(z1, Tensor) else "cpu", enabled=False):
+    with numerics.without_autocast(z1):
         more = (queue, negatives, positives, guide_queue, operand_dtype, group)
-        plain = all(x is None for x in more) and cancellation == Cancellation() and in_batch_negatives
+        plain = all(x is None for x in more) and cancellation == NOTHING and in_batch_negatives
         if plain and not return_stats and row_loss.formula is not None:
             check_pairs(z1, z2, layout)
             operators = operators_for(row_loss, z1, z2, layout, backend)
@@ -204,6 +205,12 @@ def fused_row_loss(
         if diagnostics is None:
             return loss
         return loss, summarize(stats, diagnostics, row_loss.clamped(stats))
+
+
+def check_row_loss(row_loss: object) -> None:
+    """TypeError unless it is the instance of a `RowLoss`."""
+    if not isinstance(row_loss, RowLoss):
+        raise TypeError(f"row_loss must be a RowLoss, for instance Debiased(tau_plus=0.1); got {row_loss!r:.60}.")
 
 
 _Rows = tuple[Tensor, RowStatistics, Diagnostics | None]  # losses, what they were made of, what was asked beside

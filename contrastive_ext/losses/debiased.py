@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..checks import check_number
 from ..numerics import softplus
 from ..problem import Formula
 from ..reference import DenseLogits
@@ -42,15 +43,20 @@ def debias(log_sum: Tensor, stats: RowStatistics, tau_plus: float) -> tuple[Tens
 
 def dense_debias(sum_exp: Tensor, logits: DenseLogits, shift: Tensor, tau_plus: float) -> Tensor:
     """[R] log(1 + Ng / e^p) with Ng as in the paper, every exponential taken relative to e^shift."""
+    tiny = torch.finfo(shift.dtype).tiny  # log 0 has no gradient
     floor = logits.count * torch.exp(-logits.scale - shift)
     hidden_positives = tau_plus * logits.count * torch.exp(logits.correction - shift)
     corrected = (sum_exp - hidden_positives) / (1 - tau_plus)
-    negatives = torch.clamp(corrected, min=floor).clamp(min=torch.finfo(shift.dtype).tiny)  # log 0 has no gradient
-    return softplus(negatives.log() + shift - logits.pos)
+    # the floor by its logarithm: far below e^shift it underflows
+    log_negatives = torch.where(
+        corrected <= floor.clamp(min=tiny), logits.count.log() - logits.scale, corrected.clamp(min=tiny).log() + shift
+    )
+    return softplus(log_negatives - logits.pos)
 
 
 def check_tau_plus(tau_plus: float) -> None:
-    """ValueError unless 0 <= tau_plus < 1."""
+    """TypeError or ValueError unless 0 <= tau_plus < 1."""
+    check_number("tau_plus", tau_plus)
     if not 0 <= tau_plus < 1:
         raise ValueError(f"tau_plus is a probability in [0, 1); got {tau_plus}.")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..checks import check_tensor, describe
 from ..problem import Formula
 from ..reference import DenseLogits
 from ..stats import LossStats
@@ -67,9 +68,13 @@ def fused_decoupled_loss(
     Memory       O(B D); time O(B^2 D); once differentiable
     Paper        arXiv:2110.06848
     """
-    if positive_weight is not None and (positive_weight.shape != z1.shape[:1] or positive_weight.device != z1.device):
-        raise ValueError(
-            f"positive_weight must be [{len(z1)}] on {z1.device}, one weight per pair; "
-            f"got {list(positive_weight.shape)} on {positive_weight.device}."
-        )
+    if positive_weight is not None:
+        check_tensor("z1", z1)
+        check_tensor("positive_weight", positive_weight)
+        like_z1 = positive_weight.shape == z1.shape[:1] and positive_weight.device == z1.device
+        if not like_z1 or not positive_weight.is_floating_point():
+            raise ValueError(
+                f"positive_weight must be floating-point [{len(z1)}] on {z1.device}, one weight per pair; "
+                f"got {describe(positive_weight)}."
+            )
     return fused_row_loss(Decoupled(positive_weight), z1, z2, temperature, **options)

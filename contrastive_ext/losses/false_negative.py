@@ -12,6 +12,7 @@ Huynh et al., WACV 2022, arXiv:2011.11765.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import reduce
 from typing import Literal, NamedTuple
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
+from ..checks import check_integers, check_number, check_tensor, describe
 from ..detection import Candidates, Detected, Lists, detect
-from ..layouts import resolve_scale
+from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair, softplus
 from ..pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
 from ..queue import NegativeQueue
@@ -106,7 +108,7 @@ def fused_false_negative_loss(
     """
     _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction)
     dispatch.check_backend_name(backend)
-    with torch.autocast(views.device.type, enabled=False):
+    with numerics.without_autocast(views):
         batch = _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize)
         path = _dense if backend == dispatch.REFERENCE else _streamed
         losses, count, detected = path(batch, mode, top_k, threshold, backend)
@@ -147,8 +149,9 @@ def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, n
     if aggregate == "mean":
         scorers = scorers.mean(0, keepdim=True)
     logits = scale * torch.einsum("vbd,wbd->vbw", anchors, shown)
-    others = ~torch.eye(num_views, dtype=torch.bool, device=views.device)
-    positives = logits.transpose(0, 1)[:, others].view(images, num_views, num_views - 1).transpose(0, 1)
+    view = torch.arange(num_views, device=views.device)
+    others = (view[:, None] + view[1:]) % num_views  # indices, not a mask: its size would have to be waited for
+    positives = logits.gather(2, others[:, None].expand(-1, images, -1))
 
     columns = [shown.flatten(0, 1)]
     candidates = [Candidates(columns[0].detach(), num_images=images)]
@@ -208,7 +211,7 @@ def _dense(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tens
 
     candidate = (image_of_column != torch.arange(images, device=device)[:, None]) & exists
     scores = (batch.scorers @ columns.detach().T).amax(0)
-    candidate &= ~scores.isnan()
+    candidate = candidate & ~scores.isnan()
     rank = scores.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True).indices.argsort(1)
     found = candidate
     if top_k is not None:
@@ -268,26 +271,28 @@ def _check(views, support, mode, top_k, threshold, aggregate, keys, queue, label
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
     if not isinstance(views, Tensor) or views.dtype not in numerics.SUPPORTED_DTYPES:
-        raise TypeError("views must be a tensor of float16, bfloat16, float32 or float64.")
+        raise TypeError(f"views must be a tensor of float16, bfloat16, float32 or float64; got {describe(views)}.")
     if views.dim() != 3 or len(views) < 2 or 0 in views.shape:
         raise ValueError(f"views must be [V, B, D] with V >= 2 and B, D >= 1; got {list(views.shape)}.")
     if top_k is None and threshold is None:
         raise ValueError("top_k and threshold cannot both be None: that would make every column a false negative.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be >= 1, or None for the threshold alone; got {top_k}.")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be an integer >= 1, or None for the threshold alone; got {top_k!r}.")
+    if threshold is not None:
+        check_number("threshold", threshold)
+        if math.isnan(threshold):
+            raise ValueError("threshold must be a number, or None for top_k alone; got nan.")
     _, images, dim = views.shape
     for name, x, shape in (("support", support, (images, dim)), ("keys", keys, (images, dim))):
         if x is None:
             continue
+        check_tensor(name, x)
         if x.dim() != 3 or x.shape[1:] != shape or not len(x) or (name == "keys" and len(x) != len(views)):
             first = len(views) if name == "keys" else "S"
             raise ValueError(f"{name} must be [{first}, {images}, {dim}]; got {list(x.shape)}.")
         if x.dtype != views.dtype or x.device != views.device:
             raise TypeError(f"{name} must be {views.dtype} on {views.device} like views; got {x.dtype} on {x.device}.")
-    held = queue.data if isinstance(queue, NegativeQueue) else queue
-    if held is not None and (held.dim() != 2 or held.shape[1] != dim or not len(held) or held.device != views.device):
-        raise ValueError(
-            f"queue must be [K, {dim}], K >= 1, on {views.device}; got {list(held.shape)} on {held.device}."
-        )
-    if labels is not None and (labels.is_floating_point() or labels.shape != (images,)):
-        raise ValueError(f"labels must be integers [{images}], one per image; got {labels.dtype} {list(labels.shape)}.")
+    if queue is not None:
+        check_queue(queue.data if isinstance(queue, NegativeQueue) else queue, dim, views.device)
+    if labels is not None:
+        check_integers("labels", labels, images, views.device)

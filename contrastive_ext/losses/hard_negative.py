@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..checks import check_number
 from ..numerics import softplus
 from ..problem import Formula
 from ..reference import DenseLogits
@@ -32,6 +33,7 @@ class HardNegative(RowLoss):
 
     def __post_init__(self) -> None:
         check_tau_plus(self.tau_plus)
+        check_number("beta", self.beta)
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta, the concentration on hard negatives, must be finite and >= 0; got {self.beta}.")
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..layouts import describe, resolve_scale
+from ..checks import can_read, describe
+from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..queue import NegativeQueue
 from ..stats import Record
@@ -128,7 +129,7 @@ def fused_self_labeling_loss(
     """
     check_options(reduction, backend)
     _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, lam)
-    with torch.autocast(q.device.type, enabled=False):
+    with numerics.without_autocast(q):
         dtype = numerics.stats_dtype(q.dtype)
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
@@ -265,8 +266,8 @@ def _check_mixing(size: int, device: torch.device, perm, theta) -> None:
             raise ValueError(f"theta must be floating-point [{size}] on {device}; got {describe(theta)}.")
     elif not 0 <= theta <= 1:
         raise ValueError(f"theta must be in [0, 1]; got {theta}.")
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return  # looking at values would wait for the device
+    if not can_read(perm):
+        return
     if not ((perm >= 0) & (perm < size)).all():
         raise ValueError(f"perm must hold indices below {size}; got {perm.min().item()} to {perm.max().item()}.")
     if isinstance(theta, Tensor) and not ((theta >= 0) & (theta <= 1)).all():
@@ -274,6 +275,6 @@ def _check_mixing(size: int, device: torch.device, perm, theta) -> None:
 
 
 def _is_empty(queue) -> bool:
-    if isinstance(queue, NegativeQueue) and queue.count.device.type == "cpu" and not torch.compiler.is_compiling():
+    if isinstance(queue, NegativeQueue) and can_read(queue.count):
         return int(queue.count) == 0
     return queue is None

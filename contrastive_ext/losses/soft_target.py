@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
+from ..checks import check_number, check_tensor
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair
 from ..pairs import UNFILLED
@@ -83,7 +84,7 @@ def fused_soft_target_loss(
     if teacher.shape != queries.shape:
         raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")
     check_positive("teacher_temperature", teacher_temperature)
-    with torch.autocast(queries.device.type, enabled=False):
+    with numerics.without_autocast(queries):
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, queries)
         sets = [_given_keys(keys, queries, normalize)]
         if queue is not None:
@@ -250,7 +251,8 @@ def check_options(reduction: str, backend: str) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """ValueError unless 0 < value < inf."""
+    """TypeError or ValueError unless 0 < value < inf."""
+    check_number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be > 0 and finite; got {value}.")
 
@@ -258,8 +260,7 @@ def check_positive(name: str, value: float) -> None:
 def check_vectors(named: dict[str, Tensor]) -> None:
     """TypeError or ValueError unless all are non-empty [., D] matrices that share D, a supported dtype and a device."""
     for name, z in named.items():
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(z).__name__}.")
+        check_tensor(name, z)
         if z.dtype not in numerics.SUPPORTED_DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {z.dtype}.")
     (first, like), *others = named.items()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import dispatch, distributed, numerics
+from ..checks import check_integers, describe
 from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..row_stats import row_stats
@@ -80,7 +81,7 @@ def fused_supcon_loss(
     """
     _check(features, labels, positives, reduction)
     dispatch.check_backend_name(backend)
-    with torch.autocast(features.device.type, enabled=False):
+    with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = resolve_scale(temperature, logit_scale, 0.1, features)
         z = features.to(dtype)
@@ -92,11 +93,11 @@ def fused_supcon_loss(
             columns = distributed.gather(z, group, features.dtype)
             column_labels = distributed.gather(row_labels, group)
             own = slice(dist.get_rank(group) * len(z), (dist.get_rank(group) + 1) * len(z))
-        positive_mean, number = (x[own] for x in _class_means(columns, column_labels))
-        pos = scale * (z * positive_mean).sum(1)
         if backend == dispatch.REFERENCE:
-            losses = _dense(z, columns, column_labels, own, scale, positives)
+            losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
+            positive_mean, number = (x[own] for x in _class_means(columns, column_labels))
+            pos = scale * (z * positive_mean).sum(1)
             v, col_ids = (None, None) if group is None else (columns, column_labels)
             how = {
                 "v": v, "num_images": len(z), "positive_offset": own.start, "scale": scale, "unit": normalize,
@@ -125,10 +126,22 @@ def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
     group = torch.empty_like(labels).scatter_(0, ordered.indices, starts.cumsum(0) - 1)
     members = torch.zeros_like(labels).scatter_add_(0, group, torch.ones_like(group))
-    # segments, not index_add: sums in a fixed order on every device
-    total = torch.segment_reduce(z[ordered.indices], "sum", lengths=members, unsafe=True)
     number = members[group] - 1
-    return (total[group] - z) / number.clamp(min=1)[:, None], number
+    return (_ClassSums.apply(z, ordered.indices, group, members)[group] - z) / number.clamp(min=1)[:, None], number
+
+
+class _ClassSums(torch.autograd.Function):
+    """[., D] sum of the rows of every class; segments, not index_add: a fixed order of summation on every device."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, order: Tensor, group: Tensor, members: Tensor) -> Tensor:
+        ctx.save_for_backward(group)
+        return torch.segment_reduce(z[order], "sum", lengths=members, unsafe=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (group,) = ctx.saved_tensors
+        return grad[group], None, None, None
 
 
 def _out(z: Tensor, pos: Tensor, how: dict) -> Tensor:
@@ -143,8 +156,13 @@ def _in(z: Tensor, how: dict) -> Tensor:
     return softplus(negatives.lse[0] - log_positives) + number.clamp(min=1).log()
 
 
-def _dense(z: Tensor, columns: Tensor, labels: Tensor, rows: slice, scale: float | Tensor, positives: str) -> Tensor:
-    """The definition on the whole matrix; finite, and of no consequence, in rows without positives."""
+def _dense(
+    z: Tensor, columns: Tensor, labels: Tensor, rows: slice, scale: float | Tensor, positives: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition on the whole matrix, the mean logit of every row's positives and their number.
+
+    Losses are finite, and of no consequence, in rows without positives.
+    """
     logits = scale * (z @ columns.T)
     index = torch.arange(len(columns), device=z.device)
     own = index[rows, None] == index
@@ -152,10 +170,12 @@ def _dense(z: Tensor, columns: Tensor, labels: Tensor, rows: slice, scale: float
     number = positive.sum(1)
     alone = number == 0
     log_sum = logits.masked_fill(own & ~alone[:, None], -torch.inf).logsumexp(1)
+    mean = logits.where(positive, 0.0).sum(1) / number.clamp(min=1)
     if positives == "out":
-        return log_sum - logits.where(positive, 0.0).sum(1) / number.clamp(min=1)
+        return log_sum - mean, mean, number
     stand_in = positive | (own & alone[:, None])
-    return log_sum - logits.masked_fill(~stand_in, -torch.inf).logsumexp(1) + number.clamp(min=1).log()
+    log_mean = logits.masked_fill(~stand_in, -torch.inf).logsumexp(1) - number.clamp(min=1).log()
+    return log_sum - log_mean, mean, number
 
 
 def _check(features: Tensor, labels: Tensor, positives: str, reduction: str) -> None:
@@ -163,12 +183,9 @@ def _check(features: Tensor, labels: Tensor, positives: str, reduction: str) -> 
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
     if not isinstance(features, Tensor) or features.dtype not in numerics.SUPPORTED_DTYPES:
-        raise TypeError("features must be a tensor of float16, bfloat16, float32 or float64.")
+        raise TypeError(
+            f"features must be a tensor of float16, bfloat16, float32 or float64; got {describe(features)}."
+        )
     if features.dim() not in (2, 3) or 0 in features.shape:
         raise ValueError(f"features must be [N, D] or [V, B, D], none of them 0; got {list(features.shape)}.")
-    rows = features.shape[-2]
-    if labels.is_floating_point() or labels.shape != (rows,) or labels.device != features.device:
-        raise ValueError(
-            f"labels must be integers [{rows}] on {features.device}; "
-            f"got {labels.dtype} {list(labels.shape)} on {labels.device}."
-        )
+    check_integers("labels", labels, features.shape[-2], features.device)

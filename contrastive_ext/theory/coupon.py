@@ -83,7 +83,7 @@ def expected_draws(*, num_classes: int | None = None, prior: Sequence[float] | T
         return math.inf
 
     def missing(s: Tensor) -> Tensor:  # probability that a class is missing when draws arrive as a Poisson process
-        return -torch.expm1(classes.sum(torch.log(-torch.expm1(-classes.probability * s[:, None]))))
+        return -torch.expm1(classes.sum(_log_seen(classes.probability * s[:, None])))
 
     end = math.log((_NEGLIGIBLE + math.log(classes.num_classes)) / float(classes.probability[0]))
     return _integral_over_log(lambda s: missing(s) * s, -_NEGLIGIBLE, end)
@@ -153,7 +153,7 @@ def num_negatives_for(
 
     # draws that arrive as a Poisson process make the classes independent: a guess that is a few draws off
     def arrivals_are_enough(s: float) -> bool:
-        return float(classes.sum(torch.log(-torch.expm1(-classes.probability * s)))) >= math.log(coverage)
+        return float(classes.sum(_log_seen(classes.probability * s))) >= math.log(coverage)
 
     low, high = 0.0, 1.0
     while not arrivals_are_enough(high):
@@ -180,7 +180,7 @@ def _coverage(n: int, classes: _Prior) -> float:
         return 0.0
     r = _saddle_point(n, classes)
     rates = classes.probability * r
-    log_positive = float(classes.sum(_log(-torch.expm1(-rates), -torch.exp(-rates))))
+    log_positive = float(classes.sum(_log_seen(rates)))
     # Poisson(n; r) = e^{-deviation - stirling error}/sqrt(2 pi n): n!, n^n and e^n never appear
     u = (r - n) / n
     deviation = n * (u - (math.log1p(u) if u > -0.5 else math.log(r / n)))
@@ -232,6 +232,11 @@ def _probability_of_sum(n: int, r: float, rates: Tensor, log_positive: float, cl
 def _log(q: Tensor, excess: Tensor, power: int = 1) -> Tensor:
     """log q for q^power = 1 + excess, from whichever of the two has the digits: thousands of classes have q near 1."""
     return torch.where(excess.abs() < 0.5, torch.log1p(excess) / power, q.log())
+
+
+def _log_seen(rate: Tensor) -> Tensor:
+    """log(1 - e^-rate), that a class of this Poisson rate was seen."""
+    return _log(-torch.expm1(-rate), -torch.exp(-rate))
 
 
 def _stirling_error(n: int) -> float:

@@ -1,0 +1,40 @@
+"""What an argument is, asked before anybody looks inside it: every refusal says what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+
+def describe(x: object) -> str:
+    """dtype, shape and device of a tensor, or what else it is, for an error message."""
+    return f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def can_read(x: Tensor) -> bool:
+    """Whether values of x may be looked at: they exist, outside a graph, and no device has to be waited for."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+
+
+def check_tensor(name: str, x: object) -> None:
+    """TypeError unless x is a dense tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}.")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor; got {'a nested one' if x.is_nested else x.layout}.")
+
+
+def check_number(name: str, x: object) -> None:
+    """TypeError unless x is a number; a tensor is none: what takes numbers only would drop its gradient."""
+    if isinstance(x, (int, float)):
+        return  # first, since torch.compile knows no hasattr of a symbolic number
+    if isinstance(x, Tensor) or not hasattr(x, "__float__"):
+        raise TypeError(f"{name} must be a number; got {describe(x)}.")
+
+
+def check_integers(name: str, x: Tensor, length: int, device: torch.device) -> None:
+    """TypeError or ValueError unless x is an integer tensor [length] on `device`."""
+    check_tensor(name, x)
+    if x.is_floating_point() or x.is_complex() or x.shape != (length,) or x.device != device:
+        raise ValueError(f"{name} must be integers [{length}] on {device}; got {describe(x)}.")
