@@ -123,7 +123,7 @@ def sweep(
     DTYPE: tl.constexpr = p_factor.dtype.element_ty
     RESIDENT: tl.constexpr = BLOCK_D >= D
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else None
+    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else ()
     row_term = load_term(p_lse, p_grad, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
     IS_FP16: tl.constexpr = p_u.dtype.element_ty == tl.float16
     if IS_FP16:

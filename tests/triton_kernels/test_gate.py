@@ -30,6 +30,8 @@ FEW = [
     gate.Case("row_losses", "hard", "16-bit", 128, 90),
     gate.Case("backward", "lists", "16-bit", 128, 90),
     gate.Case("backward", "ranked", "16-bit", 128, 90),
+    gate.Case("forward", "stats", "16-bit", 128, 90),
+    gate.Case("histogram", "sums+images", "16-bit", 128, 90),
     gate.Case("top_columns", "plain", "tf32", 128, 80),
 ]
 
