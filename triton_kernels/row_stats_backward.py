@@ -102,7 +102,7 @@ def fp16_factor(
             b_bound += tl.abs(tl.load(p_grad + o_k, mask=o_i < num_rows, other=0.0)) * EXPONENTS[k]
         if REVERSE:
             b_bound += largest(p_col_grad + k * num_columns.to(tl.int64), num_columns) * EXPONENTS[k]
-    b_exponent = FP16_EXPONENT - tl.ceil(tl.log2(tl.where(b_bound > 0, b_bound, 1.0)))
+    b_exponent = FP16_EXPONENT - tl.ceil(tl.log2(b_bound))  # 100 where all is 0, as in Weights._largest_undo
     return tl.exp2(tl.minimum(tl.maximum(b_exponent, -100.0), 100.0))
 
 

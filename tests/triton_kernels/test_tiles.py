@@ -211,6 +211,21 @@ def test_fp16_weights_of_both_sides_neither_overflow_nor_vanish(monkeypatch, ups
         assert (ours - theirs).norm(dim=1).max() <= 1e-2 * theirs.norm(dim=1).max()
 
 
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "both_sides"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["none", "half", "all"])
+def test_fp16_weights_of_both_sides_without_coefficients(monkeypatch, share, columns):
+    """A row that the loss ignores weighs nothing: 0, not 0 times what scaling by its neighbours' coefficients gives."""
+    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
+    u, v = (_vectors(n, 300).detach().half().float().requires_grad_() for n in (60, 90))
+    coefficients = (torch.arange(60, device=DEVICE) >= share * 60) * 2.0**-20
+    gradients = []
+    for name in ("triton", "torch"):
+        lse = row_stats(u, v, scale=2.0, unit=True, columns=columns, backend=name, operand_dtype=torch.float16).lse
+        gradients.append(torch.autograd.grad((lse * coefficients).sum(), (u, v)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 1.5e-3 * theirs.norm()
+
+
 def test_weights_in_several_launches(monkeypatch):
     """Rows of weights are independent: a workspace for one tile changes no bit."""
     u, v = _vectors(100, 300), _vectors(70, 300)
