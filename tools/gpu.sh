@@ -4,7 +4,7 @@
 #   tools/gpu.sh [step...]     the steps named, or all of them in the order of ALL_STEPS
 #
 #   smoke                 every loss, layout and dtype at tiny shapes on every backend: the first answer of a new device
-#   tests                 in parallel where pytest-xdist is installed: nearly all of their time is the compiler's
+#   tests                 in parallel where pytest-xdist is installed: they compile about 1,900 Triton kernels
 #   ladder                the Hopper kernels from one tile to the whole, without torch (tests/cuda_kernels/ladder.cu);
 #                         ladder-* the same under compute-sanitizer's tools
 #   sanitizer, racecheck  every backend at tiny shapes under memcheck and racecheck
@@ -102,10 +102,12 @@ else
 fi
 parallel=()
 if "$PYTHON" -c "import xdist" 2> /dev/null; then
-  parallel=(-n "$((($(nproc) + 1) / 2))")
+  parallel=(-n "$(nproc)" --dist worksteal) # neighbours, which share kernels, on one worker
+  export OMP_NUM_THREADS=1
 fi
 step tests 1500 "$PYTHON" -m pytest tests -q -m "not interpreter" "${parallel[@]}"
 step gradcheck 600 "$PYTHON" -m pytest tests -q -m "not interpreter" -k gradcheck "${parallel[@]}"
+unset OMP_NUM_THREADS
 if command -v compute-sanitizer > /dev/null; then
   if [[ $DEVICE == cuda && -x build/ladder ]]; then
     for tool in memcheck racecheck synccheck; do
