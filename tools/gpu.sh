@@ -17,7 +17,7 @@
 #   BENCH    further arguments of the benchmark: --time-limit SECONDS, --only REGEX
 #
 # Ten minutes a call, on machines that forget in between:
-#   LIMIT=420 tools/gpu.sh install smoke tests
+#   LIMIT=280 tools/gpu.sh install smoke tests
 #   LIMIT=400 tools/gpu.sh install ladder tune
 #   BENCH="--time-limit 380" LIMIT=460 tools/gpu.sh install bench
 #
