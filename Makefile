@@ -13,7 +13,7 @@ BUILT     := $(VENV)/.built
 CSRC      := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/native/*.cpp tests/cuda_kernels/*.cu)
 
-.PHONY: help setup test lint format bench sanitize gate interpret gpu clean FORCE
+.PHONY: help setup test lint format bench sanitize gate launches interpret gpu clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -71,6 +71,10 @@ interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, g
 gate: $(BUILT) ## compile every GPU kernel, Triton for sm_80 to sm_100, CUDA for sm_90a: no spills, tensor cores; needs no GPU
 	$(RUN) -W ignore tools/gate.py $(ARGS)
 	$(RUN) tools/cuda_gate.py
+
+# minutes, for a new Triton or another signature of a kernel: PYTHONPATH=DIR takes the Triton installed in DIR
+launches: $(BUILT) ## compile what the Triton backend launches, as it launches it, for sm_90; needs no GPU
+	$(RUN) -W ignore tools/launch_gate.py $(ARGS)
 
 # -O1: the optimised kernels take minutes to compile with sanitizers and are no different in what they touch
 sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer and UBSan

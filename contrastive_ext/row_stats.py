@@ -201,11 +201,14 @@ def _frozen_gradient(u, scale, exponents, grad_lse, mean) -> tuple[Tensor, Tenso
 
 
 class FirstOrderOnly(torch.autograd.Function):
-    """A gradient under autograd: computes, and refuses to be differentiated again."""
+    """A gradient under autograd: computes, and refuses to be differentiated again.
+
+    The losses leave autocast in their forward; a backward may be called inside it all the same.
+    """
 
     @staticmethod
     def forward(ctx, gradient, *args):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             return gradient(*args)
 
     @staticmethod

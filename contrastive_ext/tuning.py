@@ -11,7 +11,7 @@ from torch.utils.benchmark import Timer
 from .backends import triton_launch
 
 SECONDS = 0.2  # of timing, for each tile
-STAGES = (-1, 1)  # of the fastest tile
+STAGES = (-1, 1)  # of the fastest tile and of the table's: one less may let two programs share a processor
 TOLERANCE = 1e-2  # of a result's length: above the rounding of 16-bit products, below any wrong tile
 
 
@@ -62,7 +62,7 @@ def autotune(step: Callable[[], object]) -> list[Trial]:
 
 
 def _tune(configs, line, step: Callable[[], object], expected: list[Tensor]) -> list[Trial]:
-    """Try tiles for one line of the table, then stages for the fastest of them."""
+    """Try tiles for one line of the table, then stages for the fastest of them and for the table's."""
     table = configs.preferred.get(line) or configs.default(line)
     tried = {config: _try(configs, line, config, step, expected) for config in (table, *configs.alternatives(line))}
 
@@ -70,11 +70,11 @@ def _tune(configs, line, step: Callable[[], object], expected: list[Tensor]) -> 
         found = tried[config]
         return float("inf") if isinstance(found, str) else found
 
-    best = min(tried, key=seconds)
-    for more in STAGES:
-        config = best._replace(num_stages=best.num_stages + more)
-        if config.num_stages > 0 and config not in tried:
-            tried[config] = _try(configs, line, config, step, expected)
+    for tile in (min(tried, key=seconds), table):
+        for more in STAGES:
+            config = tile._replace(num_stages=tile.num_stages + more)
+            if config.num_stages > 0 and config not in tried:
+                tried[config] = _try(configs, line, config, step, expected)
     best = min(tried, key=seconds)
     configs.preferred[line] = best
     kernel = f"{line.direction} {line.products} D<={line.features} sm_{line.architecture}"

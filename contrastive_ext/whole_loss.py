@@ -85,5 +85,6 @@ class _WholeLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             dz1, dz2, dscale = FirstOrderOnly.apply(ctx.backward_operator, *args)
         else:
-            dz1, dz2, dscale = ctx.backward_operator(*args)
+            with torch._C._DisableAutocast():
+                dz1, dz2, dscale = ctx.backward_operator(*args)
         return None, dz1, dz2, dscale if need_scale else None, *[None] * 7

@@ -98,6 +98,24 @@ def test_autocast_changes_nothing(run, loss, dtype):
         assert torch.equal(plain, cast)
 
 
+@pytest.mark.parametrize("features", [16, 300], ids=["few_features", "many_features"])
+@pytest.mark.parametrize("extras", ["plain", "queue", "ids", "statistics"])
+def test_a_gradient_taken_inside_autocast_is_the_same(run, extras, features):
+    backend, device = run
+    z1, z2 = random_pairs(9, features, torch.float32, device)
+    queue, ids = torch.randn(7, features, device=device), torch.arange(9, device=device) % 4
+    options = {"plain": {}, "queue": {"queue": queue}, "ids": {"ids": ids}, "statistics": {"return_stats": True}}
+    results = []
+    for enabled in (False, True):
+        leaves = [z.clone().requires_grad_() for z in (z1, z2)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            value = ce.fused_infonce_loss(*leaves, 0.2, backend=backend, **options[extras])
+            value = value[0] if isinstance(value, tuple) else value
+            results.append(torch.autograd.grad(value, leaves))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_gradients_come_back_in_the_input_dtype(run, dtype):
     backend, device = run

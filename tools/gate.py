@@ -47,9 +47,13 @@ MASKED = {  # variants that make a mask for every tile, and its costliest rule
     "count": "ids",
     "sums": "ids",
     "sums+guide": "gate",
+    "sums+images": "ids",
+    "stats": "ids",
 }
-TRIANGLES = ("triangle", "hard", "busy", "lists", "guide")  # variants whose forward is that of one set, in its triangle
-RANKED = ("ranked", "ranked+guide", "sums", "sums+guide")  # variants that look weights up in histograms
+IMAGES_ONLY = ("sums+images", "stats")  # their masks are of the images' rule alone, as large as those of ids
+# variants whose forward is that of one set, in its triangle
+TRIANGLES = ("triangle", "hard", "busy", "lists", "guide", "stats")
+RANKED = ("ranked", "ranked+guide", "sums", "sums+guide", "sums+images")  # variants that look weights up in histograms
 # launches without products: Triton's defaults but for the one program that reduces a batch
 ELEMENTWISE = {
     "merge": configs.Config(triton_sweeps.MERGE_BLOCK, 0, 0, 4, 3),
@@ -73,13 +77,14 @@ class Case(NamedTuple):
     means   the mean of frozen columns
     lists   two exponents, ids, lists, scale tensor
     guide   two exponents, a gate, scale tensor
+    stats   two exponents, diagnostics, scale tensor
     ranked  backward of one set with weights from histograms; ranked+guide: and a gate
 
     The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
     a partial result, means adds means. The direction "top_columns" has the longest lists. "prologue" is that of the
     short road, plain forward, hard backward with the gradient of a scale tensor; "row_losses" the formula with the most
     terms, "small" a batch that one program reduces, "large" that of many. "histogram" has a variant per pass, with ids;
-    sums+guide is the last one with a gate.
+    sums+guide is the last one with a gate, sums+images without rules.
     """
 
     direction: str
@@ -119,7 +124,8 @@ def cases() -> list[Case]:
     found += [Case(d, v, "16-bit", f, 90) for d in configs.DIRECTIONS for v in ("lists", "guide") for f in (128, 1024)]
     found += [Case(direction, "guide", "tf32", 128, 80) for direction in configs.DIRECTIONS]
     found += [Case("histogram", v, "16-bit", f, 90) for v in ("range", "count", "sums") for f in (128, 1024)]
-    found += [Case("histogram", "sums+guide", "16-bit", 128, 90)]
+    found += [Case("histogram", variant, "16-bit", 128, 90) for variant in ("sums+guide", "sums+images")]
+    found += [Case("forward", "stats", "16-bit", features, 90) for features in (128, 1024)]
     found += [Case("backward", v, "16-bit", f, 90) for v in ("ranked", "ranked+guide") for f in (128, 1024)]
     found += [Case("top_columns", "plain", "tf32", 128, architecture) for architecture in (80, 86, 90, 100)]
     found += [Case("top_columns", "plain", products, 128, 86) for products in ("ieee", "fp64")]
@@ -181,7 +187,7 @@ def top_columns_arguments(case: Case) -> tuple[Any, dict, dict]:
 
 def rule_arguments(case: Case, accumulator: str) -> tuple[dict, dict]:
     """Argument types and constants of the pair rules."""
-    rule = MASKED.get(case.variant)
+    rule = None if case.variant in IMAGES_ONLY else MASKED.get(case.variant)
     lists, guide, ids = rule == "lists", rule == "gate", rule in ("ids", "lists")
     types = dict.fromkeys(("p_row_ids", "p_col_ids"), "*i64" if ids else None)
     types |= dict.fromkeys(("p_listed_starts", "p_listed", "p_listing_starts", "p_listing"), "*i32" if lists else None)
@@ -246,8 +252,11 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         kernel = row_stats_forward.row_stats_forward_kernel
         types |= {"p_rows": accumulator, "p_columns": accumulator if columns else None}
         types |= {"p_mean": accumulator if means else None}
-        constants |= {"COLUMNS": columns, "TRIANGLE": triangle, "MEANS": means, "DIAGNOSTICS": False}
-        constants["NUM_PARTS"] = len(exponents) + masked + (shift != "plain")
+        stats = case.variant == "stats"
+        exponents += (2 * exponents[0],) if stats else ()
+        constants |= {"EXPONENTS": exponents, "LARGEST": max(exponents)}
+        constants |= {"COLUMNS": columns, "TRIANGLE": triangle, "MEANS": means, "DIAGNOSTICS": stats}
+        constants["NUM_PARTS"] = len(exponents) + (2 if stats else masked) + (shift != "plain")
     else:
         kernel = row_stats_backward.row_stats_backward_kernel
         types |= dict.fromkeys(("p_lse", "p_grad", "p_col_lse", "p_col_grad", "p_factor"), accumulator)

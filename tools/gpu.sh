@@ -3,6 +3,8 @@
 #
 #   tools/gpu.sh [step...]     the steps named, or all of them in the order of ALL_STEPS
 #
+#   smoke                 every loss, layout and dtype at tiny shapes on every backend: the first answer of a new device
+#   tests                 in parallel where pytest-xdist is installed: they compile about 1,900 Triton kernels
 #   ladder                the Hopper kernels from one tile to the whole, without torch (tests/cuda_kernels/ladder.cu);
 #                         ladder-* the same under compute-sanitizer's tools
 #   sanitizer, racecheck  every backend at tiny shapes under memcheck and racecheck
@@ -11,6 +13,13 @@
 #   PYTHON   interpreter that has torch (python3); the package is installed there, editable
 #   OUT      folder of the logs (bench/results/gpu-logs); every step writes its log as it runs
 #   DEVICE   cuda; cpu rehearses the script on a machine without a GPU
+#   LIMIT    seconds that any one step may take at most
+#   BENCH    further arguments of the benchmark: --time-limit SECONDS, --only REGEX
+#
+# Ten minutes a call, on machines that forget in between:
+#   LIMIT=280 tools/gpu.sh install smoke tests
+#   LIMIT=400 tools/gpu.sh install ladder tune
+#   BENCH="--time-limit 380" LIMIT=460 tools/gpu.sh install bench
 #
 # A failing step does not stop the later ones; the exit status is the number of failed steps.
 set -uo pipefail
@@ -19,7 +28,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu-logs}
 DEVICE=${DEVICE:-cuda}
-ALL_STEPS="install ladder tests gradcheck ladder-memcheck ladder-racecheck ladder-synccheck sanitizer racecheck bench tune"
+ALL_STEPS="install smoke ladder tests gradcheck ladder-memcheck ladder-racecheck ladder-synccheck sanitizer racecheck bench tune"
 STEPS=" ${*:-$ALL_STEPS} "
 failed=0
 report=()
@@ -55,14 +64,15 @@ print("commit:", output("git", "describe", "--always", "--dirty", "--abbrev=40")
 PY
 }
 
-# step NAME SECONDS COMMAND...: run under a time limit into a log of its own, remember how it ended
+# step NAME SECONDS COMMAND...: run under a time limit into a log of its own, remember how it ended; an interrupted
+# pytest still prints the failures so far
 step() {
-  local name=$1 limit=$2 began=$SECONDS status=0 result=ok log
+  local name=$1 limit=$(($2 < ${LIMIT:-$2} ? $2 : LIMIT)) began=$SECONDS status=0 result=ok log
   shift 2
   [[ $STEPS == *" $name "* ]] || return 0
   log="$OUT/$name.log"
   echo "== $name: $*"
-  timeout --kill-after=30 "$limit" "$@" > "$log" 2>&1 || status=$?
+  timeout --signal=INT --kill-after=30 "$limit" "$@" > "$log" 2>&1 || status=$?
   if ((status == 0)); then
     tail -n 3 "$log"
   elif [[ $1 == compute-sanitizer ]] && grep -q "Device not supported" "$log"; then
@@ -84,13 +94,20 @@ fi
 # NATIVE=1: a missing compiler is a failure here, not a pure-Python package
 CONTRASTIVE_EXT_NATIVE=1 PIP_BREAK_SYSTEM_PACKAGES=1 \
   step install 300 "$PYTHON" -m pip install -v --no-build-isolation --no-deps --no-index -e .
+step smoke 300 "$PYTHON" -m bench smoke --device "$DEVICE"
 if [[ $DEVICE == cuda ]] && command -v nvcc > /dev/null; then
   step ladder 300 "$PYTHON" tools/cuda_gate.py ladder
 else
   report+=("ladder           not run: needs a GPU and nvcc")
 fi
-step tests 1500 "$PYTHON" -m pytest tests -q -m "not interpreter"
-step gradcheck 600 "$PYTHON" -m pytest tests -q -m "not interpreter" -k gradcheck
+parallel=()
+if "$PYTHON" -c "import xdist" 2> /dev/null; then
+  parallel=(-n "$(nproc)" --dist worksteal) # neighbours, which share kernels, on one worker
+  export OMP_NUM_THREADS=1
+fi
+step tests 1500 "$PYTHON" -m pytest tests -q -m "not interpreter" "${parallel[@]}"
+step gradcheck 600 "$PYTHON" -m pytest tests -q -m "not interpreter" -k gradcheck "${parallel[@]}"
+unset OMP_NUM_THREADS
 if command -v compute-sanitizer > /dev/null; then
   if [[ $DEVICE == cuda && -x build/ladder ]]; then
     for tool in memcheck racecheck synccheck; do
@@ -102,7 +119,8 @@ if command -v compute-sanitizer > /dev/null; then
 elif [[ $STEPS == *" sanitizer "* ]]; then
   report+=("sanitizer        not installed")
 fi
-step bench 1800 "$PYTHON" -m bench --device "$DEVICE" --out bench/results
+read -ra bench_arguments <<< "${BENCH:-}"
+step bench 1800 "$PYTHON" -m bench --device "$DEVICE" --out bench/results "${bench_arguments[@]}"
 [[ $DEVICE == cpu ]] || step tune 580 "$PYTHON" -m bench tune --out bench/results
 
 printf '%s\n' "${report[@]}" >> "$OUT/summary.txt"

@@ -145,7 +145,9 @@ def choose(
         return config
     largest = (LARGEST_MASKED.get((direction, mask), config[:2]), RANKED_TILE if ranked else config[:2])
     rows, columns = (min(sizes) for sizes in zip(config[:2], *largest, strict=True))
-    return config._replace(block_m=rows, block_n=columns)
+    # what is looked up between two products keeps Triton 3.6 from pipelining them: it does not compile
+    stages = 1 if ranked and direction == "backward" and group <= RESIDENT_FEATURES else config.num_stages
+    return config._replace(block_m=rows, block_n=columns, num_stages=stages)
 
 
 def default(line: Line) -> Config:

@@ -82,7 +82,7 @@ def histogram_ranks_kernel(
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     m_i = o_i < num_rows
     j_begin, j_end = i_split * span, tl.minimum(i_split * span + span, num_columns)
-    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else None
+    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else ()
     b_nothing = tl.zeros((BLOCK_M,), DTYPE)
     b_lowest, b_highest = b_nothing + float("inf"), b_nothing + float("-inf")
     b_sum, b_square, b_total, b_weights, b_largest = b_nothing, b_nothing, b_nothing, b_nothing, b_nothing

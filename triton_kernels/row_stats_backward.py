@@ -102,7 +102,7 @@ def fp16_factor(
             b_bound += tl.abs(tl.load(p_grad + o_k, mask=o_i < num_rows, other=0.0)) * EXPONENTS[k]
         if REVERSE:
             b_bound += largest(p_col_grad + k * num_columns.to(tl.int64), num_columns) * EXPONENTS[k]
-    b_exponent = FP16_EXPONENT - tl.ceil(tl.log2(tl.where(b_bound > 0, b_bound, 1.0)))
+    b_exponent = FP16_EXPONENT - tl.ceil(tl.log2(b_bound))  # 100 where all is 0, as in Weights._largest_undo
     return tl.exp2(tl.minimum(tl.maximum(b_exponent, -100.0), 100.0))
 
 
@@ -123,7 +123,7 @@ def sweep(
     DTYPE: tl.constexpr = p_factor.dtype.element_ty
     RESIDENT: tl.constexpr = BLOCK_D >= D
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else None
+    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else ()
     row_term = load_term(p_lse, p_grad, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
     IS_FP16: tl.constexpr = p_u.dtype.element_ty == tl.float16
     if IS_FP16:

@@ -48,7 +48,7 @@ def sweep(
     RESIDENT: tl.constexpr = BLOCK_D >= D
     COUNTED: tl.constexpr = RULES is not None
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    anchors = load_anchors(o_i, num_rows, j_begin, rules) if COUNTED else None
+    anchors = load_anchors(o_i, num_rows, j_begin, rules) if COUNTED else ()
     if RESIDENT:
         b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
     state = online_lse.init(len(EXPONENTS), BLOCK_M, DTYPE, ONLINE)

@@ -19,6 +19,7 @@ from .triton_pairs import Side
 
 WORKSPACE_BYTES = 64 << 20  # of column partials in the forward, and of weights up to 512 features
 WIDE_FEATURES, WIDE_WORKSPACE_BYTES = 512, 256 << 20  # of weights beyond: fewer, larger library products
+TRIANGLE_FROM = 1.0  # tiles of rows for each processor, from which on one set is swept as a triangle; not timed yet
 ALIGNED = 64  # columns of stored weights come in multiples
 MERGE_BLOCK, MERGED_AT_ONCE = 128, 16  # anchors of a program that merges partial results, partials it reads at once
 
@@ -73,8 +74,9 @@ class Forward:
         mask = "ids" if diagnostics and not counted else mask  # as many counters
         self.config = launch.config_of("backward" if self.fused_means else "forward", self.u, mask)
         self.tiles = launch.cdiv(self.n, self.config.block_m)
-        # half the products, once tiles of rows alone occupy the device
-        self.triangle = problem.one_set and not means and self.tiles >= launch.processors(self.u.device)
+        # half the products for column sums in every tile
+        enough = self.tiles >= TRIANGLE_FROM * launch.processors(self.u.device)
+        self.triangle = problem.one_set and not means and enough
         exponents = problem.exponents + ((2 * problem.exponents[0],) if diagnostics else ())
         # a fused mean rounds exponentials to the operand dtype: at most 1, by the running maximum
         online = self.fused_means or maximum
@@ -113,8 +115,9 @@ class Forward:
         at_once, num_parts = max(1, self.tiles), self.flags["NUM_PARTS"]
         if self.sweep_flags["COLUMNS"]:
             at_once = min(at_once, max(1, WORKSPACE_BYTES // max(1, self._empty(num_parts, self.m).nbytes)))
-        # a triangle's rows differ in length: smaller pieces fill the gaps
-        programs = (4 if self.triangle else 2) * launch.processors(self.u.device)
+        # a triangle's rows differ in length: smaller pieces fill the gaps, of which every launch leaves some at its end
+        pieces = 2 if not self.triangle else 4 if at_once >= self.tiles else 16
+        programs = pieces * launch.processors(self.u.device)
         splits, span = launch.split(at_once, self.m, self.config.block_n, programs)
         mean_partials = self._empty(splits, self.n, self.d) if self.fused_means else None
         if not self.sweep_flags["COLUMNS"]:

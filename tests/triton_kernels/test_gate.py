@@ -27,9 +27,11 @@ FEW = [
     gate.Case("backward", "hard", "16-bit", 1024, 90),
     gate.Case("backward", "plain", "fp64", 64, 86),
     gate.Case("prologue", "hard", "bf16", 128, 90),
-    gate.Case("row_losses", "hard", "16-bit", 128, 90),
+    gate.Case("row_losses", "small", "16-bit", 128, 90),
     gate.Case("backward", "lists", "16-bit", 128, 90),
     gate.Case("backward", "ranked", "16-bit", 128, 90),
+    gate.Case("forward", "stats", "16-bit", 128, 90),
+    gate.Case("histogram", "sums+images", "16-bit", 128, 90),
     gate.Case("top_columns", "plain", "tf32", 128, 80),
 ]
 

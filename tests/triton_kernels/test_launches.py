@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import contrastive_ext as ce
 from contrastive_ext import stats
 from contrastive_ext.backends import triton as backend
-from contrastive_ext.backends import triton_sweeps, triton_whole_loss
+from contrastive_ext.backends import triton_whole_loss
 from contrastive_ext.backends.short_road import WholeLossOps
 from contrastive_ext.losses import base
 from rows import random_pairs
@@ -74,18 +74,3 @@ def test_a_small_batch_is_few_launches(launches, function, layout, dtype, forwar
     with launches:
         torch.autograd.grad(loss, [z1, z2], upstream)
     assert len(launches.names) == backward, launches.names
-
-
-@pytest.mark.parametrize("layout", ["two_view", "symmetric"])
-def test_programs_of_a_larger_batch_leave_parts(monkeypatch, layout):
-    """Blocks beyond the first, a last one with a tail, column partials of several launches."""
-    z1, z2 = (z.requires_grad_() for z in random_pairs(150, 8, torch.float64))
-    monkeypatch.setattr(triton_whole_loss, "ANCHORS_OF_PROGRAM", 64)
-    results = []
-    for name, workspace in (("triton", triton_sweeps.WORKSPACE_BYTES), ("triton", 1), ("torch", 1)):
-        monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", workspace)
-        loss = ce.fused_hard_negative_loss(z1, z2, layout=layout, backend=name)
-        results.append((loss.detach(), *torch.autograd.grad(loss, (z1, z2))))
-    for ours in results[:2]:
-        for a, b in zip(ours, results[2], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+import contrastive_ext as ce
 from contrastive_ext import row_stats
-from contrastive_ext.backends import torch_ranked, triton_launch, triton_ranked, triton_sweeps
+from contrastive_ext.backends import torch_ranked, triton_launch, triton_ranked, triton_sweeps, triton_whole_loss
 from contrastive_ext.backends import triton as backend
 from contrastive_ext.pairs import NO_COLUMN, UNFILLED, Gate, Pairs
 from contrastive_ext.problem import Problem
 from contrastive_ext.ranking import Ranking
 from contrastive_ext.top_columns import top_columns
+from rows import random_pairs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REASON = backend.why_not(DEVICE, torch.float32, torch.float32, 8)
@@ -22,6 +24,13 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     *([pytest.mark.interpreter] if DEVICE.type == "cpu" else []),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _small_device(monkeypatch):
+    """As few processors as the interpreter has: with those of a GPU small problems have no triangle and no splits."""
+    monkeypatch.setattr(triton_launch, "processors", lambda device: triton_launch.INTERPRETED_PROCESSORS)
+
 
 # name, rows, columns (None: one set), features, what else is passed, why it is there
 PROBLEMS = [
@@ -185,6 +194,47 @@ def test_column_partials_in_several_launches(monkeypatch, columns):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("workspace", [1, 3_000, 64 << 20], ids=["tile", "tiles", "everything"])
+@pytest.mark.parametrize("rows", [65, 96, 97, 128, 129, 161])
+def test_triangles_of_any_length(monkeypatch, rows, workspace):
+    """Last tiles of one row, of all rows, in a launch of their own; every column partial has one place and is read."""
+    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", workspace)
+    u = _vectors(rows, 20).detach()
+    for scale in (5.0, 200.0):
+        ours, theirs = (row_stats(u, scale=scale, unit=True, backend=name) for name in ("triton", "torch"))
+        torch.testing.assert_close(ours.lse, theirs.lse, rtol=1e-12, atol=1e-12)
+        assert torch.equal(ours.aux, theirs.aux)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_triangle_of_each_kind_of_products(dtype):
+    """As many rows as four tiles of 16 bits have on a GPU, and a tail."""
+    u = _vectors(390, 64).detach().to(dtype)
+    truth = row_stats(u.double(), scale=10.0, unit=True, num_images=195, backend="torch").lse
+    errors = []
+    for name in ("triton", "torch"):
+        lse = row_stats(
+            u.float(), scale=10.0, unit=True, num_images=195, backend=name, operand_dtype=dtype
+        ).lse  # fmt: skip
+        errors.append((lse - truth).abs().max())
+    assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["two_view", "symmetric"])
+def test_programs_of_a_larger_batch_leave_parts(monkeypatch, layout):
+    """Blocks beyond the first, a last one with a tail, column partials of several launches."""
+    z1, z2 = (z.requires_grad_() for z in random_pairs(150, 8, torch.float64, DEVICE))
+    monkeypatch.setattr(triton_whole_loss, "ANCHORS_OF_PROGRAM", 64)
+    results = []
+    for name, workspace in (("triton", triton_sweeps.WORKSPACE_BYTES), ("triton", 1), ("torch", 1)):
+        monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", workspace)
+        loss = ce.fused_hard_negative_loss(z1, z2, layout=layout, backend=name)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (z1, z2))))
+    for ours in results[:2]:
+        for a, b in zip(ours, results[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("exponents", [(1.0,), (0.5, 1.5)], ids=["one", "two"])
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "both_sides"])
 @pytest.mark.parametrize("workspace", [1, 64 * 64 * 8, 256 << 20], ids=["tile", "squares", "everything"])
@@ -209,6 +259,21 @@ def test_fp16_weights_of_both_sides_neither_overflow_nor_vanish(monkeypatch, ups
     for ours, theirs in zip(*gradients, strict=True):
         assert (ours - theirs).norm() <= 1.5e-3 * theirs.norm()
         assert (ours - theirs).norm(dim=1).max() <= 1e-2 * theirs.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "both_sides"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["none", "half", "all"])
+def test_fp16_weights_of_both_sides_without_coefficients(monkeypatch, share, columns):
+    """A row that the loss ignores weighs nothing: 0, not 0 times what scaling by its neighbours' coefficients gives."""
+    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
+    u, v = (_vectors(n, 300).detach().half().float().requires_grad_() for n in (60, 90))
+    coefficients = (torch.arange(60, device=DEVICE) >= share * 60) * 2.0**-20
+    gradients = []
+    for name in ("triton", "torch"):
+        lse = row_stats(u, v, scale=2.0, unit=True, columns=columns, backend=name, operand_dtype=torch.float16).lse
+        gradients.append(torch.autograd.grad((lse * coefficients).sum(), (u, v)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 1.5e-3 * theirs.norm()
 
 
 def test_weights_in_several_launches(monkeypatch):
