@@ -23,6 +23,8 @@ LARGEST_MASKED = {
     ("backward", "lists"): (64, 32),
     ("backward", "gate"): (64, 16),
 }
+# rows of a masked or ranked backward with 129 to 256 features: their sums alone take half of the registers
+LARGEST_WIDE = {"16-bit": 64, "tf32": 32}
 # features of a chunk of a gate's second product: with the other number its exact products spill
 GUIDE_FEATURES = {80: 16, 86: 16, 90: 32, 100: 32}
 # Weights by rank hold bins and edges of two histograms beside the tile: 128x32 spills 440 bytes, 64x32 spills 8.
@@ -145,6 +147,8 @@ def choose(
         return config
     largest = (LARGEST_MASKED.get((direction, mask), config[:2]), RANKED_TILE if ranked else config[:2])
     rows, columns = (min(sizes) for sizes in zip(config[:2], *largest, strict=True))
+    if direction == "backward" and group == RESIDENT_FEATURES and (ranked or mask != "images"):
+        rows = min(rows, LARGEST_WIDE.get(products, rows))
     # what is looked up between two products keeps Triton 3.6 from pipelining them: it does not compile
     stages = 1 if ranked and direction == "backward" and group <= RESIDENT_FEATURES else config.num_stages
     return config._replace(block_m=rows, block_n=columns, num_stages=stages)
