@@ -68,13 +68,17 @@ interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, g
 	  -k "not (many_tiles or every_kind_of_input or composed_one_gives or every_temperature or every_shape or reductions \
 	  or hard_detached or dclw or debiased_positives or compiles or any_numbers or every_usage)"
 
-gate: $(BUILT) ## compile every GPU kernel, Triton for sm_80 to sm_100, CUDA for sm_90a: no spills, tensor cores; needs no GPU
-	$(RUN) -W ignore tools/gate.py $(ARGS)
-	$(RUN) tools/cuda_gate.py
+# Another Triton for the next two: make gate TRITON=3.6.0
+OTHER_TRITON := $(if $(TRITON),$(VENV)/triton-$(TRITON))
+$(VENV)/triton-%: | $(INSTALLED)
+	$(BIN)/pip install -q --no-deps --target $@ triton==$*
 
-# minutes, for a new Triton or another signature of a kernel: PYTHONPATH=DIR takes the Triton installed in DIR
-launches: $(BUILT) ## compile what the Triton backend launches, as it launches it, for sm_90; needs no GPU
-	$(RUN) -W ignore tools/launch_gate.py $(ARGS)
+gate: $(BUILT) $(OTHER_TRITON) ## compile every GPU kernel, Triton for sm_80 to sm_100, CUDA for sm_90a: no spills, tensor cores; needs no GPU
+	PYTHONPATH=$(OTHER_TRITON) $(RUN) -W ignore tools/gate.py $(ARGS)
+	$(if $(TRITON),,$(RUN) tools/cuda_gate.py)
+
+launches: $(BUILT) $(OTHER_TRITON) ## compile what the Triton backend launches, as it launches it, for sm_90: minutes; needs no GPU
+	PYTHONPATH=$(OTHER_TRITON) $(RUN) -W ignore tools/launch_gate.py $(ARGS)
 
 # -O1: the optimised kernels take minutes to compile with sanitizers and are no different in what they touch
 sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer and UBSan
