@@ -6,7 +6,7 @@ compared as they are. A guide scores every column by the cosine of its own featu
     cos(g_i, g_j) > cos(g_i, g_pos(i)) - margin            margin_strategy="absolute"
     cos(g_i, g_j) > cos(g_i, g_pos(i)) * (1 - margin)      margin_strategy="relative"
 
-which is the rule of GISTEmbed (Solatorio 2024, arXiv:2402.16829).
+which is the rule of GISTEmbed (Solatorio 2024, arXiv:2402.16829). A guide that is NaN finds nothing similar.
 """
 
 from __future__ import annotations
