@@ -62,7 +62,7 @@ class Forward:
     """The launches of one forward call."""
 
     def __init__(self, problem: Problem, columns: bool, means: bool = False, diagnostics: bool = False, maximum=False):
-        self.problem, self.pairs, self.columns, self.means = problem, problem.pairs, columns, means
+        self.problem, self.pairs, self.means = problem, problem.pairs, means
         self.u, self.v = launch.operands(problem)
         self.rows, self.cols = triton_pairs.sides(problem, self.u, self.v)
         self.n, self.m, self.d = len(self.u), len(self.v), self.u.shape[1]
@@ -88,14 +88,9 @@ class Forward:
         self.sweep_flags |= {"COLUMNS": columns or self.triangle, "TRIANGLE": self.triangle, "MEANS": self.fused_means}
         self.flags["HAS_SHIFT"] = has_shift
         self.merge_flags = self.flags | {"COUNTED": counted, "DIAGNOSTICS": diagnostics, "MAXIMUM": maximum}
-        self.rules = triton_pairs.arguments(
-            self.pairs,
-            self.rows,
-            self.cols,
-            row_anchors=True,
-            col_anchors=columns or self.triangle,
-            guide_chunk=launch.guide_chunk(self.u.device),
-        )
+        anchors = {"row_anchors": True, "col_anchors": columns or self.triangle}
+        chunk = launch.guide_chunk(self.u.device)
+        self.rules = triton_pairs.arguments(self.pairs, self.rows, self.cols, **anchors, guide_chunk=chunk)
 
     def run(self) -> Statistics:
         with launch.on_device(self.u.device):
@@ -114,7 +109,8 @@ class Forward:
         """Sweep: partial results of the rows, those of the columns, and of the means."""
         at_once, num_parts = max(1, self.tiles), self.flags["NUM_PARTS"]
         if self.sweep_flags["COLUMNS"]:
-            at_once = min(at_once, max(1, WORKSPACE_BYTES // max(1, self._empty(num_parts, self.m).nbytes)))
+            bytes_of_tile = num_parts * self.m * self.problem.stats_dtype.itemsize
+            at_once = min(at_once, max(1, WORKSPACE_BYTES // max(1, bytes_of_tile)))
         # a triangle's rows differ in length: smaller pieces fill the gaps, of which every launch leaves some at its end
         pieces = 2 if not self.triangle else 4 if at_once >= self.tiles else 16
         programs = pieces * launch.processors(self.u.device)
