@@ -93,6 +93,7 @@ def split(tiles: int, columns: int, block: int, programs: int) -> tuple[int, int
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
