@@ -94,9 +94,7 @@ def _try(configs, line, config, step: Callable[[], object], expected: list[Tenso
         if not _same(_tensors(step()), expected):
             return "changes the result"
         return Timer("step()", globals={"step": step}).blocked_autorange(min_run_time=SECONDS).median
-    except (
-        Exception
-    ) as error:  # compiler, assembler and launcher each raise what they like for a tile that does not fit
+    except Exception as error:  # for a tile that does not fit compiler, assembler and launcher raise what they like
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
     finally:
         if before is None:

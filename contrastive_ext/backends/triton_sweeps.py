@@ -202,12 +202,12 @@ def gradients(
     """dL/du and dL/dv in splits, [splits, rows, D]; du holds both directions when there is one set."""
     rows, cols = triton_pairs.sides(problem, *launch.operands(problem))
     if problem.one_set:
-        return Weights(problem, rows, cols, row_term, row_term).times_columns() if need_u else None, None
-    weights = Weights(problem, rows, cols, row_term, col_term)
-    if need_u and need_v and weights.d > WIDE_FEATURES:
-        return weights.times_both()
-    du = weights.times_columns() if need_u else None
-    return du, Weights(problem, cols, rows, col_term, row_term).times_columns() if need_v else None
+        col_term, need_v = row_term, False
+    if need_u and need_v and problem.u.shape[1] > WIDE_FEATURES:
+        return Weights(problem, rows, cols, row_term, col_term).times_both()
+    du = Weights(problem, rows, cols, row_term, col_term).times_columns() if need_u else None
+    dv = Weights(problem, cols, rows, col_term, row_term).times_columns() if need_v else None
+    return du, dv
 
 
 class Weights:
