@@ -19,8 +19,8 @@ from torch import Tensor
 from ..problem import Problem
 from ..ranking import RankedStatistics, Ranking, histogram_axis
 
-# Logits of a block, sorted as (float32, int64) pairs: 2^19 take 10 MiB on the CPU.
-BLOCK_ELEMENTS = {"cpu": 2**19}
+# Logits of a block, sorted as (float32, int64) pairs: 2^18 take 5 MiB on the CPU, and as long as 2^19.
+BLOCK_ELEMENTS = {"cpu": 2**18}
 BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
