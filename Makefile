@@ -13,11 +13,11 @@ BUILT     := $(VENV)/.built
 CSRC      := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/native/*.cpp tests/cuda_kernels/*.cu)
 
-.PHONY: help setup test lint format bench sanitize gate launches interpret gpu clean FORCE
+.PHONY: help setup test lint format bench sanitize gate launches interpret gpu gpu-files clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(BUILT) ## make .venv: torch, tools, this package (editable), the native library
 
@@ -91,7 +91,13 @@ sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer 
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(RUN) tests/native/sanitize_shapes.py build/sanitize/_C.so
 
-gpu: ## on a GPU machine: build, test, check and time with the torch of $(PYTHON); needs no network, makes no .venv
+gpu-files: $(BUILT) ## what a GPU machine without network or .git is given: library, ladder and commit in build/gpu
+	mkdir -p build/gpu
+	cp contrastive_ext/_C*.so build/gpu/
+	$(RUN) tools/cuda_gate.py build-ladder build/gpu/ladder
+	git describe --always --dirty --abbrev=40 > build/gpu/commit.txt
+
+gpu: ## on a GPU machine: prove, time and test with the torch of $(PYTHON); needs no network, makes no .venv
 	PYTHON=$(PYTHON) bash tools/gpu.sh $(STEPS)
 
 clean: ## remove what was built; .venv stays

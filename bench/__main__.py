@@ -4,6 +4,8 @@
     python -m bench --device cuda          the GPU protocol
     python -m bench smoke                  correctness at tiny shapes
     python -m bench negatives              how many negatives are enough: losses and bounds against the batch size
+    python -m bench proof                  correctness at real shapes on a GPU, a JSON line a case
+    python -m bench speed                  the table of goals on a GPU, kernel by kernel
     python -m bench tune                   times other tile sizes of the Triton kernels (a GPU)
     python -m bench plot RESULTS.json      draw the picture again
 
@@ -26,18 +28,21 @@ from pathlib import Path
 
 import torch
 
-from . import digits, environment, negatives, plots, report
-from .cases import PAIR_LOSSES, Case, cpu_cases, cuda_cases
+from . import digits, environment, methods, negatives, plots, report
+from .cases import PAIR_LOSSES, Case, cpu_cases, cuda_cases, proof_cases, smoke_cases, speed_cases, tiny
 from .device import Device
 from .harness import Harness
 from .memory import HostMemory
+from .proof import prove
 from .results import Results
 from .smoke import smoke
+from .speed import speed
 from .tune import DTYPES, tune
 
 _OUT = Path(__file__).parent / "results"
 _DIGITS_STEPS = {False: 40, True: 5}
 _TIME_LIMIT_S = {"cpu": 270, "cuda": 1500}  # the CPU run promises five minutes, picture and table included
+_SPEED_LIMIT_S = 80.0
 _SECONDS_PER_CASE = {False: 3.0, True: 0.5}
 _FIXED_S = 4.0  # of a case, whatever its size
 _MEMORY_SHARE_OF_TIME = 0.2  # of a case: one call of each method
@@ -50,13 +55,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*on the floor of the debiased loss")
     if options.command == "plot":
         return _plot(options.results)
-    if options.command == "smoke":
-        return int(smoke(Device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))) > 0)
+    methods.left_out.update(options.without)
     if options.command == "negatives":
         return _negatives(options)
-    if options.command == "tune":
-        return tune(Device(options.device or "cuda"), options.features, options.rows, options.dtype, options.out)
-    return _bench(options)
+    if options.command is None:
+        return _bench(options)
+    device = Device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.command == "smoke":
+        return int(smoke(device, _share(smoke_cases(), options)) > 0)
+    if options.command == "proof":
+        index = options.shard[0] if options.shard else 0
+        return int(prove(device, options.out / f"proof-{index}.jsonl", _share(proof_cases(), options)) > 0)
+    if options.command == "speed":
+        return speed(device, options.out, options.time_limit or _SPEED_LIMIT_S, _share(speed_cases(), options))
+    return tune(device, options.features, options.rows, options.dtype, options.out, options.shard)
+
+
+def _share(cases: list[Case], options: argparse.Namespace) -> list[Case]:
+    """The cases that --only, --tiny and --shard leave."""
+    chosen = [case for case in cases if re.search(options.only, case.name)]
+    index, count = getattr(options, "shard", None) or (0, 1)
+    chosen = chosen[index::count]
+    return [tiny(case) for case in chosen] if getattr(options, "tiny", False) else chosen
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, count = map(int, text.split("/"))
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError("expected i/n with 0 <= i < n")
+    return index, count
 
 
 def _negatives(options: argparse.Namespace) -> int:
@@ -166,10 +193,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small sizes, few steps: a look, not a measurement")
     parser.add_argument("--peers", action="store_true", help="other libraries too, where they are installed")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases and digits jobs whose name matches")
+    parser.add_argument("--without", nargs="+", default=[], metavar="BACKEND", help="backends not to run")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case that would end later")
-    commands = parser.add_subparsers(dest="command", metavar="smoke | negatives | tune | plot")
+    commands = parser.add_subparsers(dest="command", metavar="smoke | proof | speed | negatives | tune | plot")
     smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
-    smoke_parser.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
+    proof_parser = commands.add_parser("proof", help="real shapes against float64, repeats bit by bit: proof-<i>.jsonl")
+    speed_parser = commands.add_parser("speed", help="the table of goals, kernel by kernel: speed.json, kernels.json")
+    for command in (smoke_parser, proof_parser, speed_parser):
+        command.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
+        command.add_argument("--only", default=argparse.SUPPRESS, metavar="REGEX", help="cases whose name matches")
+        command.add_argument("--without", nargs="+", default=argparse.SUPPRESS, metavar="BACKEND")
+        if command is not speed_parser:
+            command.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th case from the I-th on")
+        if command is not smoke_parser:
+            command.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
+            command.add_argument("--tiny", action="store_true", help="the same cases at sizes for a rehearsal")
+    speed_parser.add_argument("--time-limit", type=float, default=argparse.SUPPRESS, metavar="SECONDS")
     sweep = commands.add_parser(
         "negatives", help="contrastive and supervised loss, both bounds and accuracy against the number of negatives"
     )
@@ -185,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument("--features", type=int, nargs="+", default=[128, 256, 512, 1024], metavar="D")
     tuning.add_argument("--rows", type=int, default=32768, metavar="N", help="anchors, 2B (32768)")
     tuning.add_argument("--dtype", choices=DTYPES, default="fp16")
+    tuning.add_argument("--shard", type=_shard, metavar="I/N", help="run every N-th tile once and time none")
     tuning.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
     tuning.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
     plot_parser = commands.add_parser("plot", help="draw the picture of a results file again")

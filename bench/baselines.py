@@ -49,7 +49,8 @@ class DenseLoss:
 
 
 def _infonce(lse, pos, count, scale):
-    return torch.logaddexp(pos, lse[0]) - pos
+    gap = lse[0] - pos  # the same as logaddexp(pos, lse) - pos, which is 0 once a row has converged
+    return torch.logaddexp(gap, torch.zeros_like(gap))
 
 
 def _decoupled(lse, pos, count, scale):

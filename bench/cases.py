@@ -12,7 +12,7 @@ A new loss is one row of LOSSES: cases, smoke test, digits job, table and pictur
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,7 @@ class Case:
     compile: bool = False  # torch.compile takes tens of seconds a case: only where asked for
     fused_only: bool = False  # beyond what any baseline can do in reasonable time
     peers: bool = False  # other libraries too, where installed; some need N^3 memory: only where asked for
+    learned: bool = False  # proofs: the gradient of a temperature tensor too
 
     @property
     def dense(self) -> DenseLoss | OwnLoss:
@@ -290,6 +291,51 @@ def cuda_cases(quick: bool) -> list[Case]:
     cases += [_case("infonce", "two_view", 70, dtype="bfloat16"), _case("infonce", "symmetric", 4097, dtype="bfloat16")]
     cases += [_case("infonce", "two_view", 262144, dtype="bfloat16", fused_only=True)]
     return cases
+
+
+def proof_cases() -> list[Case]:
+    """What the GPU kernels have paths for at shapes that take them: triangles, several launches, every width, ragged ends."""
+    wide, large = (64, 128, 256, 512, 768, 1024), 17024
+    cases = [_case("infonce", "two_view", large, dim=d, dtype=t) for d in wide for t in ("float16", "bfloat16")]
+    cases += [_case("infonce", "symmetric", 8192, dim=d, dtype="bfloat16") for d in (128, 512, 768)]
+    cases += [_case("infonce", "symmetric", 4097, dim=d, dtype=t) for d, t in ((128, "float16"), (768, "bfloat16"))]
+    cases += [_case("infonce", "queue", 1024, 65536, dtype=t) for t in ("float16", "bfloat16")]
+    cases += [_case(loss, "two_view", large, dtype="bfloat16") for loss in ("hard_negative", "debiased", "decoupled")]
+    cases += [_case("infonce", "two_view", large, dtype="bfloat16", temperature=0.01)]
+    cases += [
+        _case("infonce", "two_view", large, dtype=t, learned=True, temperature=0.07) for t in ("float16", "bfloat16")
+    ]
+    cases += [_case("infonce", "two_view", 4096, dim=d, dtype=t) for d in (128, 512) for t in ("float32", "tf32")]
+    cases += [_case("bayesian", "two_view", 4096, dtype="bfloat16")]
+    cases += [
+        _case("false_negative", "views", 4096, dtype="bfloat16"),
+        _case("supcon", "labelled", 4096, dtype="bfloat16"),
+    ]
+    cases += [_case("self_labeling", "self_labels", 1024, 65536, dtype="bfloat16")]
+    cases += [_case("soft_target", "soft_targets", 1024, 65536, dtype="bfloat16")]
+    return [
+        *cases,
+        _case("infonce", "two_view", 70000, dtype="bfloat16"),
+        _case("infonce", "two_view", 1024, dtype="float64"),
+    ]
+
+
+def speed_cases() -> list[Case]:
+    """The table of goals: shapes whose share of the library's rate is quoted, the most telling first."""
+    large = 32768
+    cases = [_case("infonce", "two_view", large, dim=d, dtype="bfloat16") for d in (128, 256, 512, 768, 1024, 64)]
+    cases += [_case("infonce", "two_view", 65536, dtype="bfloat16")]
+    cases += [_case("infonce", "queue", n, 65536, dtype="bfloat16") for n in (1024, 4096)]
+    cases += [_case("infonce", "symmetric", large, dim=d, dtype="bfloat16") for d in (128, 512, 768)]
+    cases += [_case("infonce", "two_view", n, dtype="bfloat16") for n in (1024, 4096, 16384)]
+    cases += [_case(loss, "two_view", large, dtype="bfloat16") for loss in ("debiased", "hard_negative")]
+    cases += [_case("infonce", "two_view", large, dtype=t) for t in ("float16", "tf32")]
+    return cases
+
+
+def tiny(case: Case) -> Case:
+    """The same case at a size for a rehearsal."""
+    return replace(case, n=min(case.n, 64), m=min(case.m, 64 if case.n == case.m else 96), dim=min(case.dim, 40))
 
 
 _SMOKE_SHAPES = {

@@ -29,7 +29,7 @@ def facts(device: Device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _installed("triton"),
         "cuda": torch.version.cuda,
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40"),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40") or _carried_commit(),
         "contrastive_ext": contrastive_ext.__version__,
         "backends": contrastive_ext.available_backends(),
         "python": platform.python_version(),
@@ -59,6 +59,12 @@ def cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _carried_commit() -> str | None:
+    """What `make gpu-files` noted where the tree came from: a machine without .git knows no other."""
+    path = _ROOT / "build" / "gpu" / "commit.txt"
+    return path.read_text().strip() if path.is_file() else None
 
 
 def _installed(package: str) -> str | None:

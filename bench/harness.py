@@ -33,6 +33,7 @@ class Harness:
     host_memory  measures peaks on the CPU; None leaves them out there
     seconds      how long the rounds of one case may go on beyond the least number
     say          told what runs now
+    rounds       of every measurement at least; None: timing.LEAST_ROUNDS
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Harness:
         host_memory: HostMemory | None,
         seconds: float,
         say: Callable[[str], None] = lambda _: None,
+        rounds: int | None = None,
     ):
         self.device, self.host_memory, self.seconds, self.say = device, host_memory, seconds, say
+        self.rounds = rounds or timing.LEAST_ROUNDS[device.kind]
 
     def run(self, case: Case, methods: list[Method] | None = None) -> list[Row]:
         """One row per method (all that can compute the case by default), with times where it is right and fits."""
@@ -110,7 +113,7 @@ class Harness:
         inputs = timing.rotation(self.device, lambda seed: case.inputs(self.device.torch, seed))
         calls = {method.name: _call(method, case) for method in methods}
         gemm = self.device.gemm_tflops(case.torch_dtype)
-        timings = timing.interleave(self.device, calls, inputs, self.seconds)
+        timings = timing.interleave(self.device, calls, inputs, self.seconds, self.rounds)
         gemm = max(gemm, self.device.gemm_tflops(case.torch_dtype))  # of both sides: a neighbour may have held up one
         baselines = [method.name for method in methods if not method.is_ours]
         timed = {}

@@ -26,6 +26,9 @@ LARGEST_COMPARISON = 512
 HISTOGRAM_RELATIVE_L2 = 1e-3
 
 
+left_out: set[str] = set()  # backends that are not to be run: `--without`
+
+
 @dataclass(frozen=True)
 class Method:
     """A named way to compute a case.
@@ -78,7 +81,7 @@ def backends_for(case: Case, device: Device) -> list[Method]:
     reasons = contrastive_ext.explain(probe).reasons
     if reasons["cuda"] is None:
         reasons["cuda"] = _why_not_cuda(case)
-    names = [name for name, reason in reasons.items() if name != "reference" and reason is None]
+    names = [name for name, reason in reasons.items() if name not in {"reference", *left_out} and reason is None]
     if not case.is_ranked:
         return [_backend(name) for name in names]
     exact = [_backend(name, ranks="exact") for name in names]

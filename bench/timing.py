@@ -45,9 +45,9 @@ def ratio(baseline: Timing, mine: Timing) -> list[float]:
 
 
 def interleave(
-    device: Device, calls: dict[str, Callable[[Inputs], Tensor]], inputs: Sequence[Inputs], seconds: float
+    device: Device, calls: dict[str, Callable[[Inputs], Tensor]], inputs: Sequence[Inputs], seconds: float, least: int
 ) -> dict[str, Timing]:
-    """Time forward and backward of every call; rounds are repeated for about `seconds`, within the limits above.
+    """Time forward and backward of every call, `least` rounds and on for about `seconds`, at most MOST_ROUNDS.
 
     calls   name -> 0-d loss of its inputs; the first round warms up and is not counted
     inputs  rotated from call to call
@@ -55,9 +55,7 @@ def interleave(
     names = list(calls)
     timings = {name: Timing() for name in names}
     began, rounds = 0.0, -1
-    while rounds < LEAST_ROUNDS[device.kind] or (
-        rounds < MOST_ROUNDS[device.kind] and time.perf_counter() - began < seconds
-    ):
+    while rounds < least or (rounds < MOST_ROUNDS[device.kind] and time.perf_counter() - began < seconds):
         marks = {}
         for i in range(len(names)):
             turn = rounds + i

@@ -2,6 +2,7 @@
 
     python tools/cuda_gate.py          part of `make gate`; needs nvcc, and cuobjdump from CUDA or Triton
     python tools/cuda_gate.py ladder   build build/ladder and run it: needs a Hopper GPU
+    python tools/cuda_gate.py build-ladder PROGRAM
 
 Fails unless every kernel with a tile loop uses WGMMA and TMA, spills nothing, uses no stack and fits the registers that
 its warps may have, and the compiler has not serialised its asynchronous products. Prints the table of
@@ -76,10 +77,11 @@ def run_nvcc(nvcc: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def build_ladder(nvcc: str, program: Path) -> None:
+def build_ladder(nvcc: str, program: Path) -> int:
     """The program that climbs from one tile to the whole kernel; it needs a GPU to run."""
     ladder = ROOT / "tests" / "cuda_kernels" / "ladder.cu"
     run_nvcc(nvcc, "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", str(ladder), str(SOURCE), "-o", str(program))
+    return 0
 
 
 def readable(mangled: str) -> str:
@@ -137,6 +139,9 @@ def climb_ladder(nvcc: str | None) -> int:
 def main() -> int:
     if sys.argv[1:] == ["ladder"]:
         return climb_ladder(find_nvcc())
+    if sys.argv[1:2] == ["build-ladder"]:
+        nvcc = find_nvcc()
+        return 0 if nvcc is None else build_ladder(nvcc, Path(sys.argv[2]))
     nvcc, cuobjdump = find_nvcc(), find_cuobjdump()
     if nvcc is None or cuobjdump is None:
         print(f"The Hopper kernels are not examined: {'nvcc' if nvcc is None else 'cuobjdump'} was not found.")

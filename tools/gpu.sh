@@ -1,129 +1,173 @@
 #!/usr/bin/env bash
-# On a GPU machine, without network: build against the torch found there, test, check, time. Run as `make gpu`.
+# On a GPU machine, without network: what the kernels must show there, in the order of what matters. Run as `make gpu`.
 #
 #   tools/gpu.sh [step...]     the steps named, or all of them in the order of ALL_STEPS
 #
-#   smoke                 every loss, layout and dtype at tiny shapes on every backend: the first answer of a new device
-#   tests                 in parallel where pytest-xdist is installed: they compile about 1,900 Triton kernels
-#   ladder                the Hopper kernels from one tile to the whole, without torch (tests/cuda_kernels/ladder.cu);
-#                         ladder-* the same under compute-sanitizer's tools
-#   sanitizer, racecheck  every backend at tiny shapes under memcheck and racecheck
-#   tune                  other tile sizes, for triton_kernels/configs.py
+#   facts     device, driver, versions, commit, clocks
+#   import    the package with the native library that lies there or in build/gpu; one is built only if none loads
+#   ladder    the Hopper kernels from one tile to the whole, without torch (tests/cuda_kernels/ladder.cu)
+#   proof     real shapes against float64, and the same bits when repeated: what a VERIFIED entry rests on
+#   speed     the table of goals: backends and eager formula, share of the library's rate, kernel by kernel
+#   smoke     every loss, layout and dtype on every backend at tiny shapes
+#   tiles     other tile sizes, for triton_kernels/configs.py
+#   tests     the tests that use the GPU
+#   bench     the whole benchmark           \
+#   sanitizer, racecheck                     > only when named
+#   ladder-memcheck, -racecheck, -synccheck /
 #
-#   PYTHON   interpreter that has torch (python3); the package is installed there, editable
-#   OUT      folder of the logs (bench/results/gpu-logs); every step writes its log as it runs
-#   DEVICE   cuda; cpu rehearses the script on a machine without a GPU
-#   LIMIT    seconds that any one step may take at most
-#   BENCH    further arguments of the benchmark: --time-limit SECONDS, --only REGEX
+#   PYTHON    interpreter that has torch (python3); nothing is installed
+#   OUT       folder of the results (bench/results/gpu), at most eight files; logs of the steps are in logs.tar.gz
+#   DEVICE    cuda; cpu rehearses the script on a machine without a GPU: same steps, same files, tiny sizes
+#   JOBS      processes that compile at a time (all processors but two)
+#   DEADLINE  seconds for the whole script (540); a step that has no time left is skipped
+#   TILES     arguments of `python -m bench tune`; BENCH those of the benchmark; PYTEST those of pytest
 #
-# Ten minutes a call, on machines that forget in between:
-#   LIMIT=280 tools/gpu.sh install smoke tests
-#   LIMIT=400 tools/gpu.sh install ladder tune
-#   BENCH="--time-limit 380" LIMIT=460 tools/gpu.sh install bench
-#
+# Machines without network or .git: `make gpu-files` puts library, ladder and commit into build/gpu, to be carried along.
 # A failing step does not stop the later ones; the exit status is the number of failed steps.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
-OUT=${OUT:-bench/results/gpu-logs}
+OUT=${OUT:-bench/results/gpu}
 DEVICE=${DEVICE:-cuda}
-ALL_STEPS="install smoke ladder tests gradcheck ladder-memcheck ladder-racecheck ladder-synccheck sanitizer racecheck bench tune"
-STEPS=" ${*:-$ALL_STEPS} "
+JOBS=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : $(nproc)))}
+DEADLINE=${DEADLINE:-540}
+STEPS=" ${*:-facts import ladder proof speed smoke tiles tests} "
+LOGS=$(mktemp -d)
 failed=0
-report=()
 mkdir -p "$OUT"
-export PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests turn deterministic mode on
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" # ninja beside the interpreter
+tiny=()
+[[ $DEVICE == cpu ]] && tiny=(--tiny)
 
-describe() {
-  "$PYTHON" - <<'PY'
-import platform, subprocess
-
-
-def output(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().replace("\n", ", ")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-import torch
-
-try:
-    import triton
-except ImportError:
-    triton = None
-found = torch.cuda.is_available()
-print("device:", torch.cuda.get_device_name() if found else "no GPU", *(torch.cuda.get_device_capability() if found else ()))
-print("driver:", output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"))
-print("python:", platform.python_version())
-print("torch: ", torch.__version__, "with CUDA", torch.version.cuda)
-print("triton:", getattr(triton, "__version__", "not installed"))
-print("commit:", output("git", "describe", "--always", "--dirty", "--abbrev=40"))
-PY
-}
-
-# step NAME SECONDS COMMAND...: run under a time limit into a log of its own, remember how it ended; an interrupted
-# pytest still prints the failures so far
+# step NAME SECONDS COMMAND...: run within its time into a log of its own and say how it ended
 step() {
-  local name=$1 limit=$(($2 < ${LIMIT:-$2} ? $2 : LIMIT)) began=$SECONDS status=0 result=ok log
+  local name=$1 limit=$2 began=$SECONDS status=0 result=ok log=$LOGS/$1.log
   shift 2
   [[ $STEPS == *" $name "* ]] || return 0
-  log="$OUT/$name.log"
-  echo "== $name: $*"
-  timeout --signal=INT --kill-after=30 "$limit" "$@" > "$log" 2>&1 || status=$?
-  if ((status == 0)); then
-    tail -n 3 "$log"
-  elif [[ $1 == compute-sanitizer ]] && grep -q "Device not supported" "$log"; then
-    result="not allowed on this device"
+  ((limit = limit < DEADLINE - SECONDS ? limit : DEADLINE - SECONDS))
+  if ((limit < 5)); then
+    result="skipped: no time left"
   else
-    ((status == 124 || status == 137)) && result="FAILED (over $limit s)" || result="FAILED ($status)"
-    failed=$((failed + 1))
-    tail -n 40 "$log"
+    echo "== $name, at $SECONDS s: $*"
+    timeout --signal=INT --kill-after=10 "$limit" "$@" > "$log" 2>&1 || status=$?
+    ((status == 0)) || failed=$((failed + 1))
+    ((status == 0)) || result="FAILED ($status)"
+    ((status == 124 || status == 137)) && result="FAILED (over $limit s)"
+    tail -n "$((status == 0 ? 4 : 25))" "$log" | cut -c1-300
   fi
-  report+=("$(printf '%-16s %s, %d s' "$name" "$result" $((SECONDS - began)))")
+  printf '%-10s %s, %d s\n' "$name" "$result" $((SECONDS - began)) >> "$OUT/summary.txt"
+  tar -C "$LOGS" -czf "$OUT/logs.tar.gz" .
 }
 
-describe > "$OUT/summary.txt" || exit 1
-if [[ $DEVICE == cuda ]] && grep -q "^device: no GPU" "$OUT/summary.txt"; then
+# in_shards COMMAND...: JOBS processes, each with its --shard i/JOBS; fails if one fails
+in_shards() {
+  local pids=() status=0
+  for ((i = 0; i < JOBS; i++)); do
+    OMP_NUM_THREADS=1 "$@" --shard "$i/$JOBS" &
+    pids+=($!)
+  done
+  trap 'kill -INT "${pids[@]}" 2> /dev/null' INT TERM
+  for pid in "${pids[@]}"; do wait "$pid" || status=1; done
+  return $status
+}
+
+facts() {
+  "$PYTHON" - "$DEVICE" "$OUT/facts.json" <<'PY'
+import json, sys
+from bench import environment
+from bench.device import Device
+
+facts = environment.facts(Device(sys.argv[1]))
+open(sys.argv[2], "w").write(json.dumps(facts, indent=1) + "\n")
+print(json.dumps(facts))
+PY
+  [[ $DEVICE == cpu ]] || nvidia-smi --query-gpu=name,clocks.sm,clocks.max.sm,power.draw,temperature.gpu --format=csv
+}
+
+import_library() {
+  ls contrastive_ext/_C*.so > /dev/null 2>&1 || cp build/gpu/_C*.so contrastive_ext/ 2> /dev/null
+  "$PYTHON" -c 'from contrastive_ext import native; print(native.build_info())' && return 0
+  CONTRASTIVE_EXT_NATIVE=1 "$PYTHON" setup.py -q build_ext --inplace && "$PYTHON" -m contrastive_ext doctor
+}
+
+ladder() {
+  local program=build/gpu/ladder
+  if [[ $DEVICE == cpu ]]; then
+    [[ -x $program || ! -d build/gpu ]] && echo "rehearsed"
+  elif [[ -x $program ]]; then
+    "$program"
+  else
+    "$PYTHON" tools/cuda_gate.py ladder
+  fi
+}
+
+proof() {
+  local status=0
+  in_shards "$PYTHON" -m bench proof --device "$DEVICE" --out "$LOGS/proof" $TINY $WITHOUT || status=1
+  cat "$LOGS"/proof/*.jsonl > "$OUT/proof.jsonl"
+  grep -h '"proven": false' "$OUT/proof.jsonl"
+  echo "$(grep -c '"proven": true' "$OUT/proof.jsonl") proven, $(grep -c '"proven": false' "$OUT/proof.jsonl") not"
+  return $status
+}
+
+smoke() { in_shards "$PYTHON" -m bench smoke --device "$DEVICE" $WITHOUT; }
+
+tiles() {
+  local arguments=(tune --device "$DEVICE")
+  if [[ $DEVICE == cpu ]]; then
+    arguments+=(--features 16 --rows 32 --dtype fp32)
+    export TRITON_INTERPRET=1
+  else
+    read -ra more <<< "${TILES:---features 128 256 768 --rows 34816 --dtype bf16}"
+    arguments+=("${more[@]}")
+  fi
+  in_shards timeout --signal=INT 150 "$PYTHON" -m bench "${arguments[@]}" --out "$LOGS/tiles" > "$LOGS/tiles-compile.log" 2>&1
+  "$PYTHON" -m bench "${arguments[@]}" --out "$OUT"
+}
+
+gpu_tests() {
+  local chosen=(-k "cuda or gpu") workers=(-n "$JOBS" --dist worksteal) # neighbours, which share kernels, on one worker
+  [[ -n $WITHOUT ]] && chosen=(-k "(cuda or gpu) and not cuda_kernels and not cuda-cuda")
+  [[ $DEVICE == cpu ]] && chosen=(tests/test_tables.py) workers=()
+  "$PYTHON" -c "import xdist" 2> /dev/null || workers=()
+  OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -m "not interpreter" -p no:cacheprovider --maxfail 60 \
+    --junitxml "$OUT/tests.xml" "${workers[@]}" "${chosen[@]}" ${PYTEST:-}
+}
+# functions run under `timeout` in a shell of their own
+export -f in_shards facts import_library ladder proof smoke tiles gpu_tests
+export PYTHON OUT DEVICE JOBS LOGS
+
+date -u > "$OUT/summary.txt"
+# the package is not installed there
+[[ -e contrastive_ext/triton_kernels || -n $("$PYTHON" -c 'import contrastive_ext.triton_kernels' 2>&1) ]] &&
+  ln -sfn ../triton_kernels contrastive_ext/triton_kernels
+step facts 30 bash -c facts
+if [[ $DEVICE == cuda ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "make gpu needs a GPU that $PYTHON's torch can use; torch.cuda.is_available() is False." >&2
   exit 1
 fi
+step import 200 bash -c import_library
+step ladder 30 bash -c ladder
+# what fails the ladder may hang: nothing else may meet it
+without=()
+[[ $(tail -n 1 "$OUT/summary.txt") == "ladder "*FAILED* ]] && without=(--without cuda)
+export WITHOUT="${without[*]}" TINY="${tiny[*]}"
+step proof 150 bash -c proof
+step speed 110 "$PYTHON" -m bench speed --device "$DEVICE" --out "$OUT" --time-limit "$((${#tiny[@]} ? 3 : 80))" $TINY $WITHOUT
+step smoke 60 bash -c smoke
+step tiles 200 bash -c tiles
+step tests 400 bash -c gpu_tests
+for tool in memcheck racecheck synccheck; do
+  step "ladder-$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 99 build/gpu/ladder
+done
+step sanitizer 600 compute-sanitizer --error-exitcode 99 "$PYTHON" -m bench smoke
+step racecheck 900 compute-sanitizer --tool racecheck --error-exitcode 99 "$PYTHON" -m bench smoke
+step bench 1800 "$PYTHON" -m bench --device "$DEVICE" --out "$OUT" ${BENCH:-}
 
-# NATIVE=1: a missing compiler is a failure here, not a pure-Python package
-CONTRASTIVE_EXT_NATIVE=1 PIP_BREAK_SYSTEM_PACKAGES=1 \
-  step install 300 "$PYTHON" -m pip install -v --no-build-isolation --no-deps --no-index -e .
-step smoke 300 "$PYTHON" -m bench smoke --device "$DEVICE"
-if [[ $DEVICE == cuda ]] && command -v nvcc > /dev/null; then
-  step ladder 300 "$PYTHON" tools/cuda_gate.py ladder
-else
-  report+=("ladder           not run: needs a GPU and nvcc")
-fi
-parallel=()
-if "$PYTHON" -c "import xdist" 2> /dev/null; then
-  parallel=(-n "$(nproc)" --dist worksteal) # neighbours, which share kernels, on one worker
-  export OMP_NUM_THREADS=1
-fi
-step tests 1500 "$PYTHON" -m pytest tests -q -m "not interpreter" "${parallel[@]}"
-step gradcheck 600 "$PYTHON" -m pytest tests -q -m "not interpreter" -k gradcheck "${parallel[@]}"
-unset OMP_NUM_THREADS
-if command -v compute-sanitizer > /dev/null; then
-  if [[ $DEVICE == cuda && -x build/ladder ]]; then
-    for tool in memcheck racecheck synccheck; do
-      step "ladder-$tool" 600 compute-sanitizer --tool "$tool" --error-exitcode 99 build/ladder
-    done
-  fi
-  step sanitizer 600 compute-sanitizer --error-exitcode 99 "$PYTHON" -m bench smoke
-  step racecheck 900 compute-sanitizer --tool racecheck --error-exitcode 99 "$PYTHON" -m bench smoke
-elif [[ $STEPS == *" sanitizer "* ]]; then
-  report+=("sanitizer        not installed")
-fi
-read -ra bench_arguments <<< "${BENCH:-}"
-step bench 1800 "$PYTHON" -m bench --device "$DEVICE" --out bench/results "${bench_arguments[@]}"
-[[ $DEVICE == cpu ]] || step tune 580 "$PYTHON" -m bench tune --out bench/results
-
-printf '%s\n' "${report[@]}" >> "$OUT/summary.txt"
+rm -rf "$LOGS"
 echo "== summary"
 cat "$OUT/summary.txt"
 exit "$failed"

@@ -29,17 +29,21 @@ LARGEST_WIDE = {"16-bit": 64, "tf32": 32}
 GUIDE_FEATURES = {80: 16, 86: 16, 90: 32, 100: 32}
 # Weights by rank hold bins and edges of two histograms beside the tile: 128x32 spills 440 bytes, 64x32 spills 8.
 RANKED_TILE = (64, 16)
-PAIRS_OF_THREAD = (4, 64)  # fewer leave the units idle, more never fit the registers
+PAIRS_OF_THREAD = (16, 128)  # fewer leave the units idle, more never fit the registers
 
 
 class Config(NamedTuple):
-    """Rows and columns of a tile, features of a chunk (0: all), warps of a program, stages of its pipeline."""
+    """Rows and columns of a tile, features of a chunk (0: all), warps of a program, stages of its pipeline.
+
+    registers  the most a thread may have, so that more programs share a processor; 0: as many as there are
+    """
 
     block_m: int
     block_n: int
     block_d: int
     num_warps: int
     num_stages: int
+    registers: int = 0
 
 
 class Line(NamedTuple):
@@ -162,14 +166,18 @@ def default(line: Line) -> Config:
 
 
 def alternatives(line: Line) -> list[Config]:
-    """Other tiles worth timing: half and twice the rows and columns, 4 and 8 warps; triangles need columns <= rows."""
+    """Other tiles worth timing: half and twice the rows and columns, 4 and 8 warps, one stage more or less, two programs
+    on a processor (128 registers for each of 8 warps); triangles need columns <= rows.
+    """
     table = default(line)
     rows, columns = ([size // 2, size, 2 * size] for size in table[:2])
     found = (
-        table._replace(block_m=m, block_n=n, num_warps=warps)
+        table._replace(block_m=m, block_n=n, num_warps=warps, num_stages=stages, registers=registers)
         for m in rows
         for n in columns
         for warps in sorted({table.num_warps, 4, 8})
+        for stages in range(max(1, table.num_stages - 1), table.num_stages + 2)
+        for registers in ((0, 128) if warps == 8 and line.architecture else (0,))
         if 16 <= n <= m and PAIRS_OF_THREAD[0] <= m * n / (32 * warps) <= PAIRS_OF_THREAD[1]
     )
     return [config for config in found if config != table]

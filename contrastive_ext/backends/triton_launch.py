@@ -44,7 +44,7 @@ def shift_of(problem: Problem, exponents: tuple[float, ...], limit: float) -> st
 def tile_arguments(config, operand: Tensor) -> dict[str, Any]:
     """The tile as arguments of a kernel."""
     features = operand.shape[1]
-    return {
+    return ({"maxnreg": config.registers} if config.registers else {}) | {
         "D": features,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
