@@ -37,7 +37,7 @@ from .proof import prove
 from .results import Results
 from .smoke import smoke
 from .speed import speed
-from .tune import DTYPES, tune
+from .tune import DTYPES, prefer, tune
 
 _OUT = Path(__file__).parent / "results"
 _DIGITS_STEPS = {False: 40, True: 5}
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "plot":
         return _plot(options.results)
     methods.left_out.update(options.without)
+    if options.tiles is not None:
+        prefer(options.tiles)
     if options.command == "negatives":
         return _negatives(options)
     if options.command is None:
@@ -194,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", action="store_true", help="other libraries too, where they are installed")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases and digits jobs whose name matches")
     parser.add_argument("--without", nargs="+", default=[], metavar="BACKEND", help="backends not to run")
+    parser.add_argument("--tiles", type=Path, metavar="FILE", help="use the fastest tiles of a file of `tune`")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case that would end later")
     commands = parser.add_subparsers(dest="command", metavar="smoke | proof | speed | negatives | tune | plot")
     smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
@@ -203,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
         command.add_argument("--only", default=argparse.SUPPRESS, metavar="REGEX", help="cases whose name matches")
         command.add_argument("--without", nargs="+", default=argparse.SUPPRESS, metavar="BACKEND")
+        command.add_argument("--tiles", type=Path, default=argparse.SUPPRESS, metavar="FILE")
         if command is not speed_parser:
             command.add_argument("--shard", type=_shard, metavar="I/N", help="every N-th case from the I-th on")
         if command is not smoke_parser:

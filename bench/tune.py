@@ -6,8 +6,9 @@ python -m bench tune --shard i/n      run every n-th of them once, so that n pro
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,26 @@ from . import environment, timing
 from .device import Device
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-REPEATS = 7
+REPEATS = 9
+# "rows x columns x features of a chunk, warps, stages" on Hopper in 16 bits; True: features come in chunks
+WORTH_TIMING = {
+    ("forward", False): [
+        *(f"128x64 4 {stages}" for stages in (2, 3, 4)), *(f"256x64 {warps} {stages}" for warps in (4, 8) for stages in (2, 3)),
+        "128x128 8 2", "128x128 8 3", "256x128 8 3", "128x128 4 3", "64x64 4 3", "128x32 4 4",
+    ],
+    ("backward", False): [
+        *(f"128x32 4 {stages}" for stages in (2, 3, 4)), *(f"128x64 4 {stages}" for stages in (2, 3, 4)), "128x64 8 3",
+        "128x128 8 2", "128x128 8 3", "64x64 4 2", "64x64 4 3", "64x32 4 3", "256x64 8 3", "128x64 8 2", "128x32 8 3",
+    ],
+    ("forward", True): [
+        *(f"{tile}x64 8 {stages}" for tile in ("128x128", "256x128") for stages in (3, 4)),
+        "128x128x64 4 3", "128x128x64 4 4", "256x64x64 4 4", "256x64x64 8 4", "128x128x128 8 2", "128x64x64 4 4",
+    ],
+    ("backward", True): [
+        *(f"128x128x64 8 {stages}" for stages in (3, 4, 5)), "128x128x64 4 3", "128x128x64 4 4", "128x64x64 8 4",
+        "128x64x64 4 4", "256x64x64 8 4", "64x128x64 4 4", "128x128x128 8 2",
+    ],
+}  # fmt: skip
 TOLERANCE = 1e-2  # of a result's length: above the rounding of 16-bit products, below any wrong tile
 
 
@@ -41,7 +61,7 @@ def tune(
         trials = list(_trials(z))
         expected = _run(z)
         for line, config in trials if shard is None else trials[shard[0] :: shard[1]]:
-            trial = {"features": width, "kernel": line.direction} | config._asdict()
+            trial = {"features": width, "line": line} | config._asdict()
             try:
                 with _preferring(line, config):
                     got = _run(z)
@@ -51,7 +71,7 @@ def tune(
                         trial |= _times(device, z)
             except Exception as error:  # a tile that does not fit: compiler, assembler, launcher raise what they like
                 trial["why_not"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:120]}"
-            print(*trial.values(), flush=True)
+            print(width, line.direction, *list(trial.values())[2:], flush=True)
             found["trials"].append(trial)
             if shard is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +85,12 @@ def _trials(z: list[Tensor]) -> Iterator[tuple[Any, Any]]:
     configs.asked.clear()
     _run(z)
     for line in sorted(configs.asked):
-        yield from ((line, config) for config in (configs.default(line), *configs.alternatives(line)))
+        table = configs.default(line)
+        others = configs.alternatives(line)
+        if line.products == "16-bit" and line.architecture >= configs.DESCRIPTORS_FROM:
+            others = [configs.tile(*written.split()) for written in WORTH_TIMING[line.direction, table.block_d > 0]]
+        yield line, table
+        yield from ((line, config) for config in others if config != table)
 
 
 def _run(z: list[Tensor]) -> list[Tensor]:
@@ -74,21 +99,37 @@ def _run(z: list[Tensor]) -> list[Tensor]:
 
 
 def _times(device: Device, z: list[Tensor]) -> dict[str, float]:
-    """Median milliseconds of forward and backward."""
-    forward, backward = [], []
+    """Milliseconds of forward and backward, on a GPU those of a graph's replays: the host's share is no tile's."""
+    forward = _milliseconds(device, lambda: ce.fused_infonce_loss(*z, backend="triton"))
+    both = _milliseconds(device, lambda: _run(z))
+    return {"forward_ms": round(forward, 4), "backward_ms": round(both - forward, 4)}
+
+
+def _milliseconds(device: Device, call: Callable[[], Any]) -> float:
+    call()
+    if device.is_cuda:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        call = graph.replay
+    call()
+    marks = [device.mark()]
     for _ in range(REPEATS):
-        start = device.mark()
-        loss = ce.fused_infonce_loss(*z, backend="triton")
-        middle = device.mark()
-        torch.autograd.grad(loss, z)
-        end = device.mark()
-        device.synchronize()
-        forward.append(device.milliseconds(start, middle))
-        backward.append(device.milliseconds(middle, end))
-    return {
-        "forward_ms": round(timing.quartiles(forward)[1], 4),
-        "backward_ms": round(timing.quartiles(backward)[1], 4),
-    }
+        call()
+        marks.append(device.mark())
+    device.synchronize()
+    return timing.quartiles([device.milliseconds(*pair) for pair in itertools.pairwise(marks)])[1]
+
+
+def prefer(path: Path) -> None:
+    """Take the fastest tiles of a file that `tune` wrote, for this process."""
+    configs, best = triton_launch.kernels().configs, {}
+    for trial in json.loads(path.read_text())["trials"]:
+        line = configs.Line(*trial["line"])
+        milliseconds = trial.get(f"{line.direction}_ms", float("inf"))
+        if milliseconds < best.get(line, float("inf")):
+            best[line] = milliseconds
+            configs.preferred[line] = configs.Config(**{name: trial[name] for name in configs.Config._fields})
 
 
 @contextmanager

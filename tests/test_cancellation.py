@@ -95,7 +95,9 @@ def test_a_guide_for_two_views_and_a_queue(run, pairs):
 
 
 def test_everything_cancelled_costs_nothing(run, pairs):
-    loss, stats = ce.fused_debiased_loss(*pairs, ids=torch.ones(B).long(), backend=run[0], return_stats=True)
+    loss, stats = ce.fused_debiased_loss(
+        *pairs, ids=torch.ones(B, device=pairs[0].device).long(), backend=run[0], return_stats=True
+    )
     loss.backward()
     assert loss.item() == 0.0
     assert all(z.grad.eq(0).all() for z in pairs)

@@ -87,7 +87,8 @@ def test_sixteen_bit_storage(run, dtype):
     queue.enqueue(keys)
     assert queue.data.dtype == dtype
     rounded = ce.fused_infonce_loss(z1, z2, queue=keys.to(dtype).float(), backend=backend)
-    assert torch.equal(ce.fused_infonce_loss(z1, z2, queue=queue, backend=backend), rounded)
+    # to rounding: a queue that knows which rows are filled is swept with a mask
+    torch.testing.assert_close(ce.fused_infonce_loss(z1, z2, queue=queue, backend=backend), rounded, rtol=1e-6, atol=0)
 
 
 def test_enqueue_is_compiled_whole():

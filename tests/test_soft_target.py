@@ -66,7 +66,10 @@ def test_error_rule(run, inputs, dtype):
     truth = evaluate(exact, {"queries": queries.double()}, upstream, dtype=dtype, **options)
     length = queries.double().norm(dim=1)
     terms = {"queries": upstream / 0.1 / len(queries) / length[length > 0].min().item()}
-    if backend == "triton" and dtype == torch.float16:  # the targets' means come from 16-bit exponentials
+    if backend == "triton" and dtype in (
+        torch.float16,
+        torch.bfloat16,
+    ):  # the targets' means come from 16-bit exponentials
         assert (ours.loss.double() - truth.loss).abs() <= torch.finfo(dtype).eps / 0.1
         ours = type(ours)(truth.loss, ours.grads)
     assert_as_accurate_as_dense(ours, dense, truth, 20.0, terms, dtype)

@@ -145,7 +145,8 @@ def config_of(case: Case) -> configs.Config:
     direction = "forward" if direction == "histogram" else direction
     products = "16-bit" if case.products == "bf16" else case.products
     mask, ranked = MASKED.get(case.variant, "images"), case.variant in RANKED
-    return configs.choose(direction, products, case.features, case.architecture, mask, ranked)
+    two = case.variant in ("hard", *MASKED) and not ranked
+    return configs.choose(direction, products, case.features, case.architecture, mask, ranked, 2 if two else 1)
 
 
 def compile_case(case: Case):
@@ -203,6 +204,7 @@ def prologue_arguments(case: Case) -> tuple[Any, dict, dict]:
     accumulator = "*fp64" if case.products == "fp64" else "*fp32"
     constants = {"D": case.features, "BLOCK": block, "BLOCK_D": block_d, "NORMALIZE": True}
     types = dict.fromkeys(("p_z1", "p_z2", "p_operands", "p_dz1", "p_dz2"), POINTER[case.products])
+    constants["PRECISION"] = "tf32" if case.products == "tf32" else "ieee"
     if case.variant == "plain":
         return prologue.prologue_kernel, types | dict.fromkeys(("p_inverse", "p_cosine"), accumulator), constants
     vectors = ("p_inverse", "p_by_pos", "p_by_scale", "p_du", "p_dv", "p_upstream", "p_dscale", "scale")
@@ -213,12 +215,23 @@ def prologue_arguments(case: Case) -> tuple[Any, dict, dict]:
 def row_losses_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of the row losses, every loss stored too."""
     accumulator = "*fp64" if case.products == "fp64" else "*fp32"
-    names = ("p_rows", "p_columns", "p_cosine", "scale", "p_lse", "p_coefficients", "p_losses", "p_sums", "p_clamped")
+    names = (
+        "p_rows",
+        "p_columns",
+        "p_cosine",
+        "scale",
+        "p_clamped",
+        "p_lse",
+        "p_coefficients",
+        "p_terms",
+        "p_losses",
+        "p_sums",
+    )
     constants = triton_whole_loss._formula("hard_negative", [0.1, 1.0, 0.0])
     constants |= {"EXPONENTS": (1.0, 2.0), "NUM_PARTS": 3, "HAS_SHIFT": True, "TRIANGLE": 128, "SIDES": 2, "MEAN": True}
     span, block = triton_whole_loss.blocks(triton_whole_loss.ANCHORS_OF_PROGRAM + (case.variant == "large"))
     constants |= {"SPAN": span, "BLOCK": block, "AT_ONCE": triton_whole_loss.READ_AT_ONCE // block}
-    constants["SCALE_IS_TENSOR"] = True
+    constants |= {"SCALE_IS_TENSOR": True, "LARGEST": 2.0, "BACKWARD_SHIFT": "device"}
     return row_losses.row_losses_kernel, dict.fromkeys(names, accumulator), constants
 
 
@@ -238,7 +251,12 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         "PRECISION": "tf32" if case.products == "tf32" else "ieee",
     }  # fmt: skip
     scale = accumulator if constants["SCALE_IS_TENSOR"] else "fp32"
-    types = {"p_u": pointer, "p_v": pointer, "scale": scale}
+    types: dict[str, str | None] = {"p_u": pointer, "p_v": pointer, "scale": scale}
+    if case.direction in configs.DIRECTIONS:
+        by_descriptor = case.architecture >= configs.DESCRIPTORS_FROM and case.products in (*configs.DESCRIBED, "bf16")
+        for name, rows in (("d_u", config.block_m), ("d_v", config.block_n)):
+            tile = f"tensordesc<{pointer[1:]}[{rows}, {constants['BLOCK_D']}]>"
+            types[name] = tile if by_descriptor else None
     rule_types, rule_constants = rule_arguments(case, accumulator)
     types, constants = types | rule_types, constants | rule_constants
     if case.direction == "histogram":
@@ -259,7 +277,7 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         constants["NUM_PARTS"] = len(exponents) + (2 if stats else masked) + (shift != "plain")
     else:
         kernel = row_stats_backward.row_stats_backward_kernel
-        types |= dict.fromkeys(("p_lse", "p_grad", "p_col_lse", "p_col_grad", "p_factor"), accumulator)
+        types |= dict.fromkeys(("p_lse", "p_grad", "p_col_terms", "p_col_grad", "p_factor"), accumulator)
         types |= {"p_out": pointer if case.features > configs.RESIDENT_FEATURES else accumulator}
         tables = ("p_row_axis", "p_row_below", "p_col_axis", "p_col_below", "p_shape")
         types |= dict.fromkeys(tables, accumulator if ranked else None)

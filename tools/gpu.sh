@@ -32,7 +32,7 @@ OUT=${OUT:-bench/results/gpu}
 DEVICE=${DEVICE:-cuda}
 JOBS=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : $(nproc)))}
 DEADLINE=${DEADLINE:-540}
-STEPS=" ${*:-facts import ladder proof speed smoke tiles tests} "
+STEPS=" ${*:-facts import ladder tiles proof speed smoke tests} "
 LOGS=$(mktemp -d)
 failed=0
 mkdir -p "$OUT"
@@ -106,11 +106,17 @@ ladder() {
 
 proof() {
   local status=0
-  in_shards "$PYTHON" -m bench proof --device "$DEVICE" --out "$LOGS/proof" $TINY $WITHOUT || status=1
+  in_shards "$PYTHON" -m bench proof --device "$DEVICE" --out "$LOGS/proof" $TINY $WITHOUT $FASTEST || status=1
   cat "$LOGS"/proof/*.jsonl > "$OUT/proof.jsonl"
   grep -h '"proven": false' "$OUT/proof.jsonl"
   echo "$(grep -c '"proven": true' "$OUT/proof.jsonl") proven, $(grep -c '"proven": false' "$OUT/proof.jsonl") not"
   return $status
+}
+
+speed() {
+  local limit=80
+  [[ $DEVICE == cpu ]] && limit=3
+  "$PYTHON" -m bench speed --device "$DEVICE" --out "$OUT" --time-limit $limit $TINY --without torch ${WITHOUT#--without} $FASTEST
 }
 
 smoke() { in_shards "$PYTHON" -m bench smoke --device "$DEVICE" $WITHOUT; }
@@ -129,7 +135,7 @@ tiles() {
 }
 
 gpu_tests() {
-  local chosen=(-k "cuda or gpu") workers=(-n "$JOBS" --dist worksteal) # neighbours, which share kernels, on one worker
+  local chosen=(-k "${TESTS:-cuda or gpu}") workers=(-n "$JOBS" --dist worksteal) # neighbours, which share kernels, on one worker
   [[ -n $WITHOUT ]] && chosen=(-k "(cuda or gpu) and not cuda_kernels and not cuda-cuda")
   [[ $DEVICE == cpu ]] && chosen=(tests/test_tables.py) workers=()
   "$PYTHON" -c "import xdist" 2> /dev/null || workers=()
@@ -137,7 +143,7 @@ gpu_tests() {
     --junitxml "$OUT/tests.xml" "${workers[@]}" "${chosen[@]}" ${PYTEST:-}
 }
 # functions run under `timeout` in a shell of their own
-export -f in_shards facts import_library ladder proof smoke tiles gpu_tests
+export -f in_shards facts import_library ladder tiles proof speed smoke gpu_tests
 export PYTHON OUT DEVICE JOBS LOGS
 
 date -u > "$OUT/summary.txt"
@@ -154,11 +160,13 @@ step ladder 30 bash -c ladder
 # what fails the ladder may hang: nothing else may meet it
 without=()
 [[ $(tail -n 1 "$OUT/summary.txt") == "ladder "*FAILED* ]] && without=(--without cuda)
-export WITHOUT="${without[*]}" TINY="${tiny[*]}"
-step proof 150 bash -c proof
-step speed 110 "$PYTHON" -m bench speed --device "$DEVICE" --out "$OUT" --time-limit "$((${#tiny[@]} ? 3 : 80))" $TINY $WITHOUT
-step smoke 60 bash -c smoke
+export WITHOUT="${without[*]}" TINY="${tiny[*]}" FASTEST=""
 step tiles 200 bash -c tiles
+# what follows takes the fastest tiles that were found
+[[ $STEPS == *" tiles "* ]] && export FASTEST="--tiles $(ls "$OUT"/tiles-*.json)"
+step proof 150 bash -c proof
+step speed 110 bash -c speed
+step smoke 60 bash -c smoke
 step tests 400 bash -c gpu_tests
 for tool in memcheck racecheck synccheck; do
   step "ladder-$tool" 300 compute-sanitizer --tool "$tool" --error-exitcode 99 build/gpu/ladder

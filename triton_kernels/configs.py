@@ -13,6 +13,8 @@ RESIDENT_FEATURES = 256  # up to here a row tile is loaded once and all its feat
 DIRECTIONS = ("forward", "backward")
 FEATURES = (64, 128, 256, 1024)  # the largest number of features of a line; the last stands for all above 256
 ARCHITECTURES = (80, 86, 90, 100)
+# Tiles come by tensor descriptors, the copy engine's, from this architecture on for these products.
+DESCRIPTORS_FROM, DESCRIBED = 90, ("16-bit", "tf32")
 # What keeps masks and counters beside every tile spills in larger ones. Ids and diagnostics need 32 columns. With a
 # gradient to sum up too, lists with their cursors need half the rows and a gate, one more product, 16 columns.
 LARGEST_MASKED = {
@@ -22,6 +24,14 @@ LARGEST_MASKED = {
     ("backward", "ids"): (128, 32),
     ("backward", "lists"): (64, 32),
     ("backward", "gate"): (64, 16),
+}
+MASKED_WARPS = 8
+# a second exponent has exponentials, sums and coefficients of its own
+LARGEST_OF_TWO = {
+    ("forward", False): (128, 64),
+    ("forward", True): (128, 128),
+    ("backward", False): (128, 32),
+    ("backward", True): (128, 64),
 }
 # rows of a masked or ranked backward with 129 to 256 features: their sums alone take half of the registers
 LARGEST_WIDE = {"16-bit": 64, "tf32": 32}
@@ -55,9 +65,10 @@ class Line(NamedTuple):
     architecture: int
 
 
-def _tile(size: str, warps: int, stages: int) -> Config:
+def tile(size: str, warps: int | str, stages: int | str) -> Config:
+    """The tile written "rows x columns" or "rows x columns x features of a chunk"."""
     rows, columns, *chunk = map(int, size.split("x"))
-    return Config(rows, columns, chunk[0] if chunk else 0, warps, stages)
+    return Config(rows, columns, chunk[0] if chunk else 0, int(warps), int(stages))
 
 
 def _table(*lines: tuple[Config, Config, Config, Config]) -> dict[tuple[int, int], Config]:
@@ -76,72 +87,75 @@ _TABLE = {
     # tiles need twice the registers there, hence half the columns.
     ("forward", "16-bit"): _table(
         #        sm_80                        sm_86                        sm_90                        sm_100
-        (_tile("128x128", 8, 3),    _tile("128x128", 8, 2),    _tile("128x128", 8, 3),    _tile("128x64", 8, 3)),
-        (_tile("128x128", 8, 3),    _tile("128x128", 8, 2),    _tile("128x128", 8, 3),    _tile("128x64", 8, 3)),
+        # sm_90: of programs with 4 warps two share a processor, one multiplies while the other takes exponentials
+        (tile("128x128", 8, 3),    tile("128x128", 8, 2),    tile("256x64", 4, 3),     tile("128x64", 8, 3)),
+        (tile("128x128", 8, 3),    tile("128x128", 8, 2),    tile("256x64", 4, 3),     tile("128x64", 8, 3)),
         # two stages: three do not fit beside 128 resident rows
-        (_tile("128x128", 8, 2),    _tile("64x64", 8, 2),      _tile("128x128", 8, 2),    _tile("128x64", 8, 2)),
+        (tile("128x128", 8, 2),    tile("64x64", 8, 2),      tile("128x128", 8, 2),    tile("128x64", 8, 2)),
         # 128x256 spills 24 bytes in masked tiles
-        (_tile("128x128x64", 8, 3), _tile("128x128x32", 8, 3), _tile("128x128x64", 8, 4), _tile("128x64x64", 8, 4)),
+        (tile("128x128x64", 8, 3), tile("128x128x32", 8, 3), tile("256x128x64", 8, 4), tile("128x64x64", 8, 4)),
     ),
     ("backward", "16-bit"): _table(
         # 128 columns leave no register for a second exponent
-        (_tile("128x64", 8, 3),     _tile("128x64", 8, 2),     _tile("128x64", 8, 3),     _tile("128x64", 8, 3)),
-        (_tile("128x64", 8, 3),     _tile("128x64", 8, 2),     _tile("128x64", 8, 3),     _tile("128x64", 8, 3)),
+        (tile("128x64", 8, 3),     tile("128x64", 8, 2),     tile("128x64", 4, 3),     tile("128x64", 8, 3)),
+        (tile("128x64", 8, 3),     tile("128x64", 8, 2),     tile("128x32", 4, 4),     tile("128x64", 8, 3)),
         # the accumulator alone takes 128 registers
-        (_tile("128x32", 8, 3),     _tile("64x32", 8, 2),      _tile("128x32", 8, 3),     _tile("128x32", 8, 3)),
+        (tile("128x32", 8, 3),     tile("64x32", 8, 2),      tile("128x64", 8, 2),     tile("128x32", 8, 3)),
         # weights are stored, not summed: 128 columns spill 500 bytes, on sm_90 128 rows spill 8 (two exponents)
-        (_tile("128x64x64", 8, 3),  _tile("128x64x32", 8, 3),  _tile("64x64x64", 8, 4),   _tile("128x64x32", 8, 4)),
+        (tile("128x64x64", 8, 3),  tile("128x64x32", 8, 3),  tile("128x128x64", 8, 3), tile("128x64x32", 8, 4)),
     ),
     ("forward", "tf32"): _table(
-        (_tile("128x128", 8, 2),    _tile("128x64", 8, 2),     _tile("128x128", 8, 2),    _tile("128x64", 8, 2)),
+        (tile("128x128", 8, 2),    tile("128x64", 8, 2),     tile("128x128", 8, 2),    tile("128x64", 8, 2)),
         # float32 rows are twice as long: half the columns of 16 bits
-        (_tile("128x64", 8, 2),     _tile("64x64", 8, 1),      _tile("128x64", 8, 2),     _tile("128x64", 8, 2)),
-        (_tile("64x64", 8, 2),      _tile("32x32", 4, 1),      _tile("64x64", 8, 2),      _tile("64x64", 8, 2)),
-        (_tile("64x64x32", 8, 3),   _tile("64x64x32", 8, 3),   _tile("128x128x32", 8, 3), _tile("128x64x32", 8, 3)),
+        (tile("128x64", 8, 2),     tile("64x64", 8, 1),      tile("128x64", 8, 2),     tile("128x64", 8, 2)),
+        (tile("64x64", 8, 2),      tile("32x32", 4, 1),      tile("64x64", 8, 2),      tile("64x64", 8, 2)),
+        (tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3),   tile("128x128x32", 8, 3), tile("128x64x32", 8, 3)),
     ),
     ("backward", "tf32"): _table(
-        (_tile("64x32", 8, 2),      _tile("64x32", 8, 2),      _tile("128x64", 8, 2),     _tile("64x64", 8, 2)),
-        (_tile("64x64", 8, 2),      _tile("64x32", 8, 1),      _tile("64x64", 8, 2),      _tile("64x32", 8, 2)),
-        (_tile("64x32", 8, 1),      _tile("32x32", 8, 1),      _tile("64x32", 8, 1),      _tile("64x32", 8, 1)),
-        (_tile("64x64x32", 8, 3),   _tile("64x64x32", 8, 3),   _tile("64x64x32", 8, 3),   _tile("64x64x32", 8, 3)),
+        (tile("64x32", 8, 2),      tile("64x32", 8, 2),      tile("128x64", 8, 2),     tile("64x64", 8, 2)),
+        (tile("64x64", 8, 2),      tile("64x32", 8, 1),      tile("64x64", 8, 2),      tile("64x32", 8, 2)),
+        (tile("64x32", 8, 1),      tile("32x32", 8, 1),      tile("64x32", 8, 1),      tile("64x32", 8, 1)),
+        (tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3)),
     ),
     # exact float32 products run on the ordinary units, operands pass through registers: small tiles, one for all
     ("forward", "ieee"): _everywhere(
-        _tile("64x64", 8, 2), _tile("64x64", 8, 1), _tile("32x32", 8, 1), _tile("64x32x32", 8, 2),
+        tile("64x64", 8, 2), tile("64x64", 8, 1), tile("32x32", 8, 1), tile("64x32x32", 8, 2),
     ),
     ("backward", "ieee"): _everywhere(
-        _tile("64x32", 8, 2), _tile("32x32", 8, 1), _tile("32x32", 8, 1), _tile("64x32x32", 8, 2),
+        tile("64x32", 8, 2), tile("32x32", 8, 1), tile("32x32", 8, 1), tile("64x32x32", 8, 2),
     ),
     # for checks, not for speed
     ("forward", "fp64"): _everywhere(
-        _tile("32x32", 4, 2), _tile("32x32", 4, 1), _tile("16x16", 4, 1), _tile("32x32x32", 4, 2),
+        tile("32x32", 4, 2), tile("32x32", 4, 1), tile("16x16", 4, 1), tile("32x32x32", 4, 2),
     ),
     ("backward", "fp64"): _everywhere(
-        _tile("32x32", 8, 1), _tile("16x16", 4, 1), _tile("16x16", 4, 1), _tile("32x32x32", 8, 2),
+        tile("32x32", 8, 1), tile("16x16", 4, 1), tile("16x16", 4, 1), tile("32x32x32", 8, 2),
     ),
     # a list of up to 128 columns stays beside the tile; features always come in chunks
-    ("top_columns", "tf32"): _everywhere(*[_tile("64x64x32", 8, 3)] * 4),
-    ("top_columns", "ieee"): _everywhere(*[_tile("64x64x32", 8, 2)] * 4),
-    ("top_columns", "fp64"): _everywhere(*[_tile("32x32x32", 4, 2)] * 4),
+    ("top_columns", "tf32"): _everywhere(*[tile("64x64x32", 8, 3)] * 4),
+    ("top_columns", "ieee"): _everywhere(*[tile("64x64x32", 8, 2)] * 4),
+    ("top_columns", "fp64"): _everywhere(*[tile("32x32x32", 4, 2)] * 4),
 }
 # fmt: on
 
 # small enough that test problems have edges, corners and several chunks
-_INTERPRETER = {False: _tile("32x32", 1, 1), True: _tile("32x32x64", 1, 1)}
+_INTERPRETER = {False: tile("32x32", 1, 1), True: tile("32x32x64", 1, 1)}
 
 preferred: dict[Line, Config] = {}  # what autotune found on this device
 asked: set[Line] = set()  # since autotune last looked
 
 
 def choose(
-    direction: str, products: str, features: int, architecture: int, mask: str = "images", ranked: bool = False
-) -> Config:
+    direction: str, products: str, features: int, architecture: int, mask: str = "images", ranked: bool = False,
+    exponents: int = 1,
+) -> Config:  # fmt: skip
     """The tile for a call.
 
     products      16-bit, tf32, ieee or fp64
     architecture  10 major + minor, 0 interpreted
     mask          the costliest rule beside the images': none (images), ids, lists or gate
     ranked        whether weights are looked up in histograms
+    exponents     log-sum-exps of a row
     """
     group = FEATURES[-1] if features > RESIDENT_FEATURES else next(f for f in FEATURES if features <= f)
     line = Line(direction, products, group, architecture and nearest(architecture))
@@ -149,13 +163,18 @@ def choose(
     config = preferred.get(line) or default(line)
     if architecture == 0:
         return config
-    largest = (LARGEST_MASKED.get((direction, mask), config[:2]), RANKED_TILE if ranked else config[:2])
+    largest = [LARGEST_MASKED.get((direction, mask), config[:2]), RANKED_TILE if ranked else config[:2]]
+    if exponents > 1 and products == "16-bit":
+        largest.append(LARGEST_OF_TWO[direction, config.block_d > 0])
     rows, columns = (min(sizes) for sizes in zip(config[:2], *largest, strict=True))
     if direction == "backward" and group == RESIDENT_FEATURES and (ranked or mask != "images"):
         rows = min(rows, LARGEST_WIDE.get(products, rows))
     # what is looked up between two products keeps Triton 3.6 from pipelining them: it does not compile
     stages = 1 if ranked and direction == "backward" and group <= RESIDENT_FEATURES else config.num_stages
-    return config._replace(block_m=rows, block_n=columns, num_stages=stages)
+    # masks want the registers of more threads
+    masked = products == "16-bit" and (mask != "images" or ranked)
+    warps = max(config.num_warps, MASKED_WARPS) if masked else config.num_warps
+    return config._replace(block_m=rows, block_n=columns, num_warps=warps, num_stages=stages)
 
 
 def default(line: Line) -> Config:

@@ -25,20 +25,25 @@ SIZES = ("num_rows", "num_columns", "list_groups", "scorer_groups", "num_scorers
 
 
 @triton.jit
-def needs_mask(
+def first_masked(
     i0, j0, num_rows, num_columns, images,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_IMAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_IMAGES: tl.constexpr, ROW_TAILS: tl.constexpr,
 ):  # fmt: skip
-    """Whether a tile has padding or may hold two views of an image; the same answer in the whole program."""
-    answer = (i0 + BLOCK_M > num_rows) | (j0 + BLOCK_N > num_columns)
+    """Of the tiles from column j0 on, the first that starts here or later has padding or may hold two views of an image.
+
+    A loop compares with it and asks again after such a tile. ROW_TAILS: rows beyond the matrix matter too.
+    """
+    first = num_columns - BLOCK_N + 1
     if HAS_IMAGES:
         num_images, _, first_row, first_column = images
-        # is a multiple of num_images among the differences of positions? with signs that do not depend on how % rounds
-        highest = (j0 + BLOCK_N - 1 - first_column) - (i0 - first_row)
-        width: tl.constexpr = BLOCK_M + BLOCK_N - 2
-        from_zero = tl.where(highest >= 0, highest, width - highest)
-        answer = answer | (from_zero % num_images <= width)
-    return answer
+        # the first multiple of num_images among the differences of positions, with signs that // rounds everywhere alike
+        lowest = (j0 - first_column) - (i0 + BLOCK_M - 1 - first_row)
+        above = (tl.maximum(lowest, 0) + num_images - 1) // num_images
+        multiple = (above - tl.maximum(-lowest, 0) // num_images) * num_images
+        first = tl.minimum(first, multiple + first_column + i0 - first_row - BLOCK_N + 1)
+    if ROW_TAILS:
+        first = tl.where(i0 + BLOCK_M > num_rows, j0, first)
+    return first
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import load_rows, load_scale
+from .scores import load_rows, load_scale, round_to
 
 # rows of at most this length count as zero: their squares underflow (numerics.normalize)
 SHORTEST_FP32 = tl.constexpr(2.0**-63)
@@ -34,7 +34,7 @@ def inverse_norm(b_z):
 @triton.jit
 def prepare(
     p_z, stride, p_operands, p_inverse, o_i, o_d, rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Operands of a block of rows, stored and returned in the dtype that computes."""
     DTYPE: tl.constexpr = p_inverse.dtype.element_ty
@@ -45,21 +45,37 @@ def prepare(
         b_z = b_z * b_inverse[:, None]
     b_operand = b_z.to(p_operands.dtype.element_ty)
     m_row = (o_i < rows)[:, None] & (o_d < D)[None, :]
-    tl.store(p_operands + o_i.to(tl.int64)[:, None] * D + o_d[None, :], b_operand, mask=m_row)
+    p_rows = p_operands + o_i.to(tl.int64)[:, None] * D + o_d[None, :]
+    tl.store(p_rows, round_to(b_operand, PRECISION), mask=m_row)  # only products are in TF32, no positive
     return b_operand.to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["num_images", "num_columns"])
 def prologue_kernel(
     p_z1, p_z2, p_operands, p_inverse, p_cosine, num_images, num_columns, stride_1, stride_2,
-    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program i: rows i * BLOCK .. of z1 [num_images, D] and of z2 [num_columns, D], num_columns >= num_images."""
     o_i, o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    b_u = prepare(p_z1, stride_1, p_operands, p_inverse, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE)
+    b_u = prepare(p_z1, stride_1, p_operands, p_inverse, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE, PRECISION)
     p_second = p_operands + num_images.to(tl.int64) * D
-    b_v = prepare(p_z2, stride_2, p_second, p_inverse + num_images, o_i, o_d, num_columns, D, BLOCK_D, NORMALIZE)
+    b_v = prepare(p_z2, stride_2, p_second, p_inverse + num_images, o_i, o_d, num_columns, D, BLOCK_D, NORMALIZE,
+                  PRECISION)  # fmt: skip
     tl.store(p_cosine + o_i, tl.sum(b_u * b_v, 1), mask=o_i < num_images)
+
+
+@triton.jit
+def load_operand(
+    p_operands, p_z, stride, p_inverse, o_i, o_d, rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What `prepare` returned of a block of rows."""
+    DTYPE: tl.constexpr = p_inverse.dtype.element_ty
+    if PRECISION != "tf32":
+        return load_rows(p_operands, o_i, o_d, rows, D, D, BLOCK_D).to(DTYPE)
+    else:
+        b_z = load_rows(p_z, o_i, o_d, rows, stride, D, BLOCK_D).to(DTYPE)
+        return b_z * tl.load(p_inverse + o_i, mask=o_i < rows, other=0.0)[:, None] if NORMALIZE else b_z
 
 
 @triton.jit
@@ -101,21 +117,21 @@ def prologue_backward_kernel(
     p_z1, p_z2, p_operands, p_inverse, p_by_pos, p_by_scale, p_du, p_dv, p_upstream, scale, p_dz1, p_dz2, p_dscale,
     splits_1, splits_2, step_1, step_2, num_images, num_columns, second, stride_1, stride_2, num_rows,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ONE_SET: tl.constexpr,
-    SCALE_IS_TENSOR: tl.constexpr,
+    SCALE_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program i: dz of the rows i * BLOCK .. of both views; p_dscale None: not wanted, else one part per program.
 
     p_upstream  dL/dloss, the mean over `num_rows` losses (1: a sum); None: the coefficients carry it
     second      from an image's first anchor to its second in p_by_pos and p_by_scale, 0 if it has one
     """
-    DTYPE: tl.constexpr = p_inverse.dtype.element_ty
     o_i, o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     scale = load_scale(scale, SCALE_IS_TENSOR)
     upstream = tl.load(p_upstream) / num_rows if p_upstream is not None else 1.0
     b_by_pos = load_of_image(p_by_pos, o_i, num_images, second)
     p_second = p_operands + num_images.to(tl.int64) * D
-    b_u = load_rows(p_operands, o_i, o_d, num_images, D, D, BLOCK_D).to(DTYPE)
-    b_v = load_rows(p_second, o_i, o_d, num_images, D, D, BLOCK_D).to(DTYPE)  # the partner: no row beyond the images
+    b_u = load_operand(p_operands, p_z1, stride_1, p_inverse, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE, PRECISION)
+    b_v = load_operand(p_second, p_z2, stride_2, p_inverse + num_images, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE,
+                       PRECISION)  # fmt: skip
     b_du = add_splits(p_du, splits_1, step_1, o_i, o_d, num_images, D, BLOCK, BLOCK_D)
     b_dv = add_splits(p_dv, splits_2, step_2, o_i, o_d, num_columns, D, BLOCK, BLOCK_D)
     if p_dscale is not None:

@@ -15,7 +15,8 @@ import triton.language as tl
 
 from . import online_lse
 from .merge import merged
-from .scores import load_scale
+from .row_stats_backward import is_factored, store_terms
+from .scores import LOG2E, load_scale
 
 OVERWHELMED = tl.constexpr(60.0)  # e^60 times the sum itself: far below the floor, and finite in float32
 
@@ -78,20 +79,22 @@ def row_loss(
 @triton.jit(
     do_not_specialize=[
         "num_row_partials", "row_of_tiles", "num_col_partials", "col_of_tiles", "first_tile", "num_anchors",
-        "num_images", "count",
+        "num_images", "count", "stride_terms",
     ]
 )  # fmt: skip
 def row_losses_kernel(
     p_rows, num_row_partials, row_of_tiles, p_columns, num_col_partials, col_of_tiles, first_tile,
-    p_cosine, scale, p_lse, p_coefficients, p_losses, p_sums, p_clamped, num_anchors, num_images, count,
+    p_cosine, scale, p_lse, p_coefficients, p_terms, p_losses, p_sums, p_clamped, num_anchors, num_images, count,
+    stride_terms,
     EXPONENTS: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, TRIANGLE: tl.constexpr,
     FORMULA: tl.constexpr, TAU_PLUS: tl.constexpr, LOG_TAU_PLUS: tl.constexpr, BY_FIRST: tl.constexpr,
     BY_SECOND: tl.constexpr, SIDES: tl.constexpr, MEAN: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    SPAN: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    LARGEST: tl.constexpr, BACKWARD_SHIFT: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Program p: anchors p * SPAN .. of each side; their lse, coefficients, share of the loss and clamped share.
 
     p_rows, p_columns  partial results of the first and of the second side, see `merged`
+    p_terms            [sides, 2 K, stride_terms] what the backward reads of its columns, see column_terms_kernel
     p_losses           [sides, anchors] every loss, or None where only the sums are wanted
     count              negatives of every anchor
     BY_FIRST, BY_SECOND  dS/dlse_0 and dS/dlse_1
@@ -123,10 +126,19 @@ def row_losses_kernel(
                 b_lse, b_pos, tl.where(m_full, b_count, 1.0), scale, FORMULA, TAU_PLUS, LOG_TAU_PLUS
             )
             b_loss = tl.where(m_full, b_loss, 0.0 * b_pos)
-            p_out = p_coefficients + i_side * (NUM_LSE + 2) * length + o_anchor
-            tl.store(p_out, tl.where(m_full, b_by_sum * BY_FIRST, 0.0), mask=m_anchor)
+            b_by_lse = (tl.where(m_full & m_anchor, b_by_sum * BY_FIRST, 0.0),)
             if NUM_LSE == 2:
-                tl.store(p_out + length, tl.where(m_full, b_by_sum * BY_SECOND, 0.0), mask=m_anchor)
+                b_by_lse = b_by_lse + (tl.where(m_full & m_anchor, b_by_sum * BY_SECOND, 0.0),)
+            p_out = p_coefficients + i_side * (NUM_LSE + 2) * length + o_anchor
+            b_lses, b_factors = (), ()
+            for k in tl.static_range(NUM_LSE):
+                tl.store(p_out + k * length, b_by_lse[k], mask=m_anchor)
+                b_empty = (b_lse[k] == float("-inf")) | (o_anchor >= num_anchors)
+                b_lses = b_lses + (tl.where(b_empty, float("inf"), b_lse[k] * LOG2E),)
+                b_factors = b_factors + (b_by_lse[k] * EXPONENTS[k],)
+            p_side = p_terms + i_side * 2 * NUM_LSE * stride_terms.to(tl.int64)
+            factored = is_factored(scale, LARGEST, BACKWARD_SHIFT)
+            store_terms(p_side, stride_terms, o_anchor, b_lses, b_factors, factored, NUM_LSE)
             tl.store(p_out + NUM_LSE * length, tl.where(m_full, b_by_pos, 0.0), mask=m_anchor)
             tl.store(p_out + (NUM_LSE + 1) * length, tl.where(m_full, b_by_scale, 0.0), mask=m_anchor)
             if p_losses is not None:

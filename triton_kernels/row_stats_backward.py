@@ -21,8 +21,8 @@ import triton.language as tl
 
 from .histogram_ranks import rank_weights
 from .online_lse import exponentials
-from .pairs import SIZES, keep_images, keep_tile, load_anchors, needs_mask
-from .scores import LOG2E, chunked_scores, load_rows, load_scale
+from .pairs import SIZES, first_masked, keep_images, keep_tile, load_anchors
+from .scores import LOG2E, load_scale, load_tile, round_to, scores_by_chunks
 
 # One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
 # range: exponents up to 64 leave 2^62 for upstream gradients and 2^-62 for batches and means.
@@ -44,6 +44,53 @@ def load_term(p_lse, p_grad, o_anchors, num_anchors, EXPONENTS: tl.constexpr, FA
         if FACTORED:
             b_factor = b_factor * tl.exp2(-b_lse)
         b_lses, b_factors = b_lses + (b_lse,), b_factors + (b_factor,)
+    return b_lses, b_factors
+
+
+@triton.jit
+def store_terms(p_terms, stride, o_anchors, b_lses, b_factors, factored, NUM: tl.constexpr):
+    """Terms of anchors as columns, for `load_columns`; b_lses and b_factors as `load_term` has them, not factored yet."""
+    m_inside = o_anchors < stride
+    for k in tl.static_range(NUM):
+        b_factor = tl.where(factored, b_factors[k] * tl.exp2(-b_lses[k]), b_factors[k])
+        tl.store(p_terms + k * stride + o_anchors, b_factor, mask=m_inside)
+        tl.store(p_terms + (NUM + k) * stride + o_anchors, b_lses[k], mask=m_inside)
+
+
+@triton.jit
+def is_factored(scale, LARGEST: tl.constexpr, SHIFT: tl.constexpr):
+    """Whether one exponential serves both terms of a weight: MAX_FACTORED."""
+    if SHIFT == "device":
+        return scale * LOG2E * LARGEST <= MAX_FACTORED
+    else:
+        return SHIFT == "plain"
+
+
+@triton.jit(do_not_specialize=["num_anchors"])
+def column_terms_kernel(
+    p_lse, p_grad, scale, p_terms, num_anchors, stride,
+    EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Terms of the columns, once a call: p_terms [2 K, stride], beta_k c_k (times exp(-lse'_k) if factored), then lse'_k.
+
+    Padded to `stride` with anchors that weigh nothing: a tile reads whole vectors, without a mask.
+    """
+    o_anchors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_lses, b_factors = load_term(p_lse, p_grad, o_anchors, num_anchors, EXPONENTS, False)
+    factored = is_factored(load_scale(scale, SCALE_IS_TENSOR), LARGEST, SHIFT)
+    store_terms(p_terms, stride, o_anchors, b_lses, b_factors, factored, len(EXPONENTS))
+
+
+@triton.jit
+def load_columns(p_terms, j0, stride, EXPONENTS: tl.constexpr, FACTORED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`load_term` of a tile of columns, from what column_terms_kernel has made of them."""
+    b_lses, b_factors = (), ()
+    p_tile = p_terms + j0 + tl.arange(0, BLOCK_N)
+    for k in tl.static_range(len(EXPONENTS)):
+        b_factors = b_factors + (tl.load(p_tile + k * stride),)
+        if not FACTORED:
+            b_lses = b_lses + (tl.load(p_tile + (len(EXPONENTS) + k) * stride),)
     return b_lses, b_factors
 
 
@@ -114,9 +161,10 @@ def sweep(
     RULES: tl.constexpr, TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the backward."""
-    p_u, p_v, stride_u, stride_v = operands
+    p_u, d_u, stride_u = operands[0]
+    p_v, d_v, stride_v = operands[1]
     num_rows, num_columns = sizes
-    p_lse, p_grad, p_col_lse, p_col_grad = terms
+    p_lse, p_grad, p_col_terms, stride_terms, p_col_grad = terms
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape = ranks
     p_out, p_factor, stride_out = outputs
     i0, row_begin, col_begin, j_begin, j_end = where
@@ -129,17 +177,19 @@ def sweep(
     if IS_FP16:
         b_factor = fp16_factor(p_grad, p_col_grad, o_i, num_rows, num_columns, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
     if RESIDENT:
-        b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
+        b_u = load_tile(p_u, d_u, stride_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
         b_sum = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
-    for j0 in range(j_begin, j_end, BLOCK_N):
+    j_masked = first_masked(i0, j_begin, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES, False)
+    for j_tile in range(j_begin // BLOCK_N, tl.cdiv(j_end, BLOCK_N)):
+        j0 = j_tile * BLOCK_N
         o_j = j0 + tl.arange(0, BLOCK_N)
         if RESIDENT:
-            b_v = load_rows(p_v, o_j, o_d, num_columns, stride_v, D, BLOCK_D)
+            b_v = load_tile(p_v, d_v, stride_v, j0, 0, num_columns, D, BLOCK_N, BLOCK_D)
             b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
         else:
-            b_s = chunked_scores(operands, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+            b_s = scores_by_chunks(operands, i0, j0, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
         b_x = b_s * (scale * LOG2E)
-        col_term = load_term(p_col_lse, p_col_grad, o_j, num_columns, EXPONENTS, FACTORED) if REVERSE else None
+        col_term = load_columns(p_col_terms, j0, stride_terms, EXPONENTS, FACTORED, BLOCK_N) if REVERSE else None
         b_row_omega, b_col_omega = None, None
         if FORWARD and BINS > 0:
             b_row_omega = rank_weights(b_s * scale, p_row_axis, p_row_below, p_shape, i0, num_rows, BLOCK_M, BINS, 1)
@@ -153,12 +203,14 @@ def sweep(
         else:
             b_weight = weight_tile(b_x, row_term, col_term, b_row_omega, b_col_omega, None, None, EXPONENTS, FACTORED,
                                    FORWARD, REVERSE)  # fmt: skip
-            if needs_mask(i0, j0, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES):
+            if j0 >= j_masked:
                 m_keep = keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES)
                 b_weight = tl.where(m_keep, b_weight, 0.0)
+                j_masked = first_masked(i0, j0 + BLOCK_N, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES,
+                                        False)  # fmt: skip
         if IS_FP16:
             b_weight = b_weight * b_factor[:, None]
-        b_weight = b_weight.to(p_u.dtype.element_ty)
+        b_weight = round_to(b_weight.to(p_u.dtype.element_ty), PRECISION)
         if RESIDENT:
             b_sum = tl.dot(b_weight, b_v, b_sum, input_precision=PRECISION, out_dtype=DTYPE)
         else:
@@ -178,9 +230,9 @@ def sweep(
 
 @triton.jit(do_not_specialize=[*SIZES, "row_begin", "col_begin", "col_end"])
 def row_stats_backward_kernel(
-    p_u, p_v, scale, p_lse, p_grad, p_col_lse, p_col_grad,
+    p_u, d_u, p_v, d_v, scale, p_lse, p_grad, p_col_terms, p_col_grad,
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape, p_out, p_factor,
-    num_rows, num_columns, row_begin, col_begin, col_end, span, stride_u, stride_v, stride_out,
+    num_rows, num_columns, row_begin, col_begin, col_end, span, stride_u, stride_v, stride_terms, stride_out,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
     p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
@@ -196,13 +248,13 @@ def row_stats_backward_kernel(
     """
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     scale = load_scale(scale, SCALE_IS_TENSOR)
-    operands = (p_u, p_v, stride_u, stride_v)
+    operands = ((p_u, d_u, stride_u), (p_v, d_v, stride_v))
     sizes = (num_rows, num_columns)
     images = (num_images, shard, first_row, first_column)
     guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
     listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
     rules = ((p_row_ids, p_col_ids), guide, listed, listing)
-    terms = (p_lse, p_grad, p_col_lse, p_col_grad)
+    terms = (p_lse, p_grad, p_col_terms, stride_terms, p_col_grad)
     ranks = (p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape)
     if BLOCK_D >= D:
         p_out += i_split.to(tl.int64) * num_rows * D
@@ -210,7 +262,7 @@ def row_stats_backward_kernel(
     i0, j_begin = row_begin + i_tile * BLOCK_M, col_begin + i_split * span
     where = (i0, row_begin, col_begin, j_begin, tl.minimum(j_begin + span, col_end))
     if SHIFT == "device":
-        if scale * LOG2E * LARGEST <= MAX_FACTORED:
+        if is_factored(scale, LARGEST, SHIFT):
             sweep(operands, sizes, images, rules, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
                   EXPONENTS, True, FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION, BINS)  # fmt: skip
         else:

@@ -16,8 +16,8 @@ import triton.language as tl
 
 from . import online_lse
 from .merge import pack, store_parts
-from .pairs import SIZES, keep_images, keep_tile, load_anchors, needs_mask
-from .scores import LOG2E, chunked_scores, load_rows, load_scale
+from .pairs import SIZES, first_masked, keep_images, keep_tile, load_anchors
+from .scores import LOG2E, load_scale, load_tile, round_to, scores_by_chunks
 
 FP16_RANGE = tl.constexpr(16384.0)  # exponentials up to 1 use the upper half of fp16's range, small ones stay normal
 
@@ -40,7 +40,8 @@ def sweep(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the forward."""
-    p_u, p_v, stride_u, stride_v = operands
+    p_u, d_u, stride_u = operands[0]
+    p_v, d_v, stride_v = operands[1]
     num_rows, num_columns = sizes
     p_rows, p_columns, p_mean = outputs
     i0, j_begin, j_end = where
@@ -50,19 +51,21 @@ def sweep(
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     anchors = load_anchors(o_i, num_rows, j_begin, rules) if COUNTED else ()
     if RESIDENT:
-        b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
+        b_u = load_tile(p_u, d_u, stride_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
     state = online_lse.init(len(EXPONENTS), BLOCK_M, DTYPE, ONLINE)
     b_nothing = tl.zeros((BLOCK_M,), DTYPE)
     counts = b_nothing, b_nothing + float("-inf"), b_nothing
     if MEANS:
         b_mean = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
-    for j0 in range(j_begin, j_end, BLOCK_N):
+    j_masked = first_masked(i0, j_begin, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES, COLUMNS)
+    for j_tile in range(j_begin // BLOCK_N, tl.cdiv(j_end, BLOCK_N)):
+        j0 = j_tile * BLOCK_N
         o_j = j0 + tl.arange(0, BLOCK_N)
         if RESIDENT:
-            b_v = load_rows(p_v, o_j, o_d, num_columns, stride_v, D, BLOCK_D)
+            b_v = load_tile(p_v, d_v, stride_v, j0, 0, num_columns, D, BLOCK_N, BLOCK_D)
             b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
         else:
-            b_s = chunked_scores(operands, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+            b_s = scores_by_chunks(operands, i0, j0, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
         b_x = b_s * log2_scale
         b_reverse = b_x
         if COUNTED or DIAGNOSTICS:
@@ -72,14 +75,16 @@ def sweep(
             b_x = tl.where(m_keep, b_x, float("-inf"))
             counts = tally(counts, b_x, m_keep, 1)
         else:
-            if needs_mask(i0, j0, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES):
+            if j0 >= j_masked:
                 m_keep = keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES)
                 b_x = tl.where(m_keep, b_x, float("-inf"))
+                j_masked = first_masked(i0, j0 + BLOCK_N, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES,
+                                        COLUMNS)  # fmt: skip
             b_reverse = b_x
         state, b_exp, b_rescale = online_lse.update(state, b_x, EXPONENTS, 1, ONLINE)
         if MEANS:
             b_weight = b_exp[0] * FP16_RANGE if b_v.dtype == tl.float16 else b_exp[0]
-            b_mean = tl.dot(b_weight.to(b_v.dtype), b_v, b_mean * b_rescale[0][:, None], input_precision=PRECISION,
+            b_mean = tl.dot(round_to(b_weight.to(b_v.dtype), PRECISION), b_v, b_mean * b_rescale[0][:, None], input_precision=PRECISION,
                             out_dtype=DTYPE)  # fmt: skip
         if COLUMNS and (not TRIANGLE or j0 >= i0 + BLOCK_M):
             col_state = online_lse.init(len(EXPONENTS), BLOCK_N, DTYPE, ONLINE)
@@ -98,7 +103,7 @@ def sweep(
 
 @triton.jit(do_not_specialize=[*SIZES, "first_tile"])
 def row_stats_forward_kernel(
-    p_u, p_v, scale, p_rows, p_columns, p_mean, num_rows, num_columns, first_tile, span, stride_u, stride_v,
+    p_u, d_u, p_v, d_v, scale, p_rows, p_columns, p_mean, num_rows, num_columns, first_tile, span, stride_u, stride_v,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
     p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
@@ -112,7 +117,7 @@ def row_stats_forward_kernel(
     """
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     log2_scale = load_scale(scale, SCALE_IS_TENSOR) * LOG2E
-    operands = (p_u, p_v, stride_u, stride_v)
+    operands = ((p_u, d_u, stride_u), (p_v, d_v, stride_v))
     sizes = (num_rows, num_columns)
     images = (num_images, shard, first_row, first_column)
     guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)

@@ -14,6 +14,16 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def round_to(b_x, PRECISION: tl.constexpr):
+    """b_x as an operand of a product: tensor cores cut float32 off after 11 bits, half an ulp too small on average."""
+    if PRECISION == "tf32":
+        b_bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [b_x], tl.int32, is_pure=True, pack=1)
+        return b_bits.to(tl.float32, bitcast=True)
+    else:
+        return b_x
+
+
+@triton.jit
 def load_rows(p_x, o_rows, o_features, num_rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """x[o_rows, o_features], zero outside; rows stride in 64 bits."""
     m_x = (o_rows < num_rows)[:, None]
@@ -23,11 +33,43 @@ def load_rows(p_x, o_rows, o_features, num_rows, stride, D: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def load_tile(
+    p_x, d_x, stride, first, first_feature, num_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """BLOCK rows of x from `first` on, BLOCK_D features from `first_feature` on, zero outside.
+
+    d_x  a tensor descriptor, by which Hopper's copy engine brings the tile without an address or a mask in the program;
+         None on other devices and where rows are not aligned to 16 bytes
+    """
+    if d_x is not None:
+        return d_x.load([first, first_feature])
+    else:
+        o_rows, o_features = first + tl.arange(0, BLOCK), first_feature + tl.arange(0, BLOCK_D)
+        return load_rows(p_x, o_rows, o_features, num_rows, stride, D, BLOCK_D)
+
+
+@triton.jit
+def scores_by_chunks(
+    operands, i0, j0, num_rows, num_columns,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<u_i, v_j> for the tile of pairs from (i0, j0) on, features in chunks of BLOCK_D."""
+    p_u, d_u, stride_u = operands[0]
+    p_v, d_v, stride_v = operands[1]
+    b_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if p_u.dtype.element_ty == tl.float64 else tl.float32)
+    for o_d in range(0, D, BLOCK_D):
+        b_u = load_tile(p_u, d_u, stride_u, i0, o_d, num_rows, D, BLOCK_M, BLOCK_D)
+        b_v = load_tile(p_v, d_v, stride_v, j0, o_d, num_columns, D, BLOCK_N, BLOCK_D)
+        b_s = tl.dot(b_u, tl.trans(b_v), b_s, input_precision=PRECISION, out_dtype=b_s.dtype)
+    return b_s
+
+
+@triton.jit
 def chunked_scores(
     operands, o_i, o_j, num_rows, num_columns,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<u_i, v_j> for a tile of pairs, features in chunks of BLOCK_D."""
+    """<u_i, v_j> for a tile of any rows and columns, features in chunks of BLOCK_D."""
     p_u, p_v, stride_u, stride_v = operands
     b_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if p_u.dtype.element_ty == tl.float64 else tl.float32)
     for o_d in range(0, D, BLOCK_D):

@@ -19,8 +19,16 @@ def operands(problem: Problem) -> tuple[Tensor, Tensor]:
     dtype = problem.operand_dtype
     if dtype == torch.bfloat16 and interpreted():
         dtype = torch.float32  # the interpreter's bf16 products are wrong; float32 holds the same values
-    u = problem.u.to(dtype)
-    return u, u if problem.v is None else problem.v.to(dtype)
+    u = rounded(problem.u.to(dtype))
+    return u, u if problem.v is None else rounded(problem.v.to(dtype))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """x as an operand of products: in TF32 rounded to its 11 bits, which tensor cores would cut off (scores.round_to)."""
+    if kind_of_products(x) != "tf32":
+        return x
+    high = x * (1 + 2**13)  # Dekker's splitting
+    return high - (high - x)
 
 
 def scale_argument(problem: Problem) -> tuple[float | Tensor, bool]:
@@ -49,11 +57,16 @@ def tile_arguments(config, operand: Tensor) -> dict[str, Any]:
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d or feature_block(features),
-        "PRECISION": "tf32" if kind_of_products(operand) == "tf32" else "ieee",
+        "PRECISION": precision(operand),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,  # the default until Triton 3.9 announced to change it
     }
+
+
+def precision(operand: Tensor) -> str:
+    """`input_precision` of the kernels' products."""
+    return "tf32" if kind_of_products(operand) == "tf32" else "ieee"
 
 
 def kind_of_products(operand: Tensor) -> str:
@@ -67,10 +80,28 @@ def kind_of_products(operand: Tensor) -> str:
     return "tf32" if allowed == "tf32" and operand.is_cuda else "ieee"
 
 
-def config_of(direction: str, operand: Tensor, mask: str, ranked: bool = False):
+def config_of(direction: str, operand: Tensor, mask: str, ranked: bool = False, exponents: int = 1):
     """The tile of a call, triton_kernels/configs.py."""
     kind, chip = kind_of_products(operand), architecture(operand.device)
-    return kernels().configs.choose(direction, kind, operand.shape[1], chip, mask, ranked)
+    return kernels().configs.choose(direction, kind, operand.shape[1], chip, mask, ranked, exponents)
+
+
+def descriptor(x: Tensor, rows: int, features: int):
+    """How the copy engine finds tiles of x, or None where a program computes addresses: see scores.load_tile."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.numel() > 0
+    configs = kernels().configs
+    described = architecture(x.device) >= configs.DESCRIPTORS_FROM and kind_of_products(x) in configs.DESCRIBED
+    if not aligned or not (described or interpreted()):
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, features])
+
+
+def tiles_of(config, u: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """Rows and columns as arguments of a sweep: pointer and descriptor of each."""
+    block_d = config.block_d or feature_block(u.shape[1])
+    return u, descriptor(u, config.block_m, block_d), v, descriptor(v, config.block_n, block_d)
 
 
 def guide_chunk(device: torch.device) -> int:

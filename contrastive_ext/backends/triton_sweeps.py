@@ -19,17 +19,22 @@ from .triton_pairs import Side
 
 WORKSPACE_BYTES = 64 << 20  # of column partials in the forward, and of weights up to 512 features
 WIDE_FEATURES, WIDE_WORKSPACE_BYTES = 512, 256 << 20  # of weights beyond: fewer, larger library products
-TRIANGLE_FROM = 1.0  # tiles of rows for each processor, from which on one set is swept as a triangle; not timed yet
+TRIANGLE_FROM = 0.25  # tiles of rows for each processor, from which on one set is swept as a triangle
 ALIGNED = 64  # columns of stored weights come in multiples
+TERMS_BLOCK = 128  # columns of a program that makes their terms, and what those are padded to: at least any tile's
 MERGE_BLOCK, MERGED_AT_ONCE = 128, 16  # anchors of a program that merges partial results, partials it reads at once
 
 
 class Term(NamedTuple):
-    """One direction of the weights: exp(beta_k s - lse_k) times the coefficient of lse_k, and omega where ranked."""
+    """One direction of the weights: exp(beta_k s - lse_k) times the coefficient of lse_k, and omega where ranked.
+
+    columns  what a tile reads of these anchors as columns, [2 K, padded], where it is made already
+    """
 
     lse: Tensor
     grad: Tensor
     ranks: Ranks | None = None
+    columns: Tensor | None = None
 
 
 class Ranks(NamedTuple):
@@ -72,7 +77,9 @@ class Forward:
         mask = triton_pairs.costliest_rule(self.pairs)
         counted = mask != "images"
         mask = "ids" if diagnostics and not counted else mask  # as many counters
-        self.config = launch.config_of("backward" if self.fused_means else "forward", self.u, mask)
+        direction = "backward" if self.fused_means else "forward"
+        self.config = launch.config_of(direction, self.u, mask, exponents=len(problem.exponents))
+        self.tiles_of = launch.tiles_of(self.config, self.u, self.v)
         self.tiles = launch.cdiv(self.n, self.config.block_m)
         # half the products for column sums in every tile
         enough = self.tiles >= TRIANGLE_FROM * launch.processors(self.u.device)
@@ -141,7 +148,7 @@ class Forward:
     def _sweep(self, first_tile, grid, span, row_partials, col_partials, mean_partials) -> None:
         scale, scale_is_tensor = launch.scale_argument(self.problem)
         launch.kernels().row_stats_forward.row_stats_forward_kernel[grid](
-            self.u, self.v, scale, row_partials, col_partials, mean_partials, self.n, self.m, first_tile, span,
+            *self.tiles_of, scale, row_partials, col_partials, mean_partials, self.n, self.m, first_tile, span,
             self.u.stride(0), self.v.stride(0), SCALE_IS_TENSOR=scale_is_tensor, **self.rules, **self.sweep_flags,
             **launch.tile_arguments(self.config, self.u),
         )  # fmt: skip
@@ -203,11 +210,18 @@ def gradients(
     rows, cols = triton_pairs.sides(problem, *launch.operands(problem))
     if problem.one_set:
         col_term, need_v = row_term, False
-    if need_u and need_v and problem.u.shape[1] > WIDE_FEATURES:
+    if need_u and (need_v or problem.one_set) and problem.u.shape[1] > launch.kernels().configs.RESIDENT_FEATURES:
         return Weights(problem, rows, cols, row_term, col_term).times_both()
     du = Weights(problem, rows, cols, row_term, col_term).times_columns() if need_u else None
     dv = Weights(problem, cols, rows, col_term, row_term).times_columns() if need_v else None
     return du, dv
+
+
+def shift_of_weights(problem: Problem, exponents: tuple[float, ...], both_directions: bool) -> str:
+    """How the exponentials of weights are kept in range: one for both directions, or one less lse for each."""
+    if not both_directions:
+        return "online"
+    return launch.shift_of(problem, exponents, launch.kernels().row_stats_backward.MAX_FACTORED.value)
 
 
 class Weights:
@@ -228,12 +242,13 @@ class Weights:
         term = row_term or col_term
         ranks = term.ranks if term else None
         mask = triton_pairs.costliest_rule(problem.pairs)
-        self.config = launch.config_of("backward", rows.x, mask, ranked=ranks is not None)
-        shift, kernels = "online", launch.kernels()
-        if row_term is not None and col_term is not None and not ranks:  # omega differs by direction: nothing to factor
-            shift = launch.shift_of(problem, self.exponents, kernels.row_stats_backward.MAX_FACTORED.value)
+        self.config = launch.config_of("backward", rows.x, mask, ranks is not None, len(self.exponents))
+        # omega differs by direction: nothing to factor
+        shift = shift_of_weights(problem, self.exponents, row_term is not None and col_term is not None and not ranks)
         self.found = [term for term in (row_term, col_term) if term is not None]
-        self.vectors = (*(row_term or (None, None))[:2], *(col_term or (None, None))[:2])
+        self.scale, self.scale_is_tensor = launch.scale_argument(problem)
+        self.terms = None if col_term is None else self._column_terms(col_term, shift)
+        self.vectors = (*(row_term or (None, None))[:2], self.terms, col_term and col_term.grad)
         self.vectors += (*_table_of(row_term), *_table_of(col_term), ranks and ranks.shape)
         anchors = {"row_anchors": row_term is not None, "col_anchors": col_term is not None}
         chunk = launch.guide_chunk(rows.x.device)
@@ -241,6 +256,20 @@ class Weights:
         self.flags |= {"SHIFT": shift, "LARGEST": max(self.exponents), "EXPONENTS": self.exponents}
         self.flags |= {"FORWARD": row_term is not None, "REVERSE": col_term is not None}
         self.flags |= {"BINS": ranks.bins if ranks else 0} | launch.tile_arguments(self.config, rows.x)
+        self.tiles_of = launch.tiles_of(self.config, rows.x, cols.x)
+
+    def _column_terms(self, term: Term, shift: str) -> Tensor:
+        """What every tile reads of its columns, made once: see column_terms_kernel."""
+        if term.columns is not None:
+            return term.columns
+        blocks = launch.cdiv(self.m, TERMS_BLOCK)
+        terms = self.like.new_empty(2 * len(self.exponents), blocks * TERMS_BLOCK)
+        launch.kernels().row_stats_backward.column_terms_kernel[(blocks,)](
+            term.lse, term.grad, self.scale, terms, self.m, terms.stride(0), EXPONENTS=self.exponents,
+            LARGEST=max(self.exponents), SHIFT=shift, SCALE_IS_TENSOR=self.scale_is_tensor, BLOCK=TERMS_BLOCK,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        return terms
 
     def times_columns(self, times_scale: bool = True) -> Tensor:
         """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]."""
@@ -251,43 +280,58 @@ class Weights:
             self._sweep((0, self.n), (0, self.m), splits, span, out, self.like.new_empty(0), times_scale)
             return out
         out = self.like.new_empty(self.n, self.d)
-        for (begin, end), _, weights, undo in self._stored(self.m, times_scale):
+        width = launch.cdiv(max(1, self.m), self._unit) * self._unit
+        height = max(1, self._budget() // width // self.config.block_m) * self.config.block_m
+        for (begin, end), _, weights, undo in self._stored(height, width, times_scale):
             torch.mul(_product(weights, self.cols.x), undo, out=out[begin:end])
         return out[None]
 
-    def times_both(self) -> tuple[Tensor, Tensor]:
+    def times_both(self) -> tuple[Tensor, Tensor | None]:
         """scale sum_j w_ij cols_j and scale sum_i w_ij rows_i, [1, rows, D] and [1, columns, D], from the same weights.
 
         Saves the second score product and pays for it with sums in memory: blocks of weights are squares, so that
-        those are a small part however many rows there are.
+        those are a small part however many rows there are. One set: w_ij = w_ji, the blocks on and above the diagonal
+        make the whole gradient, which is the first result.
         """
-        du, dv = self.like.new_zeros(self.n, self.d), self.like.new_zeros(self.m, self.d)
-        largest_undo = self._largest_undo()
-        square = math.isqrt(self._budget())
-        for (begin, end), (first, last), weights, undo in self._stored(min(square, self.m), times_scale=False):
+        du, dv = self.like.new_zeros(self.n, self.d), None
+        if not self.problem.one_set:
+            dv = self.like.new_zeros(self.m, self.d)
+        by_columns, largest_undo = du if dv is None else dv, self._largest_undo()
+        side = max(1, math.isqrt(self._budget()) // self._unit) * self._unit
+        for (begin, end), (first, last), weights, undo in self._stored(side, side, times_scale=False):
             du[begin:end].addcmul_(_product(weights, self.cols.x[first:last]), undo)
+            if dv is None and first == begin:
+                continue
             x = self.rows.x[begin:end]
             x = x if largest_undo is None else (x * (undo / largest_undo)).to(x.dtype)
-            dv[first:last] += _product(weights.T, x)
-        if largest_undo is not None:
-            dv *= largest_undo
-        return du.mul_(self.problem.scale)[None], dv.mul_(self.problem.scale)[None]
+            transposed = _product(weights.T, x)
+            by_columns[first:last] += transposed if largest_undo is None else transposed.mul_(largest_undo)
+        du.mul_(self.problem.scale)
+        return du[None], None if dv is None else dv.mul_(self.problem.scale)[None]
 
     def _budget(self) -> int:
         """Weights that may be stored at a time."""
         limit = WORKSPACE_BYTES if self.d <= WIDE_FEATURES else WIDE_WORKSPACE_BYTES
         return limit // self.rows.x.element_size()
 
-    def _stored(self, width: int, times_scale: bool):
-        """((begin, end) of rows, of columns, weights, what undoes their scaling [rows, 1]), block after block."""
-        block, aligned = self.config.block_m, max(ALIGNED, self.config.block_n)
-        width = max(1, launch.cdiv(width, aligned)) * aligned
-        height = min(launch.cdiv(self.n, block), max(1, self._budget() // width // block)) * block
+    @property
+    def _unit(self) -> int:
+        """Rows and columns of blocks of stored weights come in multiples."""
+        return max(ALIGNED, self.config.block_m, self.config.block_n)
+
+    def _stored(self, height: int, width: int, times_scale: bool):
+        """((begin, end) of rows, of columns, weights, what undoes their scaling [rows, 1]), block after block.
+
+        One set in blocks that do not hold whole rows: only those on and above the diagonal.
+        """
+        height, width = (
+            min(size, launch.cdiv(n, self._unit) * self._unit) for size, n in ((height, self.n), (width, self.m))
+        )
         stored, undo = self.rows.x.new_empty(height, width), self.like.new_empty(height, 1)
         for begin in range(0, self.n, height):
-            for first in range(0, self.m, width):
+            for first in range(begin if self.problem.one_set and width < self.m else 0, self.m, width):
                 end, last = min(begin + height, self.n), min(first + width, self.m)
-                tiles = launch.cdiv(end - begin, block)
+                tiles = launch.cdiv(end - begin, self.config.block_m)
                 programs = 4 * launch.processors(self.like.device)
                 splits, span = launch.split(tiles, last - first, self.config.block_n, programs)
                 self._sweep((begin, end), (first, last), splits, span, stored, undo, times_scale)
@@ -295,11 +339,11 @@ class Weights:
 
     def _sweep(self, rows, columns, splits: int, span: int, out: Tensor, undo: Tensor, times_scale: bool) -> None:
         tiles = launch.cdiv(rows[1] - rows[0], self.config.block_m)
-        scale, scale_is_tensor = launch.scale_argument(self.problem)
-        u, v = self.rows.x, self.cols.x
+        stride_terms = 0 if self.terms is None else self.terms.stride(0)
         launch.kernels().row_stats_backward.row_stats_backward_kernel[tiles, splits](
-            u, v, scale, *self.vectors, out, undo, self.n, self.m, rows[0], *columns, span, u.stride(0), v.stride(0),
-            out.stride(-2), SCALE_IS_TENSOR=scale_is_tensor, TIMES_SCALE=times_scale, **self.flags,
+            *self.tiles_of, self.scale, *self.vectors, out, undo, self.n, self.m, rows[0], *columns, span,
+            self.rows.x.stride(0), self.cols.x.stride(0), stride_terms, out.stride(-2),
+            SCALE_IS_TENSOR=self.scale_is_tensor, TIMES_SCALE=times_scale, **self.flags,
         )  # fmt: skip
 
     def _largest_undo(self) -> Tensor | None:

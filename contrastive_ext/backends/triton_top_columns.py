@@ -19,6 +19,7 @@ def top_columns(
     """
     if k > launch.kernels().top_columns.MAX_LISTED:
         return torch_blocks.top_columns(scorers, features, k, num_images, col_ids)
+    scorers, features = launch.rounded(scorers), launch.rounded(features)
     num_scorers, groups, _ = scorers.shape
     config = launch.config_of("top_columns", features, "images")
     tiles = launch.cdiv(groups, config.block_m)

@@ -17,7 +17,7 @@ from ..pairs import Pairs
 from ..problem import Problem
 from . import triton_launch as launch
 from .short_road import BACKWARD_SCHEMA, FORWARD_SCHEMA, WholeLossOps, backward_shapes, forward_shapes
-from .triton_sweeps import Forward, Term, gradients
+from .triton_sweeps import TERMS_BLOCK, Forward, Term, gradients, shift_of_weights
 
 PROLOGUE_ELEMENTS = 2048  # of a block of rows: 16 for a thread and array
 ANCHORS_OF_PROGRAM = 4096  # one program reduces small batches; of larger ones each of many programs leaves a part
@@ -39,14 +39,16 @@ def _forward(
     problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
     cosine, clamped = like.new_empty(images), like.new_empty(())
     sides, anchors, k = 2 if layout == "symmetric" else 1, problem.pairs.num_rows, len(exponents)
-    lse, coefficients = like.new_empty(sides, k, anchors), like.new_empty(sides, k + 2, anchors)
+    lse, saved = like.new_empty(sides, k, anchors), like.new_empty(_saved(sides, k, anchors)[0])
+    coefficients, terms = _coefficients_and_terms(saved, sides, k, anchors)
     losses = like.new_empty(sides * anchors) if reduction == "none" else None
     count = 2 * images - 2 if problem.one_set else columns - 1  # negatives of every anchor
     with launch.on_device(z1.device):
         block, block_d = _prologue_block(features)
         launch.kernels().prologue.prologue_kernel[(launch.cdiv(columns, block),)](
             z1, z2, operands, inverse_norm, cosine, images, columns, z1.stride(0), z2.stride(0), D=features,
-            BLOCK=block, BLOCK_D=block_d, NORMALIZE=normalize, enable_fp_fusion=True,
+            BLOCK=block, BLOCK_D=block_d, NORMALIZE=normalize, PRECISION=launch.precision(operands),
+            enable_fp_fusion=True,
         )  # fmt: skip
         sweep = Forward(problem, columns=layout == "symmetric")
         row_partials, col_partials, _ = sweep.partials()
@@ -58,27 +60,32 @@ def _forward(
         scale_argument, scale_is_tensor = launch.scale_argument(problem)
         launch.kernels().row_losses.row_losses_kernel[(parts,)](
             *row_partials.arguments, *col_partials.arguments, col_partials.first_tile, cosine, scale_argument, lse,
-            coefficients, losses, sums, shares, anchors, images, count, **sweep.flags, **_formula(formula, parameters),
+            coefficients, terms, losses, sums, shares, anchors, images, count, terms.stride(1), **sweep.flags, **_formula(formula, parameters),
             TRIANGLE=row_partials.triangle, SIDES=sides, MEAN=reduction == "mean", SCALE_IS_TENSOR=scale_is_tensor,
+            LARGEST=max(exponents), BACKWARD_SHIFT=shift_of_weights(problem, problem.exponents, layout != "one_way"),
             SPAN=span, BLOCK=block, AT_ONCE=READ_AT_ONCE // block, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         if parts > 1:
             launch.kernels().row_losses.add_parts_kernel[(1,)](
                 sums, shares, loss, clamped, parts, BLOCK=1024, enable_fp_fusion=True
             )
-    return (loss if losses is None else losses), operands, inverse_norm, lse, coefficients, clamped
+    return (loss if losses is None else losses), operands, inverse_norm, lse, saved, clamped
 
 
 def _backward(
     z1, z2, scale, scale_value, layout, normalize, exponents, reduction,
-    operands, inverse_norm, lse, coefficients, grad_loss, need_scale,
+    operands, inverse_norm, lse, saved, grad_loss, need_scale,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     images, columns, features, k = len(z1), len(z2), z1.shape[1], len(exponents)
     problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
     sides, _, anchors = lse.shape
     if reduction == "none":
-        coefficients = coefficients * grad_loss.view(sides, 1, anchors)
-    terms = [Term(lse[side], coefficients[side, :k]) for side in range(sides)]
+        saved = saved.clone()
+    coefficients, as_columns = _coefficients_and_terms(saved, sides, k, anchors)
+    if reduction == "none":
+        coefficients *= grad_loss.view(sides, 1, anchors)
+        as_columns[:, :k, :anchors] *= grad_loss.view(sides, 1, anchors)
+    terms = [Term(lse[side], coefficients[side, :k], columns=as_columns[side]) for side in range(sides)]
     dz1, dz2 = torch.empty_like(z1), torch.empty_like(z2)
     with launch.on_device(z1.device):
         du, dv = gradients(problem, terms[0], terms[1] if sides == 2 else None)
@@ -94,9 +101,31 @@ def _backward(
             None if reduction == "none" else grad_loss, scale_argument, dz1, dz2, dscale, len(du), len(dv),
             du.stride(0), dv.stride(0), images, columns, second, z1.stride(0), z2.stride(0),
             sides * anchors if reduction == "mean" else 1, D=features, BLOCK=block, BLOCK_D=block_d,
-            NORMALIZE=normalize, ONE_SET=problem.one_set, SCALE_IS_TENSOR=scale_is_tensor, enable_fp_fusion=True,
+            NORMALIZE=normalize, ONE_SET=problem.one_set, SCALE_IS_TENSOR=scale_is_tensor, PRECISION=launch.precision(operands),
+            enable_fp_fusion=True,
         )  # fmt: skip
         return dz1, dz2, inverse_norm.new_empty(0) if dscale is None else dscale.sum()
+
+
+def _saved(sides: int, k: int, anchors: int) -> tuple[int, int, int]:
+    """Numbers that the forward keeps beside lse, of them coefficients, and the length of a padded vector of terms."""
+    length = launch.cdiv(anchors, TERMS_BLOCK) * TERMS_BLOCK
+    coefficients = launch.cdiv(sides * (k + 2) * anchors, TERMS_BLOCK) * TERMS_BLOCK  # terms begin aligned
+    return coefficients + sides * 2 * k * length, coefficients, length
+
+
+def _coefficients_and_terms(saved: Tensor, sides: int, k: int, anchors: int) -> tuple[Tensor, Tensor]:
+    """[sides, k + 2, anchors] derivatives of the unreduced losses, [sides, 2 k, padded] terms of the columns."""
+    _, begin, length = _saved(sides, k, anchors)
+    coefficients = saved[: sides * (k + 2) * anchors].view(sides, k + 2, anchors)
+    return coefficients, saved[begin:].view(sides, 2 * k, length)
+
+
+def _forward_shapes(z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction):
+    """Those of short_road.py, but for what is kept beside lse."""
+    call = (z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction)
+    loss, operands, inverse_norm, lse, _, clamped = forward_shapes(*call)
+    return loss, operands, inverse_norm, lse, lse.new_empty(_saved(*lse.shape)[0]), clamped
 
 
 def _problem(operands: Tensor, scale, scale_value, layout: str, normalize: bool, exponents, images: int) -> Problem:
@@ -134,7 +163,7 @@ _library.define(f"whole_loss_forward_triton{FORWARD_SCHEMA}")
 _library.define(f"whole_loss_backward_triton{BACKWARD_SCHEMA}")
 _library.impl("whole_loss_forward_triton", _forward, "CompositeExplicitAutograd")
 _library.impl("whole_loss_backward_triton", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("contrastive_ext::whole_loss_forward_triton", forward_shapes, lib=_library)
+torch.library.register_fake("contrastive_ext::whole_loss_forward_triton", _forward_shapes, lib=_library)
 torch.library.register_fake("contrastive_ext::whole_loss_backward_triton", backward_shapes, lib=_library)
 _OPERATORS = WholeLossOps(
     torch.ops.contrastive_ext.whole_loss_forward_triton.default,

@@ -218,7 +218,7 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
     with torch.no_grad():
         own_logit = logits[: len(k)].diagonal()
         wins = own_logit > logits[: len(k)].masked_fill(own, -torch.inf).amax(1)
-        return terms, _stats(terms, wins, own_logit / scale, labels, k.new_tensor(float(len(everything))))
+        return terms, _stats(terms, wins, own_logit / scale, labels, k.new_full((), float(len(everything))))
 
 
 def _stats(terms, wins, similarity, labels: Labels | None, num_keys) -> SelfLabelingStats:

@@ -246,6 +246,25 @@ def test_weights_of_many_features_serve_both_sides(monkeypatch, workspace, colum
     _assert_like_torch(u, v, scale=5.0, unit=True, num_images=50, columns=columns, exponents=exponents)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("workspace", [1, 64 * 64 * 8, 256 << 20], ids=["tile", "squares", "everything"])
+def test_weights_of_one_set_are_stored_once(monkeypatch, workspace, dtype):
+    """Blocks above the diagonal serve the rows below it; a list makes the pairs' rules asymmetric, the weights are not."""
+    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
+    monkeypatch.setattr(triton_sweeps, "WIDE_WORKSPACE_BYTES", workspace)
+    u = _vectors(150, 260).detach().to(dtype).to(torch.float32 if dtype == torch.float16 else dtype).requires_grad_()
+    ignored = torch.full((75, 2), NO_COLUMN, device=DEVICE)
+    ignored[3, 0], ignored[40, 0], ignored[40, 1] = 100, 7, 90
+    coefficients = torch.logspace(-12, 0, 150, 2.0, device=DEVICE, dtype=u.dtype)
+    gradients = []
+    for name in ("triton", "torch"):
+        arguments = {"scale": 5.0, "unit": True, "num_images": 75, "ignored": ignored, "operand_dtype": dtype}
+        lse = row_stats(u, None, backend=name, **arguments).lse
+        gradients.append(torch.autograd.grad((lse * coefficients).sum(), u)[0])
+    ours, theirs = gradients
+    assert (ours - theirs).norm() <= (1.5e-3 if dtype == torch.float16 else 1e-12) * theirs.norm()
+
+
 @pytest.mark.parametrize("upstream", [2.0**-20, 2.0**16])
 def test_fp16_weights_of_both_sides_neither_overflow_nor_vanish(monkeypatch, upstream):
     """Coefficients of rows differ by 2^12: what scales a row's weights must not reach the columns."""
