@@ -11,6 +11,7 @@ A new loss is one row of LOSSES: cases, smoke test, digits job, table and pictur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -68,9 +69,8 @@ DTYPES = {
 #   recompute  forms it a second time in the backward
 #   triangle   visits the upper triangle of one set only; s and two products per tile in the backward
 #   rows       every row block visits all columns; one set needs s and one product, two sets swap roles and run again
-#   tiles      as rows, but the forward of one set visits the upper triangle (a batch too small to fill the device does
-#              not: its share of the library's rate is then twice what is reported)
-#   stored     as tiles, but two sets share the weights
+#   tiles      as rows, but the forward of one set visits the upper triangle
+#   stored     as tiles, but both sides, or both triangles of one set, share the weights
 #   histogram  whole rows in the forward, the triangle in the backward
 #   sweeps     three forward sweeps for range, counts and sums of a histogram, `rows` in the backward
 # The fused paths make a queue's gradient in the forward. Self-labels: the labels of a block and of its partners;
@@ -96,9 +96,9 @@ FLOPS = {
     "sweeps": {"two_view": (6, 4), "symmetric": (12, 8), "queue": (6, 2)},
 }  # fmt: skip
 FLOPS["tiles"] = FLOPS["rows"] | {"two_view": (1, 4), "views": (3, 4), "labelled": (1, 4)}
-FLOPS["stored"] = FLOPS["tiles"] | {"symmetric": (2, 6)}
+FLOPS["stored"] = FLOPS["tiles"] | {"symmetric": (2, 6), "two_view": (1, 3), "views": (3, 3), "labelled": (1, 3)}
 ALGORITHMS = {"chunked": "recompute", "torch": "triangle", "cpu": "triangle", "triton": "tiles", "cuda": "rows"}
-STORED_FROM = 513  # features from which `triton` stores weights for both sides
+STORED_FROM = 257  # features from which `triton` stores weights for both sides
 # A loss of ranks sees whole rows; what is not listed recomputes.
 RANKED_ALGORITHMS = {
     "cpu, histogram": "histogram",
@@ -205,16 +205,39 @@ def short_name(loss: str) -> str:
     return loss.removeprefix("fused_").removesuffix("_loss")
 
 
-def executed_flops(method: str, case: Case) -> tuple[float, float]:
-    """Matrix flops of forward and backward as `method` executes them; methods without a row are dense."""
+def executed_flops(method: str, case: Case, processors: int | None = None) -> tuple[float, float]:
+    """Matrix flops of forward and backward as `method` executes them; methods without a row are dense.
+
+    processors  of the GPU, on which a batch too small to occupy it is no triangle; None: large enough
+    """
     algorithm = ALGORITHMS.get(method, "dense")
     if algorithm == "tiles" and case.dim >= STORED_FROM:
         algorithm = "stored"
     if case.is_ranked:
         algorithm = RANKED_ALGORITHMS.get(method, "recompute")
     forward, backward = FLOPS[algorithm][case.layout]
+    if processors is not None and method == "triton" and not case.is_ranked and forward % 2:
+        forward, backward = _as_laid_out(case, processors, forward, backward)
     elements = float(case.n) * case.columns * case.dim
     return forward * elements, backward * elements
+
+
+def _as_laid_out(case: Case, processors: int, forward: float, backward: float) -> tuple[float, float]:
+    """One set as contrastive_ext.backends.triton_sweeps lays it out: squares where triangles do not pay."""
+    from contrastive_ext.backends import triton_launch, triton_sweeps
+
+    products = {"float32": "ieee", "tf32": "tf32", "float64": "fp64"}.get(case.dtype, "16-bit")
+    config = triton_launch.kernels().configs.choose(
+        "forward", products, case.dim, triton_launch.architecture(torch.device("cuda"))
+    )
+    if -(-case.n // config.block_m) < triton_sweeps.TRIANGLE_FROM * processors:
+        forward += 1
+    if case.dim >= STORED_FROM:  # blocks on the diagonal are multiplied whole
+        is_wide = case.dim > triton_sweeps.WIDE_FEATURES
+        limit = triton_sweeps.WIDE_WORKSPACE_BYTES if is_wide else triton_sweeps.WORKSPACE_BYTES
+        side = math.isqrt(limit // case.torch_dtype.itemsize)
+        backward += 1 / -(-case.n // side)
+    return forward, backward
 
 
 def fused(case: Case, inputs: Inputs, backend: str, reduction: str, **parameters) -> Tensor:
@@ -294,7 +317,7 @@ def cuda_cases(quick: bool) -> list[Case]:
 
 
 def proof_cases() -> list[Case]:
-    """What the GPU kernels have paths for at shapes that take them: triangles, several launches, every width, ragged ends."""
+    """What the GPU kernels have paths for, at shapes that take them: triangles, several launches, widths, ragged ends."""
     wide, large = (64, 128, 256, 512, 768, 1024), 17024
     cases = [_case("infonce", "two_view", large, dim=d, dtype=t) for d in wide for t in ("float16", "bfloat16")]
     cases += [_case("infonce", "symmetric", 8192, dim=d, dtype="bfloat16") for d in (128, 512, 768)]

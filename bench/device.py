@@ -50,6 +50,11 @@ class Device:
             return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return _available_host_bytes()
 
+    @property
+    def processors(self) -> int | None:
+        """Of a GPU."""
+        return torch.cuda.get_device_properties(self.torch).multi_processor_count if self.is_cuda else None
+
     def cache_bytes(self) -> int:
         """The last cache shared by all cores: inputs are rotated so that together they exceed it."""
         if self.is_cuda:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import contrastive_ext
+from contrastive_ext import dispatch
 
 from .device import Device
 
@@ -23,13 +24,14 @@ def facts(device: Device) -> dict[str, Any]:
     """Device, versions, commit and load, ready for JSON."""
     return {
         "device": device_name(device),
+        "architecture": dispatch.architecture(device.torch),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if device.is_cuda
         else None,
         "torch": torch.__version__,
         "triton": _installed("triton"),
         "cuda": torch.version.cuda,
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40") or _carried_commit(),
+        "commit": os.environ.get("COMMIT") or _output("git", "describe", "--always", "--dirty", "--abbrev=40"),
         "contrastive_ext": contrastive_ext.__version__,
         "backends": contrastive_ext.available_backends(),
         "python": platform.python_version(),
@@ -59,12 +61,6 @@ def cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _carried_commit() -> str | None:
-    """What `make gpu-files` noted where the tree came from: a machine without .git knows no other."""
-    path = _ROOT / "build" / "gpu" / "commit.txt"
-    return path.read_text().strip() if path.is_file() else None
 
 
 def _installed(package: str) -> str | None:

@@ -27,7 +27,8 @@ REPEATS = 9
 # "rows x columns x features of a chunk, warps, stages" on Hopper in 16 bits; True: features come in chunks
 WORTH_TIMING = {
     ("forward", False): [
-        *(f"128x64 4 {stages}" for stages in (2, 3, 4)), *(f"256x64 {warps} {stages}" for warps in (4, 8) for stages in (2, 3)),
+        *(f"128x64 4 {stages}" for stages in (2, 3, 4)),
+        *(f"256x64 {warps} {stages}" for warps in (4, 8) for stages in (2, 3)),
         "128x128 8 2", "128x128 8 3", "256x128 8 3", "128x128 4 3", "64x64 4 3", "128x32 4 4",
     ],
     ("backward", False): [

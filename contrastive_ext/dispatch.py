@@ -27,6 +27,7 @@ from .backends.short_road import WholeLossOps
 from .numerics import in_torch_func
 from .problem import Problem, Statistics, Upstream
 from .ranking import RankedStatistics
+from .verified import VERIFIED
 
 REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
 
@@ -65,9 +66,6 @@ BACKENDS: tuple[Backend, ...] = (
     _backend(cpu, cpu, cpu, whole_loss=cpu.whole_loss),
     _backend(torch_blocks, torch_ranked, torch_blocks),
 )
-
-# (backend, architecture, operand dtype) -> file in bench/results that shows it correct and measured on hardware.
-VERIFIED: dict[tuple[str, str, torch.dtype], str] = {}
 
 _announced: set[tuple[str, str]] = set()
 

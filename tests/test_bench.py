@@ -21,7 +21,7 @@ from bench.memory import HostMemory
 from bench.methods import CHUNKED, EAGER, Method, backends_for, methods_for
 from bench.results import OK, OUT_OF_MEMORY, RED, Results, Row
 from bench.smoke import smoke
-from contrastive_ext.backends import torch_blocks, triton_sweeps
+from contrastive_ext.backends import torch_blocks, triton_launch
 from contrastive_ext.pairs import Pairs
 from contrastive_ext.problem import Problem, Upstream
 
@@ -110,9 +110,24 @@ def test_flops_are_counted_as_executed(method, layout, forward, backward):
 
 
 def test_two_sets_of_many_features_share_their_weights():
-    case = cases.Case("fused_infonce_loss", "symmetric", 1, 1, triton_sweeps.WIDE_FEATURES + 1)
+    case = cases.Case("fused_infonce_loss", "symmetric", 1, 1, cases.STORED_FROM)
     assert cases.executed_flops("triton", case) == (2 * case.dim, 6 * case.dim)
-    assert case.dim == cases.STORED_FROM
+    configs = pytest.importorskip("contrastive_ext.triton_kernels.configs", reason="Triton is not installed.")
+    assert cases.STORED_FROM == configs.RESIDENT_FEATURES + 1
+
+
+def test_flops_of_one_set_follow_its_layout(monkeypatch):
+    """A batch that does not occupy the GPU is no triangle; blocks of stored weights on the diagonal are whole."""
+    pytest.importorskip("triton", reason="Triton is not installed.")
+    monkeypatch.setattr(triton_launch, "architecture", lambda device: 90)
+
+    def per_element(n, dim):
+        case = cases.Case("fused_infonce_loss", "two_view", n, n, dim, "bfloat16")
+        return tuple(flops / (n * n * dim) for flops in cases.executed_flops("triton", case, 132))
+
+    assert per_element(4096, 128) == (2, 4)
+    assert per_element(32768, 128) == (1, 4)
+    assert per_element(32768, 768) == (1, 3 + 1 / 3)
 
 
 def test_triangle_flops_are_what_the_torch_backend_multiplies(monkeypatch):

@@ -1,15 +1,16 @@
 """Compiles the Triton kernels in every configuration of their table for sm_80, sm_90 and sm_100, without a GPU.
 
-    python tools/gate.py [--only TEXT] [--jobs 2]        `make gate`
+    python tools/gate.py [--only TEXT] [--write] [--jobs 2]        `make gate`
 
-Fails unless every 16-bit and TF32 kernel uses tensor cores (WGMMA on sm_90 for 16 bits), spills nothing and fits the
-shared memory of its architecture. Prints the table of docs/measurements.md. Pointers are declared divisible by 16, as
-they are at run time: without that another, slower kernel is compiled.
+Fails unless every 16-bit and TF32 kernel uses tensor cores (WGMMA on sm_90 for 16 bits), spills nothing (KNOWN_STACKS
+apart), fits the shared memory of its architecture and keeps to MOST_INSTRUCTIONS. Prints what differs
+from docs/compiled. Pointers are declared divisible by 16, as they are at run time: without that another, slower kernel is compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import os
 import re
@@ -60,9 +61,20 @@ ELEMENTWISE = {
     "prologue": configs.Config(0, 0, 0, 4, 3),
     "row_losses": configs.Config(0, 0, 0, 8, 3),
 }
+# Bytes of kernels that an H200 has timed fastest all the same: of the branch with a running maximum, or a few at 255
+# registers.
+KNOWN_STACKS = {
+    ("forward", "clip", 128): 160,
+    ("backward", "plain", 256): 16,
+    ("backward", "plain", 1024): 16,
+}
+MOST_INSTRUCTIONS = {("backward", "plain", "16-bit", 128): 560, ("backward", "plain", "16-bit", 256): 900}
+MASKS_FROM = 60  # instructions that a branch must skip to count as the block of masks
 TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
 GUIDE = 256  # features of a gate
 BINS = 256  # of a histogram
+ROOT = Path(__file__).resolve().parents[1]
+COMPILED = ROOT / "docs" / "compiled"  # the table of every Triton it was written for: what an update changes is a diff
 POINTER = {"16-bit": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "ieee": "*fp32", "fp64": "*fp64"}
 
 
@@ -104,6 +116,7 @@ class Outcome(NamedTuple):
     stack: int
     shared: int
     instruction: str
+    hot_loop: int  # instructions of a warp for 128x128 pairs and 8 warps, masked tiles apart; 0: not counted
     faults: list[str]
 
 
@@ -298,30 +311,62 @@ def examine(case: Case) -> Outcome:
     try:
         compiled = compile_case(case)
     except Exception as error:  # ptxas, the compiler passes and the frontend raise whatever they like
-        return Outcome(0, 0, 0, "", [f"does not compile: {str(error).strip().splitlines()[-1][:200]}"])
+        return Outcome(0, 0, 0, "", 0, [f"does not compile: {str(error).strip().splitlines()[-1][:200]}"])
     registers, stack = resource_usage(compiled.asm["cubin"])
+    hot_loop = 0
+    if case.direction in configs.DIRECTIONS and case.features <= configs.RESIDENT_FEATURES and case.architecture == 90:
+        config = config_of(case)
+        per_tile = instructions_of_loop(compiled.asm["cubin"])
+        hot_loop = round(per_tile * 128 * 128 / (config.block_m * config.block_n) * config.num_warps / 8)
     found = re.findall(r"tcgen05\.mma|wgmma\.mma_async|mma\.sync|\bfma\.rn", compiled.asm["ptx"])
     instruction = min(found, key=("tcgen05.mma", "wgmma.mma_async", "mma.sync", "fma.rn").index, default="none")
     shared, faults = compiled.metadata.shared, []
     if shared > SHARED_LIMIT[case.architecture]:
         faults.append(f"{shared} bytes of shared memory > {SHARED_LIMIT[case.architecture]}")
-    if case.products in TENSOR_CORES and stack:
+    if hot_loop > MOST_INSTRUCTIONS.get((case.direction, case.variant, case.products, case.features), hot_loop):
+        faults.append(f"{hot_loop} instructions for 128x128 pairs")
+    if case.products in TENSOR_CORES and stack > KNOWN_STACKS.get((case.direction, case.variant, case.features), 0):
         faults.append(f"{stack} bytes on the stack (spills)")
     if case.products in TENSOR_CORES and case.direction not in ELEMENTWISE:
         if instruction in ("none", "fma.rn"):
             faults.append("no tensor-core instructions")
         if case.products != "tf32" and case.architecture == 90 and instruction != "wgmma.mma_async":
             faults.append(f"{instruction} instead of wgmma")
-    return Outcome(registers, stack, shared, instruction, faults)
+    return Outcome(registers, stack, shared, instruction, hot_loop, faults)
 
 
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread and bytes of stack and local memory, as the tool in Triton's wheel reads them."""
+def cuobjdump(option: str, cubin: bytes) -> str:
+    """What the tool in Triton's wheel says of a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        output = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def instructions_of_loop(cubin: bytes) -> int:
+    """Instructions of the first loop with products; what a branch forwards skips, the masks, is left out."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump("-sass", cubin))]
+    place = {at: i for i, (at, _) in enumerate(code)}
+    targets = [(i, place.get(int(to, 16), i)) for i, (_, text) in enumerate(code) for to in _branch_target(text)]
+    for end, start in targets:
+        if start < end and any("HGMMA" in text for _, text in code[start:end]):
+            inside = [(i, to) for i, to in targets if start <= i < to <= end and to - i > MASKS_FROM]
+            skipped, last = 0, start
+            for i, to in inside:
+                if i >= last:
+                    skipped, last = skipped + to - i - 1, to
+            return end - start + 1 - skipped
+    return 0
+
+
+def _branch_target(text: str) -> list[str]:
+    return re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of stack and local memory."""
+    output = cuobjdump("-res-usage", cubin)
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", output))
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
 
@@ -329,8 +374,9 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 def table(results: list[tuple[Case, Outcome]]) -> str:
     """Markdown, one line per case."""
     lines = [
-        "| kernel | variant | products | D | arch | tile | warps, stages | registers | stack | KiB | instruction |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | variant | products | D | arch | tile | warps, stages | registers | stack | KiB | instruction "
+        "| loop |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, outcome in results:
         config = config_of(case)
@@ -339,7 +385,7 @@ def table(results: list[tuple[Case, Outcome]]) -> str:
         lines.append(
             f"| {case.direction} | {case.variant} | {case.products} | {features} | sm_{case.architecture} | {tile} "
             f"| {config.num_warps}, {config.num_stages} | {outcome.registers} | {outcome.stack} "
-            f"| {outcome.shared / 1024:.0f} | {outcome.instruction} |"
+            f"| {outcome.shared / 1024:.0f} | {outcome.instruction} | {outcome.hot_loop or '-'} |"
         )
     return "\n".join(lines)
 
@@ -347,13 +393,24 @@ def table(results: list[tuple[Case, Outcome]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose description contains this text")
+    parser.add_argument("--write", action="store_true", help=f"keep the table in {COMPILED.relative_to(ROOT)}/")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
     chosen = [case for case in cases() if options.only in str(case)]
     with ProcessPoolExecutor(options.jobs) as pool:
         outcomes = list(pool.map(examine, chosen))
     print(f"Triton {triton.__version__}, {len(chosen)} kernels\n")
-    print(table(list(zip(chosen, outcomes, strict=True))))
+    text, kept = table(list(zip(chosen, outcomes, strict=True))) + "\n", COMPILED / f"triton-{triton.__version__}.md"
+    if options.write:
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(text)
+    elif kept.is_file() and not options.only:
+        print(
+            *difflib.unified_diff(kept.read_text().splitlines(), text.splitlines(), kept.name, "now", n=0, lineterm=""),
+            sep="\n",
+        )
+    else:
+        print(text)
     faults = [f"{case}: {fault}" for case, outcome in zip(chosen, outcomes, strict=True) for fault in outcome.faults]
     print("\n" + "\n".join(faults or ["gate: green"]))
     return 1 if faults else 0

@@ -23,6 +23,7 @@
 #   TILES     arguments of `python -m bench tune`; BENCH those of the benchmark; PYTEST those of pytest
 #
 # Machines without network or .git: `make gpu-files` puts library, ladder and commit into build/gpu, to be carried along.
+#   COMMIT    what the results say they measured, where git does not know (build/gpu/commit.txt)
 # A failing step does not stop the later ones; the exit status is the number of failed steps.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -39,6 +40,7 @@ mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests turn deterministic mode on
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" # ninja beside the interpreter
+[[ -f build/gpu/commit.txt ]] && export COMMIT=${COMMIT:-$(< build/gpu/commit.txt)}
 tiny=()
 [[ $DEVICE == cpu ]] && tiny=(--tiny)
 

@@ -1,8 +1,9 @@
 """Tile sizes, the only place that has any: direction x products x features, one entry per architecture.
 
-Found by compiling (tools/gate.py): the largest tiles without spills, in the register-hungriest of the usual calls. No
-entry has been timed yet; contrastive_ext.autotune times others on request. Where a tile has a third number, features
-come in chunks of so many.
+16 bits on sm_90: timed on an H200 (bench/results/nvidia-h200-tiles.json, `python -m bench tune`). The rest was found by
+compiling (tools/gate.py), the largest tiles without spills in the register-hungriest of the usual calls, and has not
+been timed; contrastive_ext.autotune times others on request. Where a tile has a third number, features come in chunks
+of so many.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LARGEST_MASKED = {
     ("backward", "lists"): (64, 32),
     ("backward", "gate"): (64, 16),
 }
-MASKED_WARPS = 8
+MANY_WARPS = 8
 # a second exponent has exponentials, sums and coefficients of its own
 LARGEST_OF_TWO = {
     ("forward", False): (128, 64),
@@ -88,21 +89,21 @@ _TABLE = {
     ("forward", "16-bit"): _table(
         #        sm_80                        sm_86                        sm_90                        sm_100
         # sm_90: of programs with 4 warps two share a processor, one multiplies while the other takes exponentials
-        (tile("128x128", 8, 3),    tile("128x128", 8, 2),    tile("256x64", 4, 3),     tile("128x64", 8, 3)),
-        (tile("128x128", 8, 3),    tile("128x128", 8, 2),    tile("256x64", 4, 3),     tile("128x64", 8, 3)),
+        (tile("128x128", 8, 3),    tile("128x128", 8, 2),    tile("256x64", 4, 2),     tile("128x64", 8, 3)),
+        (tile("128x128", 8, 3),    tile("128x128", 8, 2),    tile("256x64", 4, 2),     tile("128x64", 8, 3)),
         # two stages: three do not fit beside 128 resident rows
-        (tile("128x128", 8, 2),    tile("64x64", 8, 2),      tile("128x128", 8, 2),    tile("128x64", 8, 2)),
+        (tile("128x128", 8, 2),    tile("64x64", 8, 2),      tile("128x64", 4, 2),     tile("128x64", 8, 2)),
         # 128x256 spills 24 bytes in masked tiles
-        (tile("128x128x64", 8, 3), tile("128x128x32", 8, 3), tile("256x128x64", 8, 4), tile("128x64x64", 8, 4)),
+        (tile("128x128x64", 8, 3), tile("128x128x32", 8, 3), tile("128x128x64", 4, 4), tile("128x64x64", 8, 4)),
     ),
     ("backward", "16-bit"): _table(
         # 128 columns leave no register for a second exponent
-        (tile("128x64", 8, 3),     tile("128x64", 8, 2),     tile("128x64", 4, 3),     tile("128x64", 8, 3)),
-        (tile("128x64", 8, 3),     tile("128x64", 8, 2),     tile("128x32", 4, 4),     tile("128x64", 8, 3)),
+        (tile("128x64", 8, 3),     tile("128x64", 8, 2),     tile("64x64", 4, 3),      tile("128x64", 8, 3)),
+        (tile("128x64", 8, 3),     tile("128x64", 8, 2),     tile("64x64", 4, 2),      tile("128x64", 8, 3)),
         # the accumulator alone takes 128 registers
-        (tile("128x32", 8, 3),     tile("64x32", 8, 2),      tile("128x64", 8, 2),     tile("128x32", 8, 3)),
-        # weights are stored, not summed: 128 columns spill 500 bytes, on sm_90 128 rows spill 8 (two exponents)
-        (tile("128x64x64", 8, 3),  tile("128x64x32", 8, 3),  tile("128x128x64", 8, 3), tile("128x64x32", 8, 4)),
+        (tile("128x32", 8, 3),     tile("64x32", 8, 2),      tile("64x64", 4, 2),      tile("128x32", 8, 3)),
+        # weights are stored, not summed: 128 columns spill 500 bytes
+        (tile("128x64x64", 8, 3),  tile("128x64x32", 8, 3),  tile("256x64x64", 8, 4),  tile("128x64x32", 8, 4)),
     ),
     ("forward", "tf32"): _table(
         (tile("128x128", 8, 2),    tile("128x64", 8, 2),     tile("128x128", 8, 2),    tile("128x64", 8, 2)),
@@ -171,9 +172,9 @@ def choose(
         rows = min(rows, LARGEST_WIDE.get(products, rows))
     # what is looked up between two products keeps Triton 3.6 from pipelining them: it does not compile
     stages = 1 if ranked and direction == "backward" and group <= RESIDENT_FEATURES else config.num_stages
-    # masks want the registers of more threads
-    masked = products == "16-bit" and (mask != "images" or ranked)
-    warps = max(config.num_warps, MASKED_WARPS) if masked else config.num_warps
+    # masks and a second set of sums want the registers of more threads
+    many = mask != "images" or ranked or (exponents > 1 and direction == "forward" and features > 128)
+    warps = max(config.num_warps, MANY_WARPS) if many and products == "16-bit" else config.num_warps
     return config._replace(block_m=rows, block_n=columns, num_warps=warps, num_stages=stages)
 
 
@@ -185,8 +186,8 @@ def default(line: Line) -> Config:
 
 
 def alternatives(line: Line) -> list[Config]:
-    """Other tiles worth timing: half and twice the rows and columns, 4 and 8 warps, one stage more or less, two programs
-    on a processor (128 registers for each of 8 warps); triangles need columns <= rows.
+    """Other tiles worth timing: half and twice the rows and columns, 4 and 8 warps, one stage more or less, two
+    programs on a processor (128 registers for each of 8 warps); triangles need columns <= rows.
     """
     table = default(line)
     rows, columns = ([size // 2, size, 2 * size] for size in table[:2])

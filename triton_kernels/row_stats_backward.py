@@ -49,7 +49,7 @@ def load_term(p_lse, p_grad, o_anchors, num_anchors, EXPONENTS: tl.constexpr, FA
 
 @triton.jit
 def store_terms(p_terms, stride, o_anchors, b_lses, b_factors, factored, NUM: tl.constexpr):
-    """Terms of anchors as columns, for `load_columns`; b_lses and b_factors as `load_term` has them, not factored yet."""
+    """Terms of anchors as columns, for `load_columns`; lse and factors as `load_term` has them, not factored yet."""
     m_inside = o_anchors < stride
     for k in tl.static_range(NUM):
         b_factor = tl.where(factored, b_factors[k] * tl.exp2(-b_lses[k]), b_factors[k])
@@ -72,7 +72,7 @@ def column_terms_kernel(
     EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Terms of the columns, once a call: p_terms [2 K, stride], beta_k c_k (times exp(-lse'_k) if factored), then lse'_k.
+    """Terms of the columns, once a call: p_terms [2 K, stride], beta_k c_k (times exp(-lse'_k) if factored), lse'_k.
 
     Padded to `stride` with anchors that weigh nothing: a tile reads whole vectors, without a mask.
     """

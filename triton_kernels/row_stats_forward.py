@@ -84,8 +84,8 @@ def sweep(
         state, b_exp, b_rescale = online_lse.update(state, b_x, EXPONENTS, 1, ONLINE)
         if MEANS:
             b_weight = b_exp[0] * FP16_RANGE if b_v.dtype == tl.float16 else b_exp[0]
-            b_mean = tl.dot(round_to(b_weight.to(b_v.dtype), PRECISION), b_v, b_mean * b_rescale[0][:, None], input_precision=PRECISION,
-                            out_dtype=DTYPE)  # fmt: skip
+            b_weight = round_to(b_weight.to(b_v.dtype), PRECISION)
+            b_mean = tl.dot(b_weight, b_v, b_mean * b_rescale[0][:, None], input_precision=PRECISION, out_dtype=DTYPE)
         if COLUMNS and (not TRIANGLE or j0 >= i0 + BLOCK_M):
             col_state = online_lse.init(len(EXPONENTS), BLOCK_N, DTYPE, ONLINE)
             col_state, _, _ = online_lse.update(col_state, b_reverse, EXPONENTS, 0, ONLINE)

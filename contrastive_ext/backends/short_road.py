@@ -8,7 +8,8 @@ inverse_norm  [B + M]
 lse           [sides, K, anchors]; "symmetric" has two sides, rows and columns, the other layouts one
 coefficients  [sides, K + 2, anchors] derivatives of every row's unreduced loss by lse_k, pos and scale
 clamped       [] share of the rows on the debiasing floor
-The backend chooses the dtype of the operands and may keep more beside the coefficients; everything else is of the statistics dtype.
+The backend chooses the dtype of the operands and may keep more beside the coefficients; everything else is of the
+statistics dtype.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ..problem import Problem, Statistics, Upstream
 
 NAME = "torch"
 
-# CPU: 1024 x 1024 fp32 is 4 MiB, two of them stay in a shared L3. GPU: larger tiles amortise the launches (a handful of 36 MiB).
+# CPU: 1024 x 1024 fp32 is 4 MiB, two of them stay in a shared L3. GPU: larger ones amortise launches (a few of 36 MiB).
 TILE = {"cpu": 1024}
 TILE_ELSEWHERE = 3072
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -24,7 +25,7 @@ def operands(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x as an operand of products: in TF32 rounded to its 11 bits, which tensor cores would cut off (scores.round_to)."""
+    """x as an operand of products: in TF32 rounded to 11 bits, where tensor cores would cut it off (scores.round_to)."""
     if kind_of_products(x) != "tf32":
         return x
     high = x * (1 + 2**13)  # Dekker's splitting
@@ -121,6 +122,28 @@ def split(tiles: int, columns: int, block: int, programs: int) -> tuple[int, int
     splits = max(1, min(programs // max(1, tiles), column_tiles))
     span = cdiv(column_tiles, splits) * block
     return max(1, cdiv(columns, max(1, span))), span
+
+
+def programs_at_once(config, operand: Tensor) -> int:
+    """Programs of a sweep with a gradient that the device runs at a time, by their registers.
+
+    A thread has its share of the tile and of the sum and some 64 registers more: on a processor of sm_90 3 programs of
+    64x64 at 128 features, 2 at 256, which explains what an H200 took (docs/measurements.md).
+    """
+    threads = 32 * config.num_warps
+    registers = config.block_m * (config.block_n + feature_block(operand.shape[1])) // threads + 64
+    return processors(operand.device) * max(1, 65536 // (threads * min(255, registers)))
+
+
+def even_split(tiles: int, columns: int, block: int, fewest: int, most: int, at_once: int) -> tuple[int, int]:
+    """`split` into `fewest` to `most` parts: the first number whose last wave of programs leaves at most 5 % idle."""
+
+    def idle(splits: int) -> float:
+        waves = max(1, tiles) * splits / at_once
+        return 1 - waves / math.ceil(waves)
+
+    choices = range(fewest, max(fewest, most) + 1)
+    return split(1, columns, block, next((s for s in choices if idle(s) <= 0.05), min(choices, key=idle)))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -21,6 +21,7 @@ WORKSPACE_BYTES = 64 << 20  # of column partials in the forward, and of weights 
 WIDE_FEATURES, WIDE_WORKSPACE_BYTES = 512, 256 << 20  # of weights beyond: fewer, larger library products
 TRIANGLE_FROM = 0.25  # tiles of rows for each processor, from which on one set is swept as a triangle
 ALIGNED = 64  # columns of stored weights come in multiples
+MOST_SPLITS = 4  # of a gradient where one would do for every processor: each is written and read once more
 TERMS_BLOCK = 128  # columns of a program that makes their terms, and what those are padded to: at least any tile's
 MERGE_BLOCK, MERGED_AT_ONCE = 128, 16  # anchors of a program that merges partial results, partials it reads at once
 
@@ -275,7 +276,10 @@ class Weights:
         """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]."""
         if self.config.block_d == 0:
             tiles = launch.cdiv(self.n, self.config.block_m)
-            splits, span = launch.split(tiles, self.m, self.config.block_n, launch.processors(self.like.device))
+            fewest = max(1, launch.processors(self.like.device) // max(1, tiles))
+            most = min(MOST_SPLITS, WORKSPACE_BYTES // max(1, self.n * self.d * self.like.element_size()))
+            at_once = launch.programs_at_once(self.config, self.rows.x)
+            splits, span = launch.even_split(tiles, self.m, self.config.block_n, fewest, most, at_once)
             out = self.like.new_empty(splits, self.n, self.d)
             self._sweep((0, self.n), (0, self.m), splits, span, out, self.like.new_empty(0), times_scale)
             return out

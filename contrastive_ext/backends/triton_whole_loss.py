@@ -60,7 +60,8 @@ def _forward(
         scale_argument, scale_is_tensor = launch.scale_argument(problem)
         launch.kernels().row_losses.row_losses_kernel[(parts,)](
             *row_partials.arguments, *col_partials.arguments, col_partials.first_tile, cosine, scale_argument, lse,
-            coefficients, terms, losses, sums, shares, anchors, images, count, terms.stride(1), **sweep.flags, **_formula(formula, parameters),
+            coefficients, terms, losses, sums, shares, anchors, images, count, terms.stride(1), **sweep.flags,
+            **_formula(formula, parameters),
             TRIANGLE=row_partials.triangle, SIDES=sides, MEAN=reduction == "mean", SCALE_IS_TENSOR=scale_is_tensor,
             LARGEST=max(exponents), BACKWARD_SHIFT=shift_of_weights(problem, problem.exponents, layout != "one_way"),
             SPAN=span, BLOCK=block, AT_ONCE=READ_AT_ONCE // block, num_warps=8, enable_fp_fusion=True,
@@ -101,8 +102,8 @@ def _backward(
             None if reduction == "none" else grad_loss, scale_argument, dz1, dz2, dscale, len(du), len(dv),
             du.stride(0), dv.stride(0), images, columns, second, z1.stride(0), z2.stride(0),
             sides * anchors if reduction == "mean" else 1, D=features, BLOCK=block, BLOCK_D=block_d,
-            NORMALIZE=normalize, ONE_SET=problem.one_set, SCALE_IS_TENSOR=scale_is_tensor, PRECISION=launch.precision(operands),
-            enable_fp_fusion=True,
+            NORMALIZE=normalize, ONE_SET=problem.one_set, SCALE_IS_TENSOR=scale_is_tensor,
+            PRECISION=launch.precision(operands), enable_fp_fusion=True,
         )  # fmt: skip
         return dz1, dz2, inverse_norm.new_empty(0) if dscale is None else dscale.sum()
 

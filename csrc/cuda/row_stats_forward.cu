@@ -1,4 +1,4 @@
-// lse and count of every row over its negatives, on Hopper, for 128 features. NO HARDWARE HAS RUN THIS YET.
+// lse and count of every row over its negatives, on Hopper, for 128 features.
 //
 // A block owns 128 rows and one split of the column tiles. Warp 8 has TMA fill a ring of column tiles; warps 0-3 and
 // 4-7 are two consumer warpgroups with 64 rows each, which take turns (ping-pong): while one has its tile multiplied,

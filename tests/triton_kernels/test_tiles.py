@@ -249,7 +249,7 @@ def test_weights_of_many_features_serve_both_sides(monkeypatch, workspace, colum
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("workspace", [1, 64 * 64 * 8, 256 << 20], ids=["tile", "squares", "everything"])
 def test_weights_of_one_set_are_stored_once(monkeypatch, workspace, dtype):
-    """Blocks above the diagonal serve the rows below it; a list makes the pairs' rules asymmetric, the weights are not."""
+    """Blocks above the diagonal serve the rows below it; lists make the pairs' rules asymmetric, weights are not."""
     monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
     monkeypatch.setattr(triton_sweeps, "WIDE_WORKSPACE_BYTES", workspace)
     u = _vectors(150, 260).detach().to(dtype).to(torch.float32 if dtype == torch.float16 else dtype).requires_grad_()
