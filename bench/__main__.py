@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(prove(device, options.out / f"proof-{index}.jsonl", _share(proof_cases(), options)) > 0)
     if options.command == "speed":
         return speed(device, options.out, options.time_limit or _SPEED_LIMIT_S, _share(speed_cases(), options))
-    return tune(device, options.features, options.rows, options.dtype, options.out, options.shard)
+    return tune(device, options.features, options.rows, options.dtype, options.out, options.shard, options.most)
 
 
 def _share(cases: list[Case], options: argparse.Namespace) -> list[Case]:
@@ -228,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument("--features", type=int, nargs="+", default=[128, 256, 512, 1024], metavar="D")
     tuning.add_argument("--rows", type=int, default=32768, metavar="N", help="anchors, 2B (32768)")
     tuning.add_argument("--dtype", choices=DTYPES, default="fp16")
+    tuning.add_argument("--most", type=int, metavar="N", help="other tiles of a kernel at most")
     tuning.add_argument("--shard", type=_shard, metavar="I/N", help="run every N-th tile once and time none")
     tuning.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
     tuning.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")

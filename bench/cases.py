@@ -317,7 +317,7 @@ def cuda_cases(quick: bool) -> list[Case]:
 
 
 def proof_cases() -> list[Case]:
-    """What the GPU kernels have paths for, at shapes that take them: triangles, several launches, widths, ragged ends."""
+    """What the GPU kernels have paths for, at shapes that take them: triangles, launches, widths, ragged ends."""
     wide, large = (64, 128, 256, 512, 768, 1024), 17024
     cases = [_case("infonce", "two_view", large, dim=d, dtype=t) for d in wide for t in ("float16", "bfloat16")]
     cases += [_case("infonce", "symmetric", 8192, dim=d, dtype="bfloat16") for d in (128, 512, 768)]

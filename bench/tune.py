@@ -48,9 +48,13 @@ TOLERANCE = 1e-2  # of a result's length: above the rounding of 16-bit products,
 
 
 def tune(
-    device: Device, features: Sequence[int], rows: int, dtype: str, out: Path, shard: tuple[int, int] | None = None
-) -> int:
-    """Print a line per tile, write all of them to tiles-<device>-<dtype>.json; 1 if there is no Triton to tune."""
+    device: Device, features: Sequence[int], rows: int, dtype: str, out: Path,
+    shard: tuple[int, int] | None = None, most: int | None = None,
+) -> int:  # fmt: skip
+    """Print a line per tile, write all of them to tiles-<device>-<dtype>.json; 1 if there is no Triton to tune.
+
+    most  other tiles of a kernel at most
+    """
     reason = triton_launch.why_missing()
     if reason is not None:
         print(reason)
@@ -59,7 +63,7 @@ def tune(
     found: dict[str, Any] = {"facts": environment.facts(device), "rows": rows, "dtype": dtype, "trials": []}
     for width in features:
         z = [torch.randn(rows // 2, width, device=device.torch).to(DTYPES[dtype]).requires_grad_() for _ in "12"]
-        trials = list(_trials(z))
+        trials = list(_trials(z, most))
         expected = _run(z)
         for line, config in trials if shard is None else trials[shard[0] :: shard[1]]:
             trial = {"features": width, "line": line} | config._asdict()
@@ -80,7 +84,7 @@ def tune(
     return 0
 
 
-def _trials(z: list[Tensor]) -> Iterator[tuple[Any, Any]]:
+def _trials(z: list[Tensor], most: int | None) -> Iterator[tuple[Any, Any]]:
     """(line of the table, tile) for every kernel that the loss launches: the table's tile first."""
     configs = triton_launch.kernels().configs
     configs.asked.clear()
@@ -91,7 +95,7 @@ def _trials(z: list[Tensor]) -> Iterator[tuple[Any, Any]]:
         if line.products == "16-bit" and line.architecture >= configs.DESCRIPTORS_FROM:
             others = [configs.tile(*written.split()) for written in WORTH_TIMING[line.direction, table.block_d > 0]]
         yield line, table
-        yield from ((line, config) for config in others if config != table)
+        yield from ((line, config) for config in [c for c in others if c != table][:most])
 
 
 def _run(z: list[Tensor]) -> list[Tensor]:

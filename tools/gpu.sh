@@ -41,8 +41,8 @@ export PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 # the tests turn deter
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" # ninja beside the interpreter
 [[ -f build/gpu/commit.txt ]] && export COMMIT=${COMMIT:-$(< build/gpu/commit.txt)}
-tiny=()
-[[ $DEVICE == cpu ]] && tiny=(--tiny)
+tiny=() few=()
+[[ $DEVICE == cpu ]] && tiny=(--tiny) few=(--only "float32|tf32")
 
 # step NAME SECONDS COMMAND...: run within its time into a log of its own and say how it ended
 step() {
@@ -108,7 +108,7 @@ ladder() {
 
 proof() {
   local status=0
-  in_shards "$PYTHON" -m bench proof --device "$DEVICE" --out "$LOGS/proof" $TINY $WITHOUT $FASTEST || status=1
+  in_shards "$PYTHON" -m bench proof --device "$DEVICE" --out "$LOGS/proof" $TINY $FEW $WITHOUT $FASTEST || status=1
   cat "$LOGS"/proof/*.jsonl > "$OUT/proof.jsonl"
   grep -h '"proven": false' "$OUT/proof.jsonl"
   echo "$(grep -c '"proven": true' "$OUT/proof.jsonl") proven, $(grep -c '"proven": false' "$OUT/proof.jsonl") not"
@@ -121,12 +121,12 @@ speed() {
   "$PYTHON" -m bench speed --device "$DEVICE" --out "$OUT" --time-limit $limit $TINY --without torch ${WITHOUT#--without} $FASTEST
 }
 
-smoke() { in_shards "$PYTHON" -m bench smoke --device "$DEVICE" $WITHOUT; }
+smoke() { in_shards "$PYTHON" -m bench smoke --device "$DEVICE" $FEW $WITHOUT; }
 
 tiles() {
   local arguments=(tune --device "$DEVICE")
   if [[ $DEVICE == cpu ]]; then
-    arguments+=(--features 16 --rows 32 --dtype fp32)
+    arguments+=(--features 16 --rows 32 --dtype fp32 --most 1)
     export TRITON_INTERPRET=1
   else
     read -ra more <<< "${TILES:---features 128 256 768 --rows 34816 --dtype bf16}"
@@ -162,7 +162,7 @@ step ladder 30 bash -c ladder
 # what fails the ladder may hang: nothing else may meet it
 without=()
 [[ $(tail -n 1 "$OUT/summary.txt") == "ladder "*FAILED* ]] && without=(--without cuda)
-export WITHOUT="${without[*]}" TINY="${tiny[*]}" FASTEST=""
+export WITHOUT="${without[*]}" TINY="${tiny[*]}" FEW="${few[*]}" FASTEST=""
 step tiles 200 bash -c tiles
 # what follows takes the fastest tiles that were found
 [[ $STEPS == *" tiles "* ]] && export FASTEST="--tiles $(ls "$OUT"/tiles-*.json)"

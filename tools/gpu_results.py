@@ -92,9 +92,9 @@ def with_entries(source: str, found: dict[tuple[str, str, str], str]) -> str:
 def table(speed: dict[str, Any], kernels: dict[str, Any]) -> str:
     """Markdown: time on the GPU by kernel, a whole step against eager PyTorch, memory."""
     lines = [
-        f"{speed['device']}, torch {speed['torch']}, Triton {speed['triton']}, CUDA {speed['cuda']}. Kernels: their",
-        "time on the GPU, forward + backward, in a short profile. Step: wall time with the host's share, which is nearly",
-        "all of it for small batches and is gone in a CUDA graph. MiB: peak beyond the inputs, gradients included.",
+        f"{speed['device']}, torch {speed['torch']}, Triton {speed['triton']}, CUDA {speed['cuda']}. Kernels:",
+        "time on the GPU, forward + backward, in a short profile. Step: wall time with the host's share, nearly all of",
+        "it for small batches, which is gone in a CUDA graph. MiB: peak beyond the inputs, gradients included.",
         "",
         "| loss, layout, shape, dtype | kernels ms | step ms | eager step ms | MiB | eager MiB |",
         "|---|---|---|---|---|---|",

@@ -1,6 +1,7 @@
 """Compiles what the Triton backend launches, as it launches it, for a GPU that is not there; nothing runs.
 
     python tools/launch_gate.py [--only REGEX] [--arch 90]        `make launches`
+    python tools/launch_gate.py --ragged                          what ragged batches compile beyond the first one
 
 tools/gate.py compiles kernels from a table of its own; here arguments, tiles and constants come from the backend, over
 the cases of `python -m bench smoke` and the usages of tests/rows.py. It finds what neither that table nor the
@@ -29,6 +30,7 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import contrastive_ext
 import rows
 from bench import cases, gate, methods
 from bench.device import Device
@@ -37,6 +39,12 @@ from contrastive_ext.backends import triton_launch
 
 PROCESSORS = 132  # of the H200
 SHARED_LIMIT = 227 << 10
+# images of a first batch, then others laid out alike: one program reduces the losses, many do, a triangle
+RAGGED = [
+    (512, (1, 2, 3, 5, 17, 33, 70, 101, 255, 257, 511, 513, 700, 1001, 1023, 1500, 2000, 2047)),
+    (2049, (2051, 3001, 4000)),
+    (4500, (4501, 4999, 5003)),
+]
 
 
 class Driver:
@@ -84,6 +92,33 @@ def pretend(architecture: int) -> list[str]:
     return faults
 
 
+def ragged() -> list[str]:
+    """Kernels compiled by ragged batches after a first one of each layout of the work: there should be none."""
+    compiled: list[str] = []
+    compile_kernel = JITFunction._do_compile
+
+    def counted(function, *args):
+        compiled.append(function.__name__)
+        return compile_kernel(function, *args)
+
+    JITFunction._do_compile = counted
+    found = []
+    for first, others in RAGGED:
+        _step(first)
+        print(f"B = {first} compiles", *compiled, flush=True)
+        compiled.clear()
+        for images in others:
+            _step(images)
+        found += [f"batches of {others} compile {name} again" for name in compiled]
+        compiled.clear()
+    return found
+
+
+def _step(images: int) -> None:
+    z = [torch.randn(images, 128, dtype=torch.bfloat16, requires_grad=True) for _ in "12"]
+    torch.autograd.grad(contrastive_ext.fused_infonce_loss(*z, backend="triton"), z)
+
+
 def smoke_call(case):
     """A case of the benchmark with its gradient; of results that nobody computed any error will do."""
     device = Device("cpu")
@@ -117,8 +152,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="calls whose name matches")
     parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--ragged", action="store_true", help="count what ragged batches compile")
     options = parser.parse_args()
     faults = pretend(options.arch)
+    if options.ragged:
+        faults += ragged()
+        print(*(faults or ["no ragged batch compiles"]), sep="\n")
+        return len(faults)
     chosen = [call for call in calls() if re.search(options.only, call[0])]
     for name, function, arguments in chosen:
         began, known = time.monotonic(), len(faults)

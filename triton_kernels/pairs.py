@@ -29,14 +29,14 @@ def first_masked(
     i0, j0, num_rows, num_columns, images,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_IMAGES: tl.constexpr, ROW_TAILS: tl.constexpr,
 ):  # fmt: skip
-    """A column: of the tiles from j0 on, the first that starts there or later has padding or may hold views of an image.
+    """A column: of the tiles from j0 on, the first that starts there or later has padding or may hold an image twice.
 
     A loop compares with it, and asks again after such a tile. ROW_TAILS: rows beyond the matrix matter too.
     """
     first = num_columns - BLOCK_N + 1
     if HAS_IMAGES:
         num_images, _, first_row, first_column = images
-        # the first multiple of num_images among the differences of positions, with signs that // rounds alike everywhere
+        # first multiple of num_images among the differences of positions, with signs that // rounds alike everywhere
         lowest = (j0 - first_column) - (i0 + BLOCK_M - 1 - first_row)
         above = (tl.maximum(lowest, 0) + num_images - 1) // num_images
         multiple = (above - tl.maximum(-lowest, 0) // num_images) * num_images

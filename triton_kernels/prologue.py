@@ -112,7 +112,12 @@ def load_of_image(p_coefficient, o_i, num_images, second):
     return b_sum + tl.load(p_coefficient + second + o_i, mask=o_i < num_second, other=0.0)
 
 
-@triton.jit(do_not_specialize=["splits_1", "splits_2", "num_images", "num_columns", "second", "num_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "splits_1", "splits_2", "step_1", "step_2", "num_images", "num_columns", "second", "num_rows",
+    ],
+    do_not_specialize_on_alignment=["p_by_pos", "p_by_scale", "p_du", "p_dv"],
+)  # fmt: skip
 def prologue_backward_kernel(
     p_z1, p_z2, p_operands, p_inverse, p_by_pos, p_by_scale, p_du, p_dv, p_upstream, scale, p_dz1, p_dz2, p_dscale,
     splits_1, splits_2, step_1, step_2, num_images, num_columns, second, stride_1, stride_2, num_rows,

@@ -79,19 +79,19 @@ def row_loss(
 @triton.jit(
     do_not_specialize=[
         "num_row_partials", "row_of_tiles", "num_col_partials", "col_of_tiles", "first_tile", "num_anchors",
-        "num_images", "count", "stride_terms",
+        "num_images", "count", "stride_terms", "span",
     ]
 )  # fmt: skip
 def row_losses_kernel(
     p_rows, num_row_partials, row_of_tiles, p_columns, num_col_partials, col_of_tiles, first_tile,
     p_cosine, scale, p_lse, p_coefficients, p_terms, p_losses, p_sums, p_clamped, num_anchors, num_images, count,
-    stride_terms,
+    stride_terms, span,
     EXPONENTS: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, TRIANGLE: tl.constexpr,
     FORMULA: tl.constexpr, TAU_PLUS: tl.constexpr, LOG_TAU_PLUS: tl.constexpr, BY_FIRST: tl.constexpr,
     BY_SECOND: tl.constexpr, SIDES: tl.constexpr, MEAN: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    LARGEST: tl.constexpr, BACKWARD_SHIFT: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    LARGEST: tl.constexpr, BACKWARD_SHIFT: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Program p: anchors p * SPAN .. of each side; their lse, coefficients, share of the loss and clamped share.
+    """Program p: anchors p * span .. of each side; their lse, coefficients, share of the loss and clamped share.
 
     p_rows, p_columns  partial results of the first and of the second side, see `merged`
     p_terms            [sides, 2 K, stride_terms] what the backward reads of its columns, see column_terms_kernel
@@ -110,8 +110,8 @@ def row_losses_kernel(
             partials = (p_rows, num_row_partials, row_of_tiles, first_tile)
         else:
             partials = (p_columns, num_col_partials, col_of_tiles, first_tile)
-        for start in range(0, SPAN, BLOCK):
-            o_anchor = tl.program_id(0) * SPAN + start + tl.arange(0, BLOCK)
+        for start in range(0, span, BLOCK):
+            o_anchor = tl.program_id(0) * span + start + tl.arange(0, BLOCK)
             m_anchor = o_anchor < num_anchors
             state, _ = merged(partials, o_anchor, num_anchors, EXPONENTS, NUM_PARTS, HAS_SHIFT, False, False, TRIANGLE,
                               BLOCK, AT_ONCE)  # fmt: skip

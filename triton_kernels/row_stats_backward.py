@@ -66,7 +66,7 @@ def is_factored(scale, LARGEST: tl.constexpr, SHIFT: tl.constexpr):
         return SHIFT == "plain"
 
 
-@triton.jit(do_not_specialize=["num_anchors"])
+@triton.jit(do_not_specialize=["num_anchors"], do_not_specialize_on_alignment=["p_lse", "p_grad"])
 def column_terms_kernel(
     p_lse, p_grad, scale, p_terms, num_anchors, stride,
     EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
@@ -228,7 +228,11 @@ def sweep(
         tl.store(p_factor + o_i - row_begin, b_undo, mask=o_i < num_rows)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "row_begin", "col_begin", "col_end"])
+# vectors may be slices, aligned for some batch sizes and not for others: a ragged batch must not compile
+@triton.jit(
+    do_not_specialize=[*SIZES, "row_begin", "col_begin", "col_end"],
+    do_not_specialize_on_alignment=["p_lse", "p_grad", "p_col_grad"],
+)
 def row_stats_backward_kernel(
     p_u, d_u, p_v, d_v, scale, p_lse, p_grad, p_col_terms, p_col_grad,
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape, p_out, p_factor,

@@ -101,7 +101,8 @@ def sweep(
         tl.store(p_mean + o_i.to(tl.int64)[:, None] * D + o_d[None, :], b_mean, mask=m_mean)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first_tile"])
+# partial results may begin anywhere: a ragged batch must not compile
+@triton.jit(do_not_specialize=[*SIZES, "first_tile"], do_not_specialize_on_alignment=["p_rows", "p_columns"])
 def row_stats_forward_kernel(
     p_u, d_u, p_v, d_v, scale, p_rows, p_columns, p_mean, num_rows, num_columns, first_tile, span, stride_u, stride_v,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,

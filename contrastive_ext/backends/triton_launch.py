@@ -25,7 +25,7 @@ def operands(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x as an operand of products: in TF32 rounded to 11 bits, where tensor cores would cut it off (scores.round_to)."""
+    """x as an operand of products: in TF32 rounded to 11 bits, where tensor cores would cut (scores.round_to)."""
     if kind_of_products(x) != "tf32":
         return x
     high = x * (1 + 2**13)  # Dekker's splitting

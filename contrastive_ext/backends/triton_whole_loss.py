@@ -60,11 +60,11 @@ def _forward(
         scale_argument, scale_is_tensor = launch.scale_argument(problem)
         launch.kernels().row_losses.row_losses_kernel[(parts,)](
             *row_partials.arguments, *col_partials.arguments, col_partials.first_tile, cosine, scale_argument, lse,
-            coefficients, terms, losses, sums, shares, anchors, images, count, terms.stride(1), **sweep.flags,
+            coefficients, terms, losses, sums, shares, anchors, images, count, terms.stride(1), span, **sweep.flags,
             **_formula(formula, parameters),
             TRIANGLE=row_partials.triangle, SIDES=sides, MEAN=reduction == "mean", SCALE_IS_TENSOR=scale_is_tensor,
             LARGEST=max(exponents), BACKWARD_SHIFT=shift_of_weights(problem, problem.exponents, layout != "one_way"),
-            SPAN=span, BLOCK=block, AT_ONCE=READ_AT_ONCE // block, num_warps=8, enable_fp_fusion=True,
+            BLOCK=block, AT_ONCE=READ_AT_ONCE // block, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         if parts > 1:
             launch.kernels().row_losses.add_parts_kernel[(1,)](

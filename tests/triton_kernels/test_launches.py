@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -74,3 +79,13 @@ def test_a_small_batch_is_few_launches(launches, function, layout, dtype, forwar
     with launches:
         torch.autograd.grad(loss, [z1, z2], upstream)
     assert len(launches.names) == backward, launches.names
+
+
+def test_ragged_batches_compile_nothing():
+    """For a pretended GPU, in a process of its own: here kernels are interpreted."""
+    gate = Path(__file__).parents[2] / "tools" / "launch_gate.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", str(gate), "--ragged"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no ragged batch compiles" in done.stdout

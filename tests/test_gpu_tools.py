@@ -1,0 +1,172 @@
+"""What runs on a GPU machine, rehearsed: the script step by step, the proof, and what takes its results over."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import cases, tune
+from bench.__main__ import main
+from bench.device import Device
+from bench.proof import prove
+from bench.speed import speed
+
+ROOT = Path(__file__).parents[1]
+CPU = Device("cpu")
+SPEC = importlib.util.spec_from_file_location("gpu_results", ROOT / "tools" / "gpu_results.py")
+assert SPEC is not None and SPEC.loader is not None
+gpu_results = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(gpu_results)
+
+CASE = cases.tiny(next(case for case in cases.proof_cases() if case.learned))
+FILES = {"facts.json", "kernels.json", "logs.tar.gz", "proof.jsonl", "speed.json", "summary.txt", "tests.xml"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux machines")
+def test_every_step_is_rehearsed_without_a_gpu(tmp_path):
+    """Same steps, same files, few cases, within its own deadline."""
+    environment = os.environ | {
+        "PYTHON": sys.executable, "DEVICE": "cpu", "OUT": str(tmp_path), "JOBS": "2"
+    }  # fmt: skip
+    done = subprocess.run(["bash", ROOT / "tools" / "gpu.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ended = dict(line.split(maxsplit=1) for line in (tmp_path / "summary.txt").read_text().splitlines()[1:])
+    assert list(ended) == ["facts", "import", "ladder", "tiles", "proof", "speed", "smoke", "tests"]
+    assert all(result.startswith("ok") for result in ended.values()), ended
+    brought = {path.name for path in tmp_path.iterdir() if not path.name.startswith("tiles-")}
+    assert brought == FILES
+    assert len(list(tmp_path.iterdir())) <= 8
+    assert gpu_results.main([str(tmp_path), "--root", str(tmp_path)]) == 1  # a rehearsal proves nothing
+
+
+def test_proof_is_a_line_for_every_case_and_backend(tmp_path, monkeypatch):
+    assert prove(CPU, tmp_path / "proof.jsonl", [CASE]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "proof.jsonl").read_text().splitlines()]
+    assert {line["backend"] for line in lines} >= {"torch"}
+    for line in lines:
+        assert line["case"] == CASE.name and line["proven"] and line["repeats"]
+        assert 0 <= line["temperature_gradient"] <= line["ratio"] <= 1
+
+
+def test_proof_shows_what_is_wrong_and_what_does_not_run(tmp_path, monkeypatch):
+    from bench import proof
+    from bench.methods import Method
+
+    def wrong(case, inputs):
+        return 1.1 * cases.fused(case, inputs, "torch", "none")
+
+    def broken(case, inputs):
+        raise RuntimeError("no such kernel")
+
+    calls: list[int] = []
+
+    def unsteady(case, inputs):
+        calls.append(0)
+        return cases.fused(case, inputs, "torch", "none") * (1 + 1e-7 * len(calls))
+
+    methods = [Method(f.__name__, f, f, is_ours=True) for f in (wrong, broken, unsteady)]
+    monkeypatch.setattr(proof, "backends_for", lambda case, device: methods)
+    case = cases.tiny(cases.Case("fused_infonce_loss", "two_view", 64, 64, 32, "float32"))
+    assert prove(CPU, tmp_path / "proof.jsonl", [case]) == 3
+    verdicts = {line["backend"]: line for line in map(json.loads, (tmp_path / "proof.jsonl").read_text().splitlines())}
+    assert verdicts["wrong"]["ratio"] > 1
+    assert "no such kernel" in verdicts["broken"]["verdict"]
+    assert not verdicts["unsteady"]["repeats"]
+
+
+def test_speed_stops_at_its_limit_and_says_what_it_left_out(tmp_path):
+    two = [cases.tiny(case) for case in cases.speed_cases()[:2]]
+    assert speed(CPU, tmp_path, 0.05, two) == 0  # the first takes longer
+    results = json.loads((tmp_path / "speed.json").read_text())
+    assert results["left_out"] == [two[1].name]
+    assert set(json.loads((tmp_path / "kernels.json").read_text())) == {two[0].name}
+
+
+def test_shards_share_the_cases(capsys):
+    names = []
+    for shard in ("0/2", "1/2"):
+        assert main(["smoke", "--device", "cpu", "--only", "infonce symmetric", "--shard", shard]) == 0
+        names += [line[4:] for line in capsys.readouterr().out.splitlines() if line.startswith("ok")]
+    assert len(names) == len(set(names)) == sum("infonce symmetric" in case.name for case in cases.smoke_cases())
+
+
+def test_fastest_tiles_are_preferred(tmp_path, monkeypatch):
+    configs = pytest.importorskip("contrastive_ext.triton_kernels.configs", reason="Triton is not installed.")
+    monkeypatch.setattr(configs, "preferred", {})
+    line = configs.Line("backward", "16-bit", 128, 90)
+    slow, fast, failed = (configs.tile("64x64", 4, stages) for stages in (2, 3, 4))
+    trials = [
+        {"line": line} | tile._asdict() | {"forward_ms": 1.0, "backward_ms": ms}
+        for tile, ms in ((slow, 2.0), (fast, 1.0))
+    ]
+    trials.append({"line": line} | failed._asdict() | {"why_not": "out of shared memory"})
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"trials": trials}))
+    tune.prefer(path)
+    assert configs.preferred == {line: fast}
+
+
+@pytest.fixture
+def brought(tmp_path):
+    """A made-up folder of results, and a checkout to take them over to."""
+    folder, root = tmp_path / "out", tmp_path / "root"
+    (root / "bench" / "results").mkdir(parents=True)
+    (root / "contrastive_ext").mkdir()
+    (root / "contrastive_ext" / "verified.py").write_text((ROOT / "contrastive_ext" / "verified.py").read_text())
+    (root / "README.md").write_text(f"before\n{gpu_results.MARKS[0]}\nold\n{gpu_results.MARKS[1]}\nafter\n")
+    folder.mkdir()
+    row = {
+        "loss": "fused_infonce_loss", "backend": "triton", "layout": "two_view", "N": 64, "M": 64, "D": 8,
+        "dtype": "bfloat16", "temperature": 0.1, "forward_ms": 1.0, "backward_ms": 2.0, "graph_ms": 0.5,
+        "peak_extra_mib": 3.0, "status": "ok",
+    }  # fmt: skip
+    made_up = {
+        "device": "NVIDIA Made-Up", "driver": "1", "cuda": "13.0", "torch": "2", "triton": "3", "commit": "abc",
+        "architecture": "sm_91", "rows": [row, row | {"backend": "eager", "forward_ms": 10.0}],
+    }  # fmt: skip
+    proofs = [
+        {"case": "a", "backend": "triton", "dtype": "bfloat16", "proven": True},
+        {"case": "a", "backend": "triton", "dtype": "float32", "proven": True},
+        {"case": "a", "backend": "triton", "dtype": "tf32", "proven": False},
+        {"case": "a", "backend": "cuda", "dtype": "float16", "proven": True},
+    ]
+    (folder / "speed.json").write_text(json.dumps(made_up))
+    (folder / "proof.jsonl").write_text("".join(json.dumps(line) + "\n" for line in proofs))
+    kernels = {
+        "infonce two_view 64x8 bfloat16 t=0.1": {"triton": {"row_stats_forward_kernel": [1, 40.0], "x": [1, 60.0]}}
+    }
+    (folder / "kernels.json").write_text(json.dumps(kernels))
+    return folder, root
+
+
+def test_results_are_taken_over(brought):
+    folder, root = brought
+    assert gpu_results.main([str(folder), "--root", str(root)]) == 0
+    verified = (root / "contrastive_ext" / "verified.py").read_text()
+    assert '("triton", "sm_91", torch.bfloat16): "nvidia-made-up-proof.jsonl"' in verified
+    assert '("triton", "sm_90", torch.bfloat16)' in verified  # what other devices have shown stays
+    assert '"sm_91", torch.float32' not in verified  # TF32 is not proven
+    assert '("cuda"' not in verified  # not complete
+    compile(verified, "verified.py", "exec")
+    readme = (root / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
+    assert "| 0.040 + 0.060 | 3.00 (graph 0.500) | 12.00 | 3 | 3 |" in readme
+    assert {path.name for path in (root / "bench" / "results").iterdir()} == {
+        "nvidia-made-up.json", "nvidia-made-up-proof.jsonl", "nvidia-made-up-kernels.json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [{"driver": None}, {"commit": "abc-dirty"}, {"commit": None}])
+def test_results_of_no_gpu_or_no_commit_are_refused(brought, fault, capsys):
+    folder, root = brought
+    speed = json.loads((folder / "speed.json").read_text()) | fault
+    (folder / "speed.json").write_text(json.dumps(speed))
+    assert gpu_results.main([str(folder), "--root", str(root)]) == 1
+    assert "refused" in capsys.readouterr().out
+    assert not list((root / "bench" / "results").iterdir())
