@@ -57,8 +57,10 @@ def across_ranks(function: _Function) -> _Function:
     def call(*args, group=None, **options):
         if group is None or isinstance(group, _Call):  # alone, or called by a function that has begun the call
             return function(*args, group=group, **options)
+        from .outside_graphs import together
+
         said = {**defaults, **dict(zip(parameters, args, strict=False)), **options}
-        return _together(function, args, group, options, said)
+        return together(function, args, group, options, said)
 
     return cast(_Function, call)
 
@@ -85,12 +87,8 @@ def gather(local: Tensor, group: dist.ProcessGroup, wire: torch.dtype | None = N
     return _Gather.apply(local, group, wire or local.dtype)
 
 
-# like torch.compiler.disable, but the compiler is imported at the first call and not with this package
-_outside_graphs = getattr(torch, "_disable_dynamo", torch.compiler.disable)
-
-
-@_outside_graphs
-def _together(function: Callable, args: tuple, group: object, options: dict, said: dict[str, Any]):
+def make_together(function: Callable, args: tuple, group: object, options: dict, said: dict[str, Any]):
+    """The call of a function of `across_ranks` on this rank, whatever the others do with theirs."""
     call = _Call(_process_group(group), function.__name__, said)
     try:
         result = function(*args, group=call, **options)
@@ -132,10 +130,13 @@ class _Call:
         for rank, other in enumerate(everyone):
             if "refused" in other:
                 raise ValueError(f"rank {rank} of the group refused this call: {other['refused']}")
-        names = dict.fromkeys(name for other in everyone for name in other)
-        differences = [f"{name} is {_by_rank(values)}" for name in names if len(set(values := _of(everyone, name))) > 1]
-        if differences:
-            raise ValueError(f"every rank of the group must make the same call; but {'; '.join(differences)}.")
+        values = {name: [other.get(name, "missing") for other in everyone] for other in everyone for name in other}
+        different = {name: _by_rank(x) for name, x in values.items() if len(set(x)) > 1}
+        if "function" in different:  # its arguments differ too
+            different = {"function": different["function"]}
+        if different:
+            what = "; ".join(f"{name} is {value}" for name, value in different.items())
+            raise ValueError(f"every rank of the group must make the same call, but {what}.")
 
     def refuse(self, error: Exception) -> None:
         """Tell the others, who are waiting in `agree`, why this rank raises."""
@@ -162,10 +163,6 @@ class _Call:
             if isinstance(x, Tensor) and x.device.type in served:
                 return x.device
         return torch.device(served[0], torch.accelerator.current_device_index())
-
-
-def _of(everyone: list[dict[str, str]], name: str) -> list[str]:
-    return [said.get(name, "missing") for said in everyone]
 
 
 def _by_rank(values: list[str]) -> str:

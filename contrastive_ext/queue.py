@@ -23,6 +23,10 @@ class NegativeQueue(nn.Module):
     buffer (data, ids, pointer, count), so a checkpoint restores the queue exactly, and nothing is read on the host, so
     it works under torch.compile and never waits for the device. Keys are stored as given: normalise them as you
     normalise z2.
+
+    Several processes: `enqueue(keys, group=AllRanks())` keeps the queue equal on all ranks, as the losses expect. In a
+    module under DistributedDataParallel anything else is lost: `broadcast_buffers` (on by default) overwrites all four
+    buffers with those of rank 0 at the beginning of every forward.
     """
 
     data: Tensor
