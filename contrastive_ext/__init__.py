@@ -15,6 +15,7 @@ from . import theory
 from ._version import __version__
 from .alpha import estimate_alpha, linear_alpha
 from .dispatch import available_backends
+from .distributed import AllRanks
 from .explain import Explanation, explain
 from .losses.base import RowLoss, RowStatistics, fused_row_loss
 from .losses.bayesian import Bayesian, fused_bayesian_loss
@@ -47,6 +48,7 @@ from .stats import LossStats
 from .tuning import Trial, autotune
 
 __all__ = [
+    "AllRanks",
     "Bayesian",
     "BayesianLoss",
     "Debiased",

@@ -73,7 +73,7 @@ def arrange(
     normalize: bool,
     cancellation: Cancellation,
     operand_dtype: torch.dtype | None,
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | distributed.AllRanks | None,
 ) -> tuple[Arrangement, ...]:
     """Check the arguments of a loss over pairs and arrange them; raises before anything is computed.
 
@@ -85,17 +85,15 @@ def arrange(
     check_pairs(z1, z2, layout)
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
     cancellation.check(z1, z2, keys, has_ids)
+    scale = resolve_scale(temperature, logit_scale, default_temperature, z1)
+    operand_dtype = numerics.resolve_operand_dtype(z1.dtype, operand_dtype)
+    process_group = distributed.agree(group)  # the checks are done
     direction = partial(
-        _direction, scale=resolve_scale(temperature, logit_scale, default_temperature, z1), keys=keys, key_ids=key_ids,
-        negatives=negatives, in_batch_negatives=in_batch_negatives, positives=positives, normalize=normalize,
-        operand_dtype=numerics.resolve_operand_dtype(z1.dtype, operand_dtype), group=group,
+        _direction, scale=scale, keys=keys, key_ids=key_ids, negatives=negatives,
+        in_batch_negatives=in_batch_negatives, positives=positives, normalize=normalize, operand_dtype=operand_dtype,
+        group=process_group,
     )  # fmt: skip
-    if group is None:
-        return (direction(z1, z2, layout, cancellation),)
-    shared = negatives if negatives is not None and negatives.dim() == 2 else None
-    guide = None if cancellation.guide is None else cancellation.guide[1]
-    distributed.agree(group, z1=z1, z2=z2, ids=cancellation.ids, guide=guide, negatives=shared, queue=keys)
-    if layout != "symmetric":
+    if process_group is None or layout != "symmetric":
         return (direction(z1, z2, layout, cancellation),)
     reverse = replace(cancellation, guide=cancellation.guide and cancellation.guide[::-1])
     return direction(z1, z2, "one_way", cancellation), direction(z2, z1, "one_way", reverse)

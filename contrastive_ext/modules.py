@@ -41,8 +41,9 @@ def _with_defaults(defaults: dict, call: dict) -> dict:
 class RowLossModule(nn.Module):
     """Any `RowLoss` as a module: `RowLossModule(MyLoss(), temperature=0.1)(z1, z2)`.
 
-    Keywords given here are defaults, keywords given to the call override them (a queue, a learned temperature). With a
-    process group here the module cannot be copied or pickled; `group` may be given to the call instead.
+    Keywords given here are defaults, keywords given to the call override them (a queue, a learned temperature). For all
+    ranks give `group=AllRanks()`: with a process group the module can neither be made before `init_process_group` nor
+    be copied or pickled.
     """
 
     def __init__(self, row_loss: RowLoss, temperature: float | None = None, **options: Unpack[LossOptions]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import distributed
@@ -22,6 +23,10 @@ class NegativeQueue(nn.Module):
     buffer (data, ids, pointer, count), so a checkpoint restores the queue exactly, and nothing is read on the host, so
     it works under torch.compile and never waits for the device. Keys are stored as given: normalise them as you
     normalise z2.
+
+    Several processes: `enqueue(keys, group=AllRanks())` keeps the queue equal on all ranks, as the losses expect. In a
+    module under DistributedDataParallel anything else is lost: `broadcast_buffers` (on by default) overwrites all four
+    buffers with those of rank 0 at the beginning of every forward.
     """
 
     data: Tensor
@@ -40,13 +45,20 @@ class NegativeQueue(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
 
+    @distributed.across_ranks
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, ids: Tensor | None = None, *, group=None) -> None:
+    def enqueue(
+        self,
+        keys: Tensor,
+        ids: Tensor | None = None,
+        *,
+        group: dist.ProcessGroup | distributed.AllRanks | None = None,
+    ) -> None:
         """Append keys [n, D] (any n; of more than K the last K stay), overwriting the oldest.
 
         ids    [n] integers, to ignore a key for anchors of the same id
-        group  a torch.distributed process group: keys of all its ranks are appended in rank order, so that the queue
-               stays the same everywhere; every rank must bring the same n
+        group  `AllRanks()` or a torch.distributed process group: keys of all its ranks are appended in rank order, so
+               that the queue stays the same everywhere; every rank must bring the same n
         """
         size, dim = self.data.shape
         device = self.data.device
@@ -58,9 +70,9 @@ class NegativeQueue(nn.Module):
         check_integers("ids", ids, keys.shape[0], device)
         ids = ids.long()
         keys = keys.detach()
-        if group is not None:
-            distributed.agree(group, keys=keys)
-            keys, ids = distributed.gather(keys, group), distributed.gather(ids, group)
+        process_group = distributed.agree(group)
+        if process_group is not None:
+            keys, ids = distributed.gather(keys, process_group), distributed.gather(ids, process_group)
         appended = keys.shape[0]
         last = torch.arange(max(0, appended - size), appended, device=self.data.device)
         slots = (self.pointer + last) % size

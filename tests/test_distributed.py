@@ -5,21 +5,19 @@ that DistributedDataParallel takes the same gradient. Both ranks run everything 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import contrastive_ext as ce
 from rows import LOSSES, RANKED, RANKED_USAGES, USAGES, Loss, random_pairs
+from two_ranks import WORLD, assert_same, on_both_ranks
 
-WORLD, PAIRS, FEATURES = 2, 12, 5  # pairs of all ranks together
+PAIRS, FEATURES = 12, 5  # pairs of all ranks together
 BACKENDS = [name for name in ("torch", "cpu", "reference") if name in ce.available_backends()]
 CASES = [*itertools.product(LOSSES, USAGES, BACKENDS), *itertools.product(RANKED, RANKED_USAGES, BACKENDS)]
 CHECKS: dict[str, Callable] = {}  # name -> what each rank does: returns [(label, ours, expected), ...]
@@ -217,21 +215,6 @@ def queues_stay_the_same_everywhere(rank: int):
 
 
 @check
-def compiled(rank: int):
-    """Comparing shapes between ranks breaks the graph, the collectives are in it."""
-    leaves = [z[_mine(rank, PAIRS)].requires_grad_() for z in random_pairs(PAIRS, FEATURES, torch.float64)]
-
-    def step(z1, z2):
-        return ce.fused_debiased_loss(z1, z2, group=dist.group.WORLD)
-
-    results = []
-    for function in (torch.compile(step, backend="aot_eager"), step):
-        value = function(*leaves)
-        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
-    yield from zip(("loss", "gradient of z1", "gradient of z2"), *results, strict=True)
-
-
-@check
 def a_group_of_one_is_no_group(rank: int):
     alone = [dist.new_group([r]) for r in range(WORLD)]
     z1, z2 = random_pairs(4 + rank, FEATURES, torch.float64)
@@ -256,45 +239,7 @@ def _by_dtype(rank: int) -> dict:
     return found
 
 
-def _errors(rank: int) -> dict[str, str]:
-    """What each mistake says on this rank."""
-    z, ids, world = torch.randn(6, 3, requires_grad=True), torch.arange(6), dist.group.WORLD
-    of_the_other = [dist.new_group([r]) for r in range(WORLD)][1 - rank]
-
-    def infonce(z1: Tensor, z2: Tensor, group=world, **options):
-        return ce.fused_infonce_loss(z1, z2, group=group, **options)
-
-    (first,) = torch.autograd.grad(infonce(z, z), [z], create_graph=True)
-    mistakes = {
-        "pairs": lambda: infonce(z[: 5 + rank], z[: 5 + rank]),
-        "columns": lambda: infonce(z[:3], z[: 5 + rank], layout="one_way"),
-        "row length": lambda: infonce(z[:, : 2 + rank], z[:, : 2 + rank]),
-        "dtype": lambda: infonce(*[z.to((torch.float32, torch.float64)[rank])] * 2),
-        "requires_grad": lambda: infonce(z, z if rank else z.detach(), layout="one_way"),
-        "ids": lambda: infonce(z, z, ids=ids if rank else None),
-        "guide": lambda: infonce(z, z, guide=(z.detach(), z.detach()) if rank else None),
-        "negatives": lambda: infonce(z, z, negatives=z[: 2 + rank], layout="one_way"),
-        "queue": lambda: infonce(z, z, queue=z[: 2 + rank].detach()),
-        "keys": lambda: ce.NegativeQueue(7, 3).enqueue(z[: 2 + rank], group=world),
-        "views": lambda: ce.fused_supcon_loss(z[: 6 - rank].expand(2, -1, -1), ids[: 6 - rank], group=world),
-        "name": lambda: infonce(z, z, group="world"),
-        "no member": lambda: infonce(z, z, group=of_the_other),
-        "second derivative": lambda: first.sum().backward(),
-    }
-    said = {}
-    for name, mistake in mistakes.items():
-        try:
-            mistake()
-        except (ValueError, TypeError, RuntimeError) as error:
-            said[name] = f"{type(error).__name__}: {error}"
-    return said
-
-
-def _run_everything(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(minutes=2)
-    )
+def _run_everything(rank: int) -> dict:
     results: dict = {}
     for loss, usage, backend in CASES:
         torch.manual_seed(0)
@@ -304,42 +249,25 @@ def _run_everything(rank: int, folder: str) -> None:
         torch.manual_seed(0)
         results[name] = list(function(rank))
     torch.manual_seed(0)
-    results["by_dtype"], results["errors"] = _by_dtype(rank), _errors(rank)
-    world = dist.group.WORLD
-    dist.destroy_process_group()
-    try:
-        ce.fused_infonce_loss(torch.randn(2, 3), torch.randn(2, 3), group=world)
-    except RuntimeError as error:
-        results["errors"]["not initialised"] = f"RuntimeError: {error}"
-    torch.save(results, f"{folder}/{rank}.pt")
+    return results | {"by_dtype": _by_dtype(rank)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What each rank found, by name."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_run_everything, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-
-
-def _assert_same(compared: list[tuple[str, Tensor, Tensor]]) -> None:
-    assert compared
-    for label, ours, expected in compared:
-        # sums over shards in another order: absolute errors are those of the largest element
-        atol = 1e-13 + 1e-12 * expected.abs().max().item()
-        torch.testing.assert_close(ours, expected, rtol=0, atol=atol, msg=lambda text, label=label: f"{label}: {text}")
+    return on_both_ranks(_run_everything, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("loss, usage, backend", CASES, ids=itertools.starmap(_case_name, CASES))
 def test_ranks_together_are_the_whole_batch(ranks, loss, usage, backend):
     for rank in ranks:
-        _assert_same(rank[_case_name(loss, usage, backend)])
+        assert_same(rank[_case_name(loss, usage, backend)])
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_ranks(ranks, name):
     for rank in ranks:
-        _assert_same(rank[name])
+        assert_same(rank[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -351,28 +279,3 @@ def test_operands_of_every_dtype_are_sent_exactly(ranks, dtype):
             assert a.dtype == b.dtype == precision
             atol = (torch.finfo(precision).eps + 64 * torch.finfo(torch.float32).eps) * b.abs().max().item()
             torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize(
-    "mistake, says",
-    [
-        ("pairs", r"ValueError: .* same number of rows of z1; got \[5, 6\], in rank order"),
-        ("columns", r"ValueError: .* same number of rows of z2; got \[5, 6\]"),
-        ("row length", r"ValueError: .* same row length of z1; got \[2, 3\]"),
-        ("dtype", r"ValueError: .* same dtype .* of z1; got \[2, 3\]"),
-        ("requires_grad", r"ValueError: .* same requires_grad of z2; got \[0, 1\]"),
-        ("ids", r"ValueError: .* same number of rows of ids; got \[0, 6\]"),
-        ("guide", r"ValueError: .* same number of rows of guide; got \[0, 6\]"),
-        ("negatives", r"ValueError: .* same number of rows of negatives; got \[2, 3\]"),
-        ("queue", r"ValueError: .* same number of rows of queue; got \[2, 3\]"),
-        ("keys", r"ValueError: .* same number of rows of keys; got \[2, 3\]"),
-        ("views", r"ValueError: .* same number of rows of features; got \[12, 10\]"),
-        ("name", r"TypeError: group must be a torch.distributed.ProcessGroup .* got 'world'"),
-        ("no member", r"TypeError: group must be .* that this process belongs to"),
-        ("second derivative", r"RuntimeError: .* once differentiable"),
-        ("not initialised", r"RuntimeError: .* call init_process_group first"),
-    ],
-)
-def test_mistakes_raise_on_every_rank(ranks, mistake, says):
-    for rank in ranks:
-        assert re.search(says, rank["errors"].get(mistake, "not raised"))

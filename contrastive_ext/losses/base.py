@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import dispatch, numerics
+from .. import dispatch, distributed, numerics
 from ..cancellation import NOTHING, Cancellation
 from ..layouts import Arrangement, Layout, arrange, check_pairs, resolve_scale
 from ..numerics import logsumexp_pair
@@ -106,9 +106,10 @@ class LossOptions(TypedDict, total=False):
     return_stats: bool
     backend: str
     operand_dtype: torch.dtype | None
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup | distributed.AllRanks | None
 
 
+@distributed.across_ranks
 def fused_row_loss(
     row_loss: RowLoss,
     z1: Tensor,
@@ -133,7 +134,7 @@ def fused_row_loss(
     return_stats: bool = False,
     backend: str = "auto",
     operand_dtype: torch.dtype | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | distributed.AllRanks | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Any row loss over a batch of pairs, without forming the similarity matrix; every public loss is this call.
 
@@ -162,18 +163,21 @@ def fused_row_loss(
     operand_dtype
                  torch.float16 or torch.bfloat16 for float32 z1 and z2: products at the 16-bit rate of a GPU from unit
                  rows rounded once (fp16 keeps as much of them as TF32); everything else and the gradients stay float32
-    group        a torch.distributed process group (`torch.distributed.group.WORLD`: all ranks; that is None, this rank
-                 alone, before init_process_group): candidates are those of all its ranks. Every rank brings as many
-                 rows, gets loss and statistics of its own anchors and calls backward; what DistributedDataParallel
-                 averages is then exactly the gradient of the mean over all anchors, a learned temperature's too.
+    group        `AllRanks()` or a torch.distributed process group: candidates are those of all its ranks. Every rank
+                 makes the same call with as many rows (`backend` and `return_stats` may differ), gets loss and
+                 statistics of its own anchors and calls backward; what DistributedDataParallel averages is then
+                 exactly the gradient of the mean over all anchors, a learned temperature's too. Under torch.compile
+                 the call is a graph break.
                  [K, D] `negatives` are gathered as z2 is, [B, n, D] and `positives` stay with their anchors, a queue
                  has to be the same on all ranks (`enqueue(keys, group=group)`)
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [2B] (two_view; symmetric: rows, then columns) or
                  [B] (one_way) for "none". A row without negatives has loss 0 and counts in the mean.
-    Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations, on every rank where ranks
-                 differ; RuntimeError with the reason if a named backend cannot run, or without an initialised group
+    Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations; RuntimeError with the
+                 reason if a named backend cannot run, or with a group before init_process_group. With a group all ranks
+                 raise where one does, or where their calls differ, naming ranks and arguments
     Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference". A group of W
-                 ranks has W times the columns, and a call waits once for the device, to compare shapes between ranks
+                 ranks has W times the columns, and a call waits once for the device, to compare the calls of all ranks
+                 (not where the group has a backend for the host, "cpu:gloo,cuda:nccl")
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
@@ -193,6 +197,10 @@ def fused_row_loss(
             if operators is not None:
                 scale = resolve_scale(temperature, logit_scale, row_loss.default_temperature, z1)
                 return whole_loss(operators, row_loss, z1, z2, scale, layout, normalize, reduction)
+        if group is not None and backend != dispatch.REFERENCE:  # it may be missing on one rank
+            check_pairs(z1, z2, layout)
+            operands = numerics.resolve_operand_dtype(z1.dtype, operand_dtype)
+            dispatch.select(backend, z1.device, numerics.stats_dtype(z1.dtype), operands, z1.shape[1])
         batches = arrange(
             z1, z2, temperature, logit_scale=logit_scale, default_temperature=row_loss.default_temperature,
             layout=layout, queue=queue, negatives=negatives, in_batch_negatives=in_batch_negatives,
@@ -347,10 +355,10 @@ def _zero_where(empty: Tensor, losses: Tensor, pos: Tensor) -> Tensor:
 
 
 def loss_function(function: _Function) -> _Function:
-    """Show the keywords of `LossOptions` in the signature of a public loss that takes them as **options."""
+    """A public loss that takes `LossOptions` as **options: they show in its signature, `group` is `across_ranks`."""
     own = inspect.signature(function)
     kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     common = inspect.signature(fused_row_loss).parameters
     options = [common[name] for name in LossOptions.__annotations__ if name not in own.parameters]
     function.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    return function
+    return distributed.across_ranks(function)

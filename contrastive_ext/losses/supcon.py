@@ -43,6 +43,7 @@ class SupConStats(Record):
     positive_similarity: Tensor
 
 
+@distributed.across_ranks
 def fused_supcon_loss(
     features: Tensor,
     labels: Tensor,
@@ -54,7 +55,7 @@ def fused_supcon_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
     backend: str = "auto",
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | distributed.AllRanks | None = None,
 ) -> Tensor | tuple[Tensor, SupConStats]:
     """Supervised contrastive loss over labelled rows, without forming the similarity matrix.
 
@@ -70,7 +71,7 @@ def fused_supcon_loss(
     reduction    "mean" over the rows that have a positive, "sum" or "none"
     return_stats also return a `SupConStats`
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
-    group        a torch.distributed process group as in `fused_row_loss`: positives and negatives of all its ranks, the
+    group        `AllRanks()` or a process group as in `fused_row_loss`: positives and negatives of all its ranks, the
                  loss of a rank's own rows. "mean" divides by the average over ranks of the rows that have a positive:
                  the ranks' means average to that of the whole batch, in value and gradient
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [N] ([V, B]) for "none". A row without positives is
@@ -84,21 +85,24 @@ def fused_supcon_loss(
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = resolve_scale(temperature, logit_scale, 0.1, features)
+        if group is not None and backend != dispatch.REFERENCE:  # it may be missing on one rank
+            dispatch.select(backend, features.device, dtype, features.dtype, features.shape[-1])
+        process_group = distributed.agree(group)  # the checks are done
         z = features.to(dtype)
         z = numerics.round_operand(numerics.normalize(z) if normalize else z, features.dtype).flatten(0, -2)
         row_labels = labels.long().repeat(len(z) // len(labels))
         columns, column_labels, own = z, row_labels, slice(0, len(z))
-        if group is not None:
-            distributed.agree(group, features=features.flatten(0, -2))
-            columns = distributed.gather(z, group, features.dtype)
-            column_labels = distributed.gather(row_labels, group)
-            own = slice(dist.get_rank(group) * len(z), (dist.get_rank(group) + 1) * len(z))
+        if process_group is not None:
+            columns = distributed.gather(z, process_group, features.dtype)
+            column_labels = distributed.gather(row_labels, process_group)
+            rank = dist.get_rank(process_group)
+            own = slice(rank * len(z), (rank + 1) * len(z))
         if backend == dispatch.REFERENCE:
             losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
             positive_mean, number = (x[own] for x in _class_means(columns, column_labels))
             pos = scale * (z * positive_mean).sum(1)
-            v, col_ids = (None, None) if group is None else (columns, column_labels)
+            v, col_ids = (None, None) if process_group is None else (columns, column_labels)
             how = {
                 "v": v, "num_images": len(z), "positive_offset": own.start, "scale": scale, "unit": normalize,
                 "operand_dtype": features.dtype, "backend": backend,
@@ -108,8 +112,8 @@ def fused_supcon_loss(
         has_positives = number > 0
         losses = torch.where(has_positives, losses, 0.0 * z.sum(1))  # 0, but NaN where the row holds one
         rows = has_positives.sum()
-        if group is not None:  # their mean over ranks: what the ranks average is then the mean over all rows
-            rows = distributed.gather(rows[None], group).to(dtype).mean()
+        if process_group is not None:  # their mean over ranks: what the ranks average is then the mean over all rows
+            rows = distributed.gather(rows[None], process_group).to(dtype).mean()
         if reduction == "none":
             loss = losses.view(features.shape[:-1])
         else:
