@@ -3,10 +3,12 @@
 A cancelled column is ignored as a negative of that anchor, inside the tile loop: no [N, M] mask is ever formed. Ids are
 compared as they are. A guide scores every column by the cosine of its own features; a column is cancelled where
 
-    cos(g_i, g_j) > cos(g_i, g_pos(i)) - margin            margin_strategy="absolute"
-    cos(g_i, g_j) > cos(g_i, g_pos(i)) * (1 - margin)      margin_strategy="relative"
+    cos(g_i, g_j) > p_i - margin              margin_strategy="absolute",  p_i = cos(g_i, g_pos(i))
+    cos(g_i, g_j) > p_i - |p_i| * margin      margin_strategy="relative"
 
-which is the rule of GISTEmbed (Solatorio 2024, arXiv:2402.16829). A guide that is NaN finds nothing similar.
+which is the rule of GISTEmbed (Solatorio 2024, arXiv:2402.16829). Both sides are rounded, so a column counts as above
+the limit only beyond their rounding error: one at the limit, at margin 0 a duplicate of the positive, is kept whatever
+the backend and the size. A guide that is NaN finds nothing similar.
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ class Cancellation:
             return None, None
         g1, g2 = (numerics.normalize(g.detach().to(dtype)) for g in self.guide)
         positive = (g1 * g2[: len(g1)]).sum(1)
-        limit = positive - self.margin if self.margin_strategy == "absolute" else positive * (1 - self.margin)
+        below = self.margin if self.margin_strategy == "absolute" else positive.abs() * self.margin
+        limit = positive - below + numerics.rounding_of_products(dtype, g1.shape[1])
         rows, columns = (torch.cat([g1, g2]),) * 2 if two_view else (g1, g2)
         limit = torch.cat([limit, limit]) if two_view else limit
         batch = Gate(rows[None], columns, limit, limit if both_ways else None)

@@ -20,6 +20,11 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def rounding_of_products(dtype: torch.dtype, dim: int) -> float:
+    """How far apart two ways to compute the inner product of the same unit vectors [dim] may come out in `dtype`."""
+    return 4 * dim**0.5 * torch.finfo(dtype).eps
+
+
 def in_torch_func() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp ...) is active: it wants plain PyTorch operations."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

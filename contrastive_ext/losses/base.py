@@ -151,7 +151,8 @@ def fused_row_loss(
                  anchor than the positive, up to `margin`, are no negatives; see cancellation.py. Not for `negatives`.
     guide_queue  [K, E] the guide's features of the queue
     margin, margin_strategy
-                 >= 0; "absolute": the limit is cos(positive) - margin, "relative": cos(positive) (1 - margin)
+                 >= 0; the limit is "absolute": cos(positive) - margin, "relative": cos(positive) - |cos(positive)| margin;
+                 columns at the limit, up to rounding, are kept
     negatives    [K, D] for all anchors or [B, n, D] for each, with gradient (one_way)
     in_batch_negatives  False: only queue and `negatives` (one_way; MoCo)
     positives    [M, B, D] views that replace the partner in a debiasing correction, with gradient
