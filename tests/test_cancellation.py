@@ -68,7 +68,7 @@ def test_guide_margins_of_gistembed(run, pairs, margin, strategy):
     g2 = g1 + 0.5 * g2
     similarity = F.normalize(g1) @ F.normalize(g2).T
     guided = similarity.diagonal()[:, None]
-    limit = guided - margin if strategy == "absolute" else guided * (1 - margin)
+    limit = guided - margin if strategy == "absolute" else guided - guided.abs() * margin
     own = torch.eye(B, dtype=torch.bool, device=z1.device)
     expected = _masked_infonce(z1, z2, z2, (similarity > limit) | own)
     options = {"guide": (g1, g2), "margin": margin, "margin_strategy": strategy}

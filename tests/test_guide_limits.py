@@ -1,4 +1,4 @@
-"""The limit of a guide: what lies at it is kept whatever the rounding, what lies beyond is cancelled whatever the sign."""
+"""The limit of a guide: what lies at it is kept however it rounds, what lies above is cancelled whatever its sign."""
 
 from __future__ import annotations
 

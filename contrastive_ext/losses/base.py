@@ -151,7 +151,7 @@ def fused_row_loss(
                  anchor than the positive, up to `margin`, are no negatives; see cancellation.py. Not for `negatives`.
     guide_queue  [K, E] the guide's features of the queue
     margin, margin_strategy
-                 >= 0; the limit is "absolute": cos(positive) - margin, "relative": cos(positive) - |cos(positive)| margin;
+                 >= 0; the limit is, with c the positive's cosine, "absolute": c - margin, "relative": c - |c| margin;
                  columns at the limit, up to rounding, are kept
     negatives    [K, D] for all anchors or [B, n, D] for each, with gradient (one_way)
     in_batch_negatives  False: only queue and `negatives` (one_way; MoCo)
