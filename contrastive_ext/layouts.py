@@ -51,11 +51,16 @@ class Arrangement:
     column_sets: tuple[ColumnSet, ...]
     row_negatives: Tensor | None  # [A, n, D], explicit negatives of each anchor alone
     scale: float | Tensor
+    pair: tuple[Tensor, Tensor]  # [B, D] each, the vectors of a pair
     pos: Tensor  # [R] logit of the positive
     correction: Tensor  # [R] log-mean-exp of the logits of the debiasing positives; pos unless `positives` is given
     symmetric: bool  # R = 2A: the columns of the one set are anchors too
     operand_dtype: torch.dtype
     anchor_ids: Tensor | None = None
+
+    def rounding(self) -> Tensor:
+        """[R] how far the positive's logit may lie from an equal one by rounding."""
+        return numerics.rounding_of_logits(self.scale, *self.pair).repeat(self.pos.shape[0] // self.pair[0].shape[0])
 
 
 def arrange(
@@ -161,6 +166,7 @@ def _direction(
         column_sets=tuple(column_sets),
         row_negatives=row_negatives,
         scale=scale,
+        pair=(u1, u2[:batch]),
         pos=pos,
         correction=correction,
         symmetric=layout == "symmetric",

@@ -205,7 +205,8 @@ def fused_row_loss(
         loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
         if diagnostics is None:
             return loss
-        return loss, summarize(stats, diagnostics, row_loss.clamped(stats))
+        rounding = torch.cat([batch.rounding() for batch in batches])
+        return loss, summarize(stats, diagnostics, row_loss.clamped(stats), rounding)
 
 
 def check_row_loss(row_loss: object) -> None:

@@ -52,7 +52,7 @@ class SelfLabelingStats(Record):
 
     instance_loss        CE(q, e), InfoNCE over all keys
     mixed_loss           CE(q_mix, y'); 0 without q_mix
-    accuracy             share of q whose own key is more similar than any other key
+    accuracy             share of q whose own key is more similar than any other key, by more than rounding
     positive_similarity  similarity of q to its own key
     alpha, beta          weights of p and q in the labels
     own_weight           what a label leaves on its own key
@@ -168,7 +168,8 @@ def _streamed(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_sta
     if not return_stats:
         return terms, None
     with torch.no_grad():
-        wins = pos[: len(k)] > swept.largest[: len(k)]
+        rounding = numerics.rounding_of_logits(scale, x[: k.shape[0]], k)
+        wins = pos[: len(k)] > swept.largest[: len(k)] + rounding
         return terms, _stats(terms, wins, pos[: len(k)] / scale, labels, swept.number[0] + 1)
 
 
@@ -217,7 +218,8 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
         return terms, None
     with torch.no_grad():
         own_logit = logits[: len(k)].diagonal()
-        wins = own_logit > logits[: len(k)].masked_fill(own, -torch.inf).amax(1)
+        rounding = numerics.rounding_of_logits(scale, x[: k.shape[0]], k)
+        wins = own_logit > logits[: len(k)].masked_fill(own, -torch.inf).amax(1) + rounding
         return terms, _stats(terms, wins, own_logit / scale, labels, k.new_tensor(float(len(everything))))
 
 
