@@ -251,7 +251,8 @@ def _summarize(batch: _Batch, detected: Detected, negatives: Tensor, labels: Ten
             known += detected.count(at, torch.ones_like(labels), (column_labels > NO_COLUMN_ID).long())
             of_label = torch.searchsorted(column_labels.sort().values, torch.stack([labels, labels + 1]))
             there += of_label[1] - of_label[0] - own
-        precision, recall = right.sum() / known.sum(), right.sum() / there.sum()
+        found = right.sum().to(number.dtype)
+        precision, recall = found / known.sum(), found / there.sum()
     return FalseNegativeStats(
         cancelled_fraction=number.sum() / candidates.sum(),
         detected=number.mean(),

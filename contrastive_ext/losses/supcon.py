@@ -116,8 +116,9 @@ def fused_supcon_loss(
             loss = losses.sum() if reduction == "sum" else losses.sum() / (rows + (rows == 0))
     if not return_stats:
         return loss
-    similarity = (pos.detach() / scale).masked_fill(~has_positives, 0.0).sum() / has_positives.sum().clamp(min=1)
-    return loss, SupConStats(number.to(z.dtype).mean(), (~has_positives).sum(), similarity)
+    with torch.no_grad():
+        similarity = (pos / scale).masked_fill(~has_positives, 0.0).sum() / has_positives.sum().clamp(min=1)
+        return loss, SupConStats(number.to(z.dtype).mean(), (~has_positives).sum(), similarity)
 
 
 def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,14 +169,18 @@ def _dense(
     own = index[rows, None] == index
     positive = (labels[rows, None] == labels) & ~own
     number = positive.sum(1)
-    alone = number == 0
-    log_sum = logits.masked_fill(own & ~alone[:, None], -torch.inf).logsumexp(1)
     mean = logits.where(positive, 0.0).sum(1) / number.clamp(min=1)
+
+    def log_sum(which: Tensor) -> Tensor:
+        stand_in = own & ~which.any(1, keepdim=True)
+        return logits.masked_fill(~(which | stand_in), -torch.inf).logsumexp(1)
+
     if positives == "out":
-        return log_sum - mean, mean, number
-    stand_in = positive | (own & alone[:, None])
-    log_mean = logits.masked_fill(~stand_in, -torch.inf).logsumexp(1) - number.clamp(min=1).log()
-    return log_sum - log_mean, mean, number
+        return log_sum(~own) - mean, mean, number
+    negative, log_positives = ~(positive | own), log_sum(positive)
+    # positives and negatives apart, as `_in` does: a converged row keeps its digits
+    to_negatives = torch.where(negative.any(1), softplus(log_sum(negative) - log_positives), 0.0 * log_positives)
+    return to_negatives + number.clamp(min=1).to(logits.dtype).log(), mean, number
 
 
 def _check(features: Tensor, labels: Tensor, positives: str, reduction: str) -> None:
