@@ -37,7 +37,8 @@ class Gate:
     features   [M, E]     of the columns
     row_limit  [N]
     col_limit  [M] or None; where columns are anchors too (one set, or statistics of columns), row i is no negative of
-               column j where <scorers[0, i], features[j]> > col_limit[j]; then S = 1 and G = N
+               column j where <scorers[0, i], features[j]> > col_limit[j]; then S = 1 and G = N, and with one set
+               features are scorers[0] and col_limit is row_limit
     """
 
     scorers: Tensor
