@@ -101,8 +101,9 @@ def _streamed(x, sets, teacher, scale, teacher_scale, operand_dtype, return_stat
         target = sweep_keys(teacher, sets, teacher_scale, operand_dtype, backend, means=True, maximum=return_stats)
     student = sweep_keys(x, sets, scale, operand_dtype, backend, means=return_stats)
     pos = scale * (x * target.mean).sum(1)
-    empty = target.number == 0  # NaN where the query is: bad input never hides
-    losses = torch.where(empty, 0.0 * pos, student.lse.masked_fill(empty, 0.0) - pos)
+    one_choice = target.number <= 1  # all distributions over none or one key are equal
+    # 0 times the logit: NaN where the query is, bad input never hides
+    losses = torch.where(one_choice, 0.0 * pos, student.lse.masked_fill(one_choice, 0.0) - pos)
     if not return_stats:
         return losses, None
     with torch.no_grad():
@@ -161,8 +162,9 @@ class KeyStatistics(NamedTuple):
         return torch.exp(self.largest - self.lse).masked_fill(self.lse == -torch.inf, 0.0)
 
     def entropy(self, rows: Tensor, scale: float | Tensor) -> Tensor:
-        """[N] entropy of the distribution; 0 without any key."""
-        return self.lse.masked_fill(self.lse == -torch.inf, 0.0) - scale * (rows * self.mean).sum(1)
+        """[N] entropy of the distribution; 0 of none or one key."""
+        mean_logit = scale * (rows * self.mean).sum(1)
+        return torch.where(self.number <= 1, 0.0 * mean_logit, self.lse - mean_logit)
 
 
 def sweep_keys(

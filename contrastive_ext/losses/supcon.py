@@ -146,7 +146,9 @@ class _ClassSums(torch.autograd.Function):
 
 
 def _out(z: Tensor, pos: Tensor, how: dict) -> Tensor:
-    return row_stats(z, **how).lse[0] - pos
+    swept = row_stats(z, **how)
+    # the only other row: its logit minus itself
+    return torch.where(swept.aux[0] > 1, swept.lse[0] - pos, 0.0 * pos)
 
 
 def _in(z: Tensor, how: dict) -> Tensor:
