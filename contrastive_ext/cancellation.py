@@ -13,13 +13,13 @@ the backend and the size. A guide that is NaN finds nothing similar.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import numerics
-from .checks import check_integers, check_number, check_tensor, describe
+from .checks import check_number, check_tensor, describe, integers
 from .pairs import Gate
 
 MARGIN_STRATEGIES = ("absolute", "relative")
@@ -27,7 +27,7 @@ MARGIN_STRATEGIES = ("absolute", "relative")
 
 @dataclass(frozen=True)
 class Cancellation:
-    """What a call says about false negatives; `fused_row_loss` documents the fields."""
+    """What a call says about false negatives; `fused_row_loss` documents the fields, ids_name is what it called ids."""
 
     ids: Tensor | None = None
     queue_ids: Tensor | None = None
@@ -35,9 +35,10 @@ class Cancellation:
     guide_queue: Tensor | None = None
     margin: float = 0.0
     margin_strategy: str = "absolute"
+    ids_name: str = "ids"
 
     def __post_init__(self) -> None:
-        for name, x in (("ids", self.ids), ("queue_ids", self.queue_ids), ("guide_queue", self.guide_queue)):
+        for name, x in ((self.ids_name, self.ids), ("queue_ids", self.queue_ids), ("guide_queue", self.guide_queue)):
             if x is not None:
                 check_tensor(name, x)
         if self.guide is not None:
@@ -51,17 +52,22 @@ class Cancellation:
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin must be >= 0 and finite; got {self.margin}.")
 
-    def check(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> None:
-        """Raise on shapes, dtypes and combinations that do not fit a batch z1, z2 with queue `keys`."""
+    def checked(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> Cancellation:
+        """The same with ids as int64 vectors; raises where anything does not fit a batch z1, z2 with queue `keys`."""
+        ids = queue_ids = None
         if self.ids is not None:
-            check_integers("ids", self.ids, len(z2), z1.device)
+            ids = integers(self.ids_name, self.ids, z2.shape[0], z1.device)
         if self.queue_ids is not None:
             if keys is None or queue_has_ids or self.ids is None:
                 raise ValueError(
-                    "queue_ids belong to a queue given as a tensor, compared with the batch's ids; "
+                    "queue_ids belong to a queue given as a tensor, compared with the batch's ids or labels; "
                     "a NegativeQueue holds its own: queue.enqueue(keys, ids)."
                 )
-            check_integers("queue_ids", self.queue_ids, len(keys), z1.device)
+            queue_ids = integers("queue_ids", self.queue_ids, keys.shape[0], z1.device)
+        self._check_guide(z1, z2, keys)
+        return replace(self, ids=ids, queue_ids=queue_ids)
+
+    def _check_guide(self, z1: Tensor, z2: Tensor, keys: Tensor | None) -> None:
         if self.margin_strategy not in MARGIN_STRATEGIES:
             raise ValueError(
                 f"margin_strategy must be one of {', '.join(MARGIN_STRATEGIES)}; got {self.margin_strategy!r}."

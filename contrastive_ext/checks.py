@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from .pairs import LARGEST_RESERVED_ID
+
 
 def describe(x: object) -> str:
     """dtype, shape and device of a tensor, or what else it is, for an error message."""
@@ -33,8 +35,18 @@ def check_number(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a number; got {describe(x)}.")
 
 
-def check_integers(name: str, x: Tensor, length: int, device: torch.device) -> None:
-    """TypeError or ValueError unless x is an integer tensor [length] on `device`."""
+def integers(name: str, x: Tensor, length: int, device: torch.device) -> Tensor:
+    """x, integers [length] or [length, 1] on `device`, as int64 [length]; TypeError or ValueError for anything else.
+
+    The three smallest int64 mean padding and sides without ids (pairs.py): refused where reading costs no wait.
+    """
     check_tensor(name, x)
-    if x.is_floating_point() or x.is_complex() or x.shape != (length,) or x.device != device:
+    fits = x.shape in ((length,), (length, 1)) and x.device == device
+    if x.is_floating_point() or x.is_complex() or not fits:
         raise ValueError(f"{name} must be integers [{length}] on {device}; got {describe(x)}.")
+    numbers = x.reshape(length).long()
+    if can_read(x) and x.dtype.itemsize == 8 and length:
+        smallest = int(numbers.min())
+        if smallest <= LARGEST_RESERVED_ID:
+            raise ValueError(f"{name} must be above -2^63 + 2, what lies below is reserved; got {smallest}.")
+    return numbers

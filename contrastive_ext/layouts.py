@@ -85,11 +85,11 @@ def arrange(
     One arrangement, or with a group and layout="symmetric" one per direction: the columns of other ranks are no anchors
     here.
     """
-    has_ids = isinstance(queue, NegativeQueue)
-    keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, cancellation.queue_ids)
+    keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
     check_pairs(z1, z2, layout)
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
-    cancellation.check(z1, z2, keys, has_ids)
+    cancellation = cancellation.checked(z1, z2, keys, queue_has_ids=key_ids is not None)
+    key_ids = cancellation.queue_ids if key_ids is None else key_ids
     direction = partial(
         _direction, scale=resolve_scale(temperature, logit_scale, default_temperature, z1), keys=keys, key_ids=key_ids,
         negatives=negatives, in_batch_negatives=in_batch_negatives, positives=positives, normalize=normalize,
@@ -140,7 +140,7 @@ def _direction(
     batch, views = z1.shape[0], 1 if layout == "one_way" else 2
     column_sets, row_negatives = [], None
     two_view = layout == "two_view"
-    ids = None if cancellation.ids is None else cancellation.ids.long()
+    ids = cancellation.ids
     column_ids = torch.cat([ids, ids]) if two_view and ids is not None else ids
     gate, key_gate = cancellation.gates(two_view, dtype, both_ways=layout != "one_way")
     if in_batch_negatives:
@@ -149,7 +149,7 @@ def _direction(
         column_sets.append(of_all_ranks(own))
     if keys is not None:
         keys = numerics.round_operand(keys.detach().to(dtype), operand_dtype)
-        column_sets.append(ColumnSet(keys, ids=None if key_ids is None else key_ids.long(), gate=key_gate))
+        column_sets.append(ColumnSet(keys, ids=key_ids, gate=key_gate))
     if negatives is not None and negatives.dim() == 2:
         column_sets.append(of_all_ranks(ColumnSet(operand(negatives), unit=normalize)))
     elif negatives is not None:

@@ -26,6 +26,7 @@ from torch import Tensor
 UNFILLED = torch.iinfo(torch.int64).min  # id of padding: nobody's negative
 NO_ROW_ID = UNFILLED + 1  # what a side without ids carries: equal to nothing on the other side
 NO_COLUMN_ID = UNFILLED + 2
+LARGEST_RESERVED_ID = NO_COLUMN_ID  # ids of callers are larger
 NO_COLUMN = -1  # fills up the lists of `ignored`
 
 

@@ -299,10 +299,10 @@ def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, colu
     if both_ways and (col_limit is None or scorers.shape[:2] != (1, n)):
         raise ValueError(f"where columns are anchors too a gate has scorers [1, {n}, E] and a col_limit; got {shapes}.")
     # the score of a pair is computed once, for either of the two as anchor; elsewhere than on the CPU looking waits
-    if one_set and can_read(u) and not (_same(scorers[0], features) and _same(row_limit, col_limit)):
-        raise ValueError(
-            "rows and columns are one set: their gate needs features = scorers[0] and col_limit = row_limit."
-        )
+    if not one_set or col_limit is None or not can_read(u):
+        return
+    if not (_same(scorers[0], features) and _same(row_limit, col_limit)):
+        raise ValueError("rows and columns are one set: a gate needs features = scorers[0] and col_limit = row_limit.")
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -144,8 +144,8 @@ def fused_row_loss(
     layout       "two_view": 2B anchors against all 2B rows; "one_way": z1 against z2; "symmetric": z1 against z2 and
                  back (CLIP)
     queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way)
-    ids, labels  [B] integers (one_way with more columns: [M]), two names of one thing: columns with the anchor's id are
-                 never its negatives, whatever image they show
+    ids, labels  [B] integers > -2^63 + 2 (one_way with more columns: [M]), two names of one thing: columns with the
+                 anchor's id are never its negatives, whatever image they show
     queue_ids    [K] integers, the ids of a queue given as a tensor
     guide        (g1 [B, E], g2 [B, E]), a guide model's features of z1 and z2: columns it finds more similar to the
                  anchor than the positive, up to `margin`, are no negatives; see cancellation.py. Not for `negatives`.
@@ -183,7 +183,8 @@ def fused_row_loss(
     check_row_loss(row_loss)
     dispatch.check_backend_name(backend)
     cancellation = Cancellation(
-        labels if ids is None else ids, queue_ids, guide, guide_queue, margin, margin_strategy
+        labels if ids is None else ids, queue_ids, guide, guide_queue, margin, margin_strategy,
+        ids_name="ids" if labels is None else "labels",
     )  # fmt: skip
     with numerics.without_autocast(z1):
         more = (queue, negatives, positives, guide_queue, operand_dtype, group)

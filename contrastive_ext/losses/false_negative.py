@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import check_integers, check_number, check_tensor, describe
+from ..checks import check_number, check_tensor, describe, integers
 from ..detection import Candidates, Detected, Lists, detect
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair, softplus
@@ -93,8 +93,8 @@ def fused_false_negative_loss(
     aggregate    score of a column: the "max" over the scoring views of an image, or the "mean"
     keys         [V, B, D] momentum features: columns instead of `views`, no gradient; an anchor's own key is left out
     queue        [K, D] tensor or NegativeQueue: older columns, no gradient, used as given
-    labels       [B] integers: return_stats then reports how well F finds equal labels (a NegativeQueue's ids are its
-                 labels); the loss does not depend on them
+    labels       [B] integers > -2^63 + 2: return_stats then reports how well F finds equal labels (a NegativeQueue's
+                 ids are its labels); the loss does not depend on them
     normalize    scale rows (not the queue's) to unit length first; False: used as given, scores are dot products
     reduction    "mean" over V B anchors, "sum" or "none"; the released total is twice this mean
     return_stats also return a `FalseNegativeStats`
@@ -106,7 +106,7 @@ def fused_false_negative_loss(
     Paper        arXiv:2011.11765. Attraction with a threshold <= .8 alone is known to collapse; published best top_k: 4
                  for attraction, 8 for elimination.
     """
-    _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction)
+    labels = _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction)
     dispatch.check_backend_name(backend)
     with numerics.without_autocast(views):
         batch = _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize)
@@ -249,8 +249,8 @@ def _summarize(batch: _Batch, detected: Detected, negatives: Tensor, labels: Ten
                 continue  # a queue given as a tensor: its labels are not known
             right += detected.count(at, labels, column_labels)
             known += detected.count(at, torch.ones_like(labels), (column_labels > NO_COLUMN_ID).long())
-            of_label = torch.searchsorted(column_labels.sort().values, torch.stack([labels, labels + 1]))
-            there += of_label[1] - of_label[0] - own
+            ordered = column_labels.sort().values
+            there += torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels) - own
         found = right.sum().to(number.dtype)
         precision, recall = found / known.sum(), found / there.sum()
     return FalseNegativeStats(
@@ -263,7 +263,8 @@ def _summarize(batch: _Batch, detected: Detected, negatives: Tensor, labels: Ten
     )
 
 
-def _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction) -> None:
+def _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction) -> Tensor | None:
+    """The labels, int64 [B]."""
     for name, value, allowed in (
         ("mode", mode, MODES),
         ("aggregate", aggregate, AGGREGATES),
@@ -295,5 +296,4 @@ def _check(views, support, mode, top_k, threshold, aggregate, keys, queue, label
             raise TypeError(f"{name} must be {views.dtype} on {views.device} like views; got {x.dtype} on {x.device}.")
     if queue is not None:
         check_queue(queue.data if isinstance(queue, NegativeQueue) else queue, dim, views.device)
-    if labels is not None:
-        check_integers("labels", labels, images, views.device)
+    return None if labels is None else integers("labels", labels, images, views.device)

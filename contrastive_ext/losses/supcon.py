@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import dispatch, distributed, numerics
-from ..checks import check_integers, describe
+from ..checks import describe, integers
 from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..row_stats import row_stats
@@ -62,7 +62,7 @@ def fused_supcon_loss(
     in:  log sum_{k != i} e^{s_ik} - log mean_{p in P_i} e^{s_ip}
 
     features     [N, D], or [V, B, D] views of B images, fp16/bf16/fp32/fp64
-    labels       [N], or [B], integers
+    labels       [N], or [B], integers > -2^63 + 2
     temperature  > 0, or a 0-d tensor to learn it; default 0.1
     positives    where the mean over the positives P_i stands, "out"side of the logarithm or "in"side
     logit_scale  1/temperature instead
@@ -79,14 +79,14 @@ def fused_supcon_loss(
     Memory       O(N D); time O(N^2 D), "in" twice that of "out"; once differentiable
     Paper        arXiv:2004.11362; pytorch-metric-learning has "out"
     """
-    _check(features, labels, positives, reduction)
+    labels = _check(features, labels, positives, reduction)
     dispatch.check_backend_name(backend)
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = resolve_scale(temperature, logit_scale, 0.1, features)
         z = features.to(dtype)
         z = numerics.round_operand(numerics.normalize(z) if normalize else z, features.dtype).flatten(0, -2)
-        row_labels = labels.long().repeat(len(z) // len(labels))
+        row_labels = labels.repeat(z.shape[0] // labels.shape[0])
         columns, column_labels, own = z, row_labels, slice(0, len(z))
         if group is not None:
             distributed.agree(group, features=features.flatten(0, -2))
@@ -185,7 +185,8 @@ def _dense(
     return to_negatives + number.clamp(min=1).to(logits.dtype).log(), mean, number
 
 
-def _check(features: Tensor, labels: Tensor, positives: str, reduction: str) -> None:
+def _check(features: Tensor, labels: Tensor, positives: str, reduction: str) -> Tensor:
+    """The labels, int64 [N] or [B]."""
     for name, value, allowed in (("positives", positives, POSITIVES), ("reduction", reduction, REDUCTIONS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
@@ -195,4 +196,4 @@ def _check(features: Tensor, labels: Tensor, positives: str, reduction: str) -> 
         )
     if features.dim() not in (2, 3) or 0 in features.shape:
         raise ValueError(f"features must be [N, D] or [V, B, D], none of them 0; got {list(features.shape)}.")
-    check_integers("labels", labels, features.shape[-2], features.device)
+    return integers("labels", labels, features.shape[-2], features.device)
