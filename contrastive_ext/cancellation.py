@@ -80,7 +80,8 @@ class Cancellation:
         dim = g1.shape[-1] if g1.dim() else 0
         _check_features("guide[0]", g1, len(z1), dim, z1.device)
         _check_features("guide[1]", g2, len(z2), dim, z1.device)
-        if (keys is None) != (self.guide_queue is None):
+        unscored = keys is not None and keys.shape[0] > 0 and self.guide_queue is None
+        if unscored or (keys is None and self.guide_queue is not None):
             raise ValueError("guide_queue and queue go together: the guide scores every column, the queue's too.")
         if keys is not None and self.guide_queue is not None:
             _check_features("guide_queue", self.guide_queue, len(keys), dim, z1.device)

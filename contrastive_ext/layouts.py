@@ -90,6 +90,8 @@ def arrange(
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
     cancellation = cancellation.checked(z1, z2, keys, queue_has_ids=key_ids is not None)
     key_ids = cancellation.queue_ids if key_ids is None else key_ids
+    if keys is not None and keys.shape[0] == 0:
+        keys = key_ids = None
     direction = partial(
         _direction, scale=resolve_scale(temperature, logit_scale, default_temperature, z1), keys=keys, key_ids=key_ids,
         negatives=negatives, in_batch_negatives=in_batch_negatives, positives=positives, normalize=normalize,
@@ -198,12 +200,11 @@ def resolve_scale(
         value = default_temperature
     dtype = numerics.stats_dtype(like.dtype)
     if isinstance(value, Tensor):
-        if value.dim() != 0 or not value.is_floating_point() or value.device != like.device:
+        if value.shape not in ((), (1,)) or not value.is_floating_point() or value.device != like.device:
             raise ValueError(
-                f"a {name} tensor must be a 0-d floating-point tensor on {like.device}; "
-                f"got {list(value.shape)} {value.dtype} on {value.device}."
+                f"a {name} tensor must be a 0-d (or [1]) floating-point tensor on {like.device}; got {describe(value)}."
             )
-        value = value.to(dtype)
+        value = value.reshape(()).to(dtype)
         if can_read(value):
             _check_range(name, value.item(), dtype)
     else:
@@ -254,9 +255,9 @@ def _check_extras(
         if x is not None:
             check_tensor(name, x)
     if keys is not None:
-        if layout == "symmetric":
-            raise ValueError("layout='symmetric' takes no queue: it is undefined which side it would belong to.")
         check_queue(keys, dim, z1.device)
+        if layout == "symmetric" and keys.shape[0] > 0:
+            raise ValueError("layout='symmetric' takes no queue: it is undefined which side it would belong to.")
     if negatives is not None:
         if layout != "one_way":
             raise ValueError(f"explicit negatives need layout='one_way'; got layout={layout!r}.")
@@ -272,18 +273,21 @@ def _check_extras(
             raise ValueError(f"positives must be [M, {batch}, {dim}] with M >= 1; got {describe(positives)}.")
         _check_like(positives, z1, "positives")
     if not in_batch_negatives:
-        if layout != "one_way" or (keys is None and negatives is None):
-            raise ValueError("in_batch_negatives=False needs layout='one_way' and a queue or explicit negatives.")
+        no_queue = keys is None or keys.shape[0] == 0
+        if layout != "one_way" or (no_queue and negatives is None):
+            raise ValueError(
+                "in_batch_negatives=False needs layout='one_way' and a queue or explicit negatives; [0, D] is no queue."
+            )
         if z2.shape[0] != batch:
             raise ValueError(f"with in_batch_negatives=False z2 must be [{batch}, {dim}]; got {describe(z2)}.")
 
 
 def check_queue(keys: Tensor, dim: int, device: torch.device, name: str = "queue") -> None:
-    """TypeError or ValueError unless keys are floating-point [K, dim] on `device`."""
+    """TypeError or ValueError unless keys are floating-point [K, dim] on `device`; K = 0 is no queue."""
     check_tensor(name, keys)
-    is_matrix = keys.dim() == 2 and keys.shape[1] == dim and len(keys) > 0
+    is_matrix = keys.dim() == 2 and keys.shape[1] == dim
     if not is_matrix or not keys.is_floating_point() or keys.device != device:
-        raise ValueError(f"{name} must be floating-point [K, {dim}], K >= 1, on {device}; got {describe(keys)}.")
+        raise ValueError(f"{name} must be floating-point [K, {dim}] on {device}; got {describe(keys)}.")
 
 
 def _check_like(tensor: Tensor, z1: Tensor, name: str) -> None:

@@ -140,10 +140,11 @@ def fused_row_loss(
     row_loss     the formula, for instance `Debiased(tau_plus=0.1)` or your own `RowLoss`
     z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair; one_way: z2 may have more rows, all negatives
     temperature  > 0, a float or a 0-d tensor to learn it; None is the loss's default
-    logit_scale  1/temperature instead (CLIP style), a float or a 0-d tensor
+    logit_scale  1/temperature instead (CLIP style), a float or a 0-d tensor; either tensor may be [1], as FSDP keeps it
     layout       "two_view": 2B anchors against all 2B rows; "one_way": z1 against z2; "symmetric": z1 against z2 and
                  back (CLIP)
-    queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way)
+    queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way); [0, D]
+                 is no queue
     ids, labels  [B] integers > -2^63 + 2 (one_way with more columns: [M]), two names of one thing: columns with the
                  anchor's id are never its negatives, whatever image they show
     queue_ids    [K] integers, the ids of a queue given as a tensor

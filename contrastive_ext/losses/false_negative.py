@@ -155,8 +155,8 @@ def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, n
 
     columns = [shown.flatten(0, 1)]
     candidates = [Candidates(columns[0].detach(), num_images=images)]
-    if queue is not None:
-        held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+    held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+    if held is not None and held.shape[0] > 0:
         columns.append(numerics.round_operand(held.detach().to(dtype), views.dtype))
         candidates.append(Candidates(columns[1], ids=ids))
     return _Batch(

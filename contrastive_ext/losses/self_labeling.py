@@ -38,7 +38,7 @@ from .soft_target import (
     dense_keys,
     entropy,
     operand,
-    queue_set,
+    queue_sets,
     reduced,
     sweep_keys,
 )
@@ -134,8 +134,7 @@ def fused_self_labeling_loss(
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
         keys = [KeySet(operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
-        if queue is not None:
-            keys.append(queue_set(queue, q))
+        keys += queue_sets(queue, q)
         x, mixing = operand(q, normalize), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
@@ -279,4 +278,4 @@ def _check_mixing(size: int, device: torch.device, perm, theta) -> None:
 def _is_empty(queue) -> bool:
     if isinstance(queue, NegativeQueue) and can_read(queue.count):
         return int(queue.count) == 0
-    return queue is None
+    return queue is None or (isinstance(queue, Tensor) and queue.numel() == 0)

@@ -86,9 +86,7 @@ def fused_soft_target_loss(
     check_positive("teacher_temperature", teacher_temperature)
     with numerics.without_autocast(queries):
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, queries)
-        sets = [_given_keys(keys, queries, normalize)]
-        if queue is not None:
-            sets.append(queue_set(queue, queries))
+        sets = [_given_keys(keys, queries, normalize), *queue_sets(queue, queries)]
         path = _dense if backend == dispatch.REFERENCE else _streamed
         x, u = operand(queries, normalize), operand(teacher, normalize).detach()
         losses, stats = path(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
@@ -200,6 +198,12 @@ def _union(one: KeyStatistics, other: KeyStatistics) -> KeyStatistics:
         share = torch.sigmoid(one.lse - other.lse).masked_fill(lse == -torch.inf, 0.0).detach()
         mean = torch.lerp(other.mean, one.mean, share[:, None])
     return KeyStatistics(lse, one.number + other.number, torch.maximum(one.largest, other.largest), mean)
+
+
+def queue_sets(queue: Tensor | NegativeQueue | None, like: Tensor) -> list[KeySet]:
+    """The queue beside other keys; without a queue, or with an empty tensor, none."""
+    held = [] if queue is None else [queue_set(queue, like)]
+    return [keys for keys in held if keys.v.shape[0] > 0]
 
 
 def queue_set(queue: Tensor | NegativeQueue, like: Tensor, name: str = "queue") -> KeySet:
