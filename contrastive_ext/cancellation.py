@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
-from .checks import check_number, check_tensor, describe, integers
+from .checks import check_choice, check_number, check_tensor, describe, integers
 from .pairs import Gate
 
 MARGIN_STRATEGIES = ("absolute", "relative")
@@ -51,6 +51,7 @@ class Cancellation:
         check_number("margin", self.margin)
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin must be >= 0 and finite; got {self.margin}.")
+        check_choice("margin_strategy", self.margin_strategy, MARGIN_STRATEGIES)
 
     def checked(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> Cancellation:
         """The same with ids as int64 vectors; raises where anything does not fit a batch z1, z2 with queue `keys`."""
@@ -68,10 +69,6 @@ class Cancellation:
         return replace(self, ids=ids, queue_ids=queue_ids)
 
     def _check_guide(self, z1: Tensor, z2: Tensor, keys: Tensor | None) -> None:
-        if self.margin_strategy not in MARGIN_STRATEGIES:
-            raise ValueError(
-                f"margin_strategy must be one of {', '.join(MARGIN_STRATEGIES)}; got {self.margin_strategy!r}."
-            )
         if self.guide is None:
             if self.guide_queue is not None or self.margin != 0.0:
                 raise ValueError("guide_queue and margin need guide=(g1, g2), the guide's features of z1 and z2.")

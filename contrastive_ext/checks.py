@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -33,6 +35,19 @@ def check_number(name: str, x: object) -> None:
         return  # first, since torch.compile knows no hasattr of a symbolic number
     if isinstance(x, Tensor) or not hasattr(x, "__float__"):
         raise TypeError(f"{name} must be a number; got {describe(x)}.")
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """ValueError unless value is one of the allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+def check_keywords(called: str, given: Iterable[str], known: Collection[str]) -> None:
+    """TypeError that names what the user called unless it knows all keywords given."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{called}() got an unexpected keyword argument {name!r}; known are {', '.join(known)}.")
 
 
 def integers(name: str, x: Tensor, length: int, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import distributed, numerics
 from .cancellation import Cancellation
-from .checks import can_read, check_number, check_tensor, describe
+from .checks import can_read, check_choice, check_number, check_tensor, describe
 from .pairs import Gate
 from .queue import NegativeQueue
 
@@ -221,8 +221,7 @@ def _check_range(name: str, value: float, dtype: torch.dtype) -> None:
 
 def check_pairs(z1: Tensor, z2: Tensor, layout: str) -> None:
     """ValueError or TypeError unless z1 and z2 are pairs in this layout."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}.")
+    check_choice("layout", layout, LAYOUTS)
     for name, z in (("z1", z1), ("z2", z2)):
         check_tensor(name, z)
         if z.dtype not in numerics.SUPPORTED_DTYPES:

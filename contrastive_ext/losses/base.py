@@ -7,6 +7,7 @@ gradients of z1, z2 and the temperature. A row loss therefore runs on every back
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from .. import dispatch, numerics
 from ..cancellation import NOTHING, Cancellation
-from ..layouts import Arrangement, Layout, arrange, check_pairs, resolve_scale
+from ..checks import check_choice, check_keywords
+from ..layouts import LAYOUTS, Arrangement, Layout, arrange, check_pairs, resolve_scale
 from ..numerics import logsumexp_pair
 from ..problem import Formula, Statistics
 from ..queue import NegativeQueue
@@ -177,8 +179,7 @@ def fused_row_loss(
     Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference". A group of W
                  ranks has W times the columns, and a call waits once for the device, to compare shapes between ranks
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    check_choice("reduction", reduction, REDUCTIONS)
     if ids is not None and labels is not None:
         raise ValueError("give ids or labels, not both: columns with an equal integer are ignored either way.")
     check_row_loss(row_loss)
@@ -209,6 +210,17 @@ def fused_row_loss(
             return loss
         rounding = torch.cat([batch.rounding() for batch in batches])
         return loss, summarize(stats, diagnostics, row_loss.clamped(stats), rounding)
+
+
+def check_values(
+    layout: str, margin: float, margin_strategy: str, reduction: str, backend: str, operand_dtype: torch.dtype | None
+) -> None:
+    """TypeError or ValueError for what no batch could make right."""
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    Cancellation(margin=margin, margin_strategy=margin_strategy)
+    dispatch.check_backend_name(backend)
+    numerics.resolve_operand_dtype(torch.float64 if operand_dtype == torch.float64 else torch.float32, operand_dtype)
 
 
 def check_row_loss(row_loss: object) -> None:
@@ -351,10 +363,17 @@ def _zero_where(empty: Tensor, losses: Tensor, pos: Tensor) -> Tensor:
 
 
 def loss_function(function: _Function) -> _Function:
-    """Show the keywords of `LossOptions` in the signature of a public loss that takes them as **options."""
+    """Show the keywords of `LossOptions` in the signature of a public loss with **options, which takes no others."""
     own = inspect.signature(function)
     kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     common = inspect.signature(fused_row_loss).parameters
     options = [common[name] for name in LossOptions.__annotations__ if name not in own.parameters]
-    function.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    return function
+    known = tuple(p.name for p in (*kept, *options))
+
+    @functools.wraps(function)
+    def checked(*args, **keywords):
+        check_keywords(function.__name__, keywords, known)
+        return function(*args, **keywords)
+
+    checked.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    return checked  # type: ignore[return-value]

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import can_read, describe
+from ..checks import can_read, check_choice, check_number, describe
 from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..queue import NegativeQueue
 from ..stats import Record
+from .base import REDUCTIONS
 from .soft_target import (
     KeySet,
-    check_options,
     check_positive,
     check_vectors,
     cross_entropy,
@@ -127,8 +127,8 @@ def fused_self_labeling_loss(
     Memory       O((s + K) D), the queue is not copied; 12 s (s + K) D flops in the forward, the backward is O(s D)
     Paper        arXiv:2106.14749. CIFAR-10: these defaults, K = 4096, mu 0 -> 1; ImageNet: t' 1, mu .5 -> 10, K = 65536
     """
-    check_options(reduction, backend)
-    _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, lam)
+    check_values(label_temperature, mu, lam, reduction, backend)
+    _check(q, k, queue, q_mix, perm, theta)
     with numerics.without_autocast(q):
         dtype = numerics.stats_dtype(q.dtype)
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
@@ -240,18 +240,26 @@ def _stats(terms, wins, similarity, labels: Labels | None, num_keys) -> SelfLabe
     )
 
 
-def _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, lam) -> None:
+def check_values(label_temperature: float, mu: float, lam: float, reduction: str, backend: str) -> None:
+    """TypeError or ValueError for what no batch could make right."""
+    check_positive("label_temperature", label_temperature)
+    check_number("mu", mu)
+    if not 0 <= mu < float("inf"):
+        raise ValueError(f"mu must be >= 0 and finite; got {mu}.")
+    check_number("lam", lam)
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam, the share of the mixed term, must be in [0, 1]; got {lam}.")
+    check_choice("reduction", reduction, REDUCTIONS)
+    dispatch.check_backend_name(backend)
+
+
+def _check(q, k, queue, q_mix, perm, theta) -> None:
     check_vectors({"q": q, "k": k} | ({} if q_mix is None else {"q_mix": q_mix}))
     for name, z in (("k", k), ("q_mix", q_mix)):
         if z is not None and z.shape != q.shape:
             raise ValueError(f"{name} must be [s, D] like q; got {list(z.shape)} and {list(q.shape)}.")
     if len(q) == 1 and _is_empty(queue):
         raise ValueError("one image and no filled queue leave no key to compare with; enqueue keys or use s >= 2.")
-    check_positive("label_temperature", label_temperature)
-    if not 0 <= mu < float("inf"):
-        raise ValueError(f"mu must be >= 0 and finite; got {mu}.")
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam, the share of the mixed term, must be in [0, 1]; got {lam}.")
     given = [x is not None for x in (q_mix, perm, theta)]
     if any(given) and not all(given):
         raise ValueError("q_mix, perm and theta belong together (momentum_mixup makes them); give all or none.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import check_number, check_tensor
+from ..checks import check_choice, check_number, check_tensor
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair
 from ..pairs import UNFILLED
@@ -79,11 +79,10 @@ def fused_soft_target_loss(
     Paper        used by SEED (arXiv:2101.04731), ReSSL (arXiv:2107.09282); with own keys left out by SANE, see
                  `fused_self_labeling_loss`
     """
-    check_options(reduction, backend)
+    check_values(teacher_temperature, reduction, backend)
     check_vectors({"queries": queries, "teacher": teacher})
     if teacher.shape != queries.shape:
         raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")
-    check_positive("teacher_temperature", teacher_temperature)
     with numerics.without_autocast(queries):
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, queries)
         sets = [_given_keys(keys, queries, normalize), *queue_sets(queue, queries)]
@@ -249,10 +248,10 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -torch.special.xlogy(probabilities, probabilities).sum(1)
 
 
-def check_options(reduction: str, backend: str) -> None:
-    """ValueError for an unknown reduction or backend."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+def check_values(teacher_temperature: float, reduction: str, backend: str) -> None:
+    """TypeError or ValueError for what no batch could make right."""
+    check_positive("teacher_temperature", teacher_temperature)
+    check_choice("reduction", reduction, REDUCTIONS)
     dispatch.check_backend_name(backend)
 
 

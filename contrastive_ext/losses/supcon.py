@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import dispatch, distributed, numerics
-from ..checks import describe, integers
+from ..checks import check_choice, describe, integers
 from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..row_stats import row_stats
@@ -56,12 +56,12 @@ def fused_supcon_loss(
     backend: str = "auto",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, SupConStats]:
-    """Supervised contrastive loss over labelled rows, without forming the similarity matrix.
+    """Supervised contrastive loss over labelled rows [N, D] or views [V, B, D], views first, without an N x N matrix.
 
     out: log sum_{k != i} e^{s_ik} - mean_{p in P_i} s_ip
     in:  log sum_{k != i} e^{s_ik} - log mean_{p in P_i} e^{s_ip}
 
-    features     [N, D], or [V, B, D] views of B images, fp16/bf16/fp32/fp64
+    features     [N, D], or [V, B, D] V views of B images (other libraries take [B, V, D]), fp16/bf16/fp32/fp64
     labels       [N], or [B], integers > -2^63 + 2
     temperature  > 0, or a 0-d tensor to learn it; default 0.1
     positives    where the mean over the positives P_i stands, "out"side of the logarithm or "in"side
@@ -79,8 +79,8 @@ def fused_supcon_loss(
     Memory       O(N D); time O(N^2 D), "in" twice that of "out"; once differentiable
     Paper        arXiv:2004.11362; pytorch-metric-learning has "out"
     """
-    labels = _check(features, labels, positives, reduction)
-    dispatch.check_backend_name(backend)
+    check_values(positives, reduction, backend)
+    labels = _check(features, labels)
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = resolve_scale(temperature, logit_scale, 0.1, features)
@@ -185,15 +185,31 @@ def _dense(
     return to_negatives + number.clamp(min=1).to(logits.dtype).log(), mean, number
 
 
-def _check(features: Tensor, labels: Tensor, positives: str, reduction: str) -> Tensor:
+def check_values(positives: str, reduction: str, backend: str) -> None:
+    """ValueError for what no batch could make right."""
+    check_choice("positives", positives, POSITIVES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    dispatch.check_backend_name(backend)
+
+
+def _check(features: Tensor, labels: Tensor) -> Tensor:
     """The labels, int64 [N] or [B]."""
-    for name, value, allowed in (("positives", positives, POSITIVES), ("reduction", reduction, REDUCTIONS)):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
     if not isinstance(features, Tensor) or features.dtype not in numerics.SUPPORTED_DTYPES:
         raise TypeError(
             f"features must be a tensor of float16, bfloat16, float32 or float64; got {describe(features)}."
         )
     if features.dim() not in (2, 3) or 0 in features.shape:
         raise ValueError(f"features must be [N, D] or [V, B, D], none of them 0; got {list(features.shape)}.")
-    return integers("labels", labels, features.shape[-2], features.device)
+    return image_labels(labels, features)
+
+
+def image_labels(labels: Tensor, views: Tensor) -> Tensor:
+    """Labels of features [N, D] or views [V, B, D] as int64 [N] or [B]; an error says where the axes changed places."""
+    first, images = views.shape[0], views.shape[-2]
+    misfit = isinstance(labels, Tensor) and labels.shape not in ((images,), (images, 1))
+    if views.dim() == 3 and misfit and labels.shape in ((first,), (first, 1)):
+        raise ValueError(
+            f"labels must be integers [{images}] for views {list(views.shape)}, which are [V, B, D], views first; got "
+            f"{describe(labels)}. If they are [B, V, D]: pass them .transpose(0, 1)."
+        )
+    return integers("labels", labels, images, views.device)
