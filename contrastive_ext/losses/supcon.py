@@ -4,7 +4,8 @@
     in   L_i = log sum_{k != i} e^{s_ik} - log 1/|P_i| sum_{p in P_i} e^{s_ip}
 
 The sum over positives inside "out" is <z_i, sum of the class>: no sweep. "in" streams the two parts of the sum apart,
-negatives (labels differ) and positives (labels agree), so that a converged row keeps its digits.
+negatives (labels differ) and positives (labels agree), so that a converged row keeps its digits. "out" does so for a row
+with a single positive, where it is InfoNCE; the mean of several is another number than their log-sum-exp.
 
 Khosla et al., NeurIPS 2020, arXiv:2004.11362.
 """
@@ -96,15 +97,15 @@ def fused_supcon_loss(
         if backend == dispatch.REFERENCE:
             losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
-            positive_mean, number = (x[own] for x in _class_means(columns, column_labels))
+            positive_mean, number, pairs = _class_means(columns, column_labels)
+            positive_mean, number, ids = positive_mean[own], number[own], pairs if positives == "out" else column_labels
             pos = scale * (z * positive_mean).sum(1)
-            v, col_ids = (None, None) if group is None else (columns, column_labels)
             how = {
-                "v": v, "num_images": len(z), "positive_offset": own.start, "scale": scale, "unit": normalize,
+                "v": None if group is None else columns, "num_images": len(z), "positive_offset": own.start,
+                "row_ids": ids[own], "col_ids": None if group is None else ids, "scale": scale, "unit": normalize,
                 "operand_dtype": features.dtype, "backend": backend,
             }  # fmt: skip
-            ids = {"row_ids": row_labels, "col_ids": col_ids}
-            losses = _out(z, pos, how) if positives == "out" else _in(z, how | ids)
+            losses = _out(z, pos, number, how) if positives == "out" else _in(z, how)
         has_positives = number > 0
         losses = torch.where(has_positives, losses, 0.0 * z.sum(1))  # 0, but NaN where the row holds one
         rows = has_positives.sum()
@@ -121,14 +122,16 @@ def fused_supcon_loss(
         return loss, SupConStats(number.to(z.dtype).mean(), (~has_positives).sum(), similarity)
 
 
-def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, D] mean of every row's positives, 0 without any, and their number [N]."""
+def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, D] mean of every row's positives, 0 without any, their number [N], and ids [N] that classes of two share."""
     ordered = labels.sort(stable=True)
     starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
     group = torch.empty_like(labels).scatter_(0, ordered.indices, starts.cumsum(0) - 1)
     members = torch.zeros_like(labels).scatter_add_(0, group, torch.ones_like(group))
     number = members[group] - 1
-    return (_ClassSums.apply(z, ordered.indices, group, members)[group] - z) / number.clamp(min=1)[:, None], number
+    mean = (_ClassSums.apply(z, ordered.indices, group, members)[group] - z) / number.clamp(min=1)[:, None]
+    index = torch.arange(labels.shape[0], device=labels.device)
+    return mean, number, torch.where(number == 1, group, labels.shape[0] + index)
 
 
 class _ClassSums(torch.autograd.Function):
@@ -145,10 +148,9 @@ class _ClassSums(torch.autograd.Function):
         return grad[group], None, None, None
 
 
-def _out(z: Tensor, pos: Tensor, how: dict) -> Tensor:
-    swept = row_stats(z, **how)
-    # the only other row: its logit minus itself
-    return torch.where(swept.aux[0] > 1, swept.lse[0] - pos, 0.0 * pos)
+def _out(z: Tensor, pos: Tensor, number: Tensor, how: dict) -> Tensor:
+    gap = row_stats(z, **how).lse[0] - pos
+    return torch.where(number == 1, softplus(gap), gap)
 
 
 def _in(z: Tensor, how: dict) -> Tensor:
@@ -177,12 +179,14 @@ def _dense(
         stand_in = own & ~which.any(1, keepdim=True)
         return logits.masked_fill(~(which | stand_in), -torch.inf).logsumexp(1)
 
+    # positives outside the sum, as in the sweeps: a converged row keeps its digits
+    outside = positive if positives == "in" else positive & (number == 1)[:, None]
+    others, base = ~(own | outside), mean if positives == "out" else log_sum(positive)
+    gap = log_sum(others) - base
+    joined = torch.where(others.any(1), softplus(gap), 0.0 * base)
     if positives == "out":
-        return log_sum(~own) - mean, mean, number
-    negative, log_positives = ~(positive | own), log_sum(positive)
-    # positives and negatives apart, as `_in` does: a converged row keeps its digits
-    to_negatives = torch.where(negative.any(1), softplus(log_sum(negative) - log_positives), 0.0 * log_positives)
-    return to_negatives + number.clamp(min=1).to(logits.dtype).log(), mean, number
+        return torch.where(number == 1, joined, gap), mean, number
+    return joined + number.clamp(min=1).to(logits.dtype).log(), mean, number
 
 
 def check_values(positives: str, reduction: str, backend: str) -> None:
