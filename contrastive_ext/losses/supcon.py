@@ -4,8 +4,8 @@
     in   L_i = log sum_{k != i} e^{s_ik} - log 1/|P_i| sum_{p in P_i} e^{s_ip}
 
 The sum over positives inside "out" is <z_i, sum of the class>: no sweep. "in" streams the two parts of the sum apart,
-negatives (labels differ) and positives (labels agree), so that a converged row keeps its digits. "out" does so for a row
-with a single positive, where it is InfoNCE; the mean of several is another number than their log-sum-exp.
+negatives (labels differ) and positives (labels agree), so that a converged row keeps its digits; "out" does so for rows
+with a single positive, where it is InfoNCE: the mean of several is another number than their log-sum-exp.
 
 Khosla et al., NeurIPS 2020, arXiv:2004.11362.
 """
