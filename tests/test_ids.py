@@ -31,7 +31,7 @@ def _calls(device) -> dict[str, Callable]:
     return {
         "ids": lambda x, **o: ce.fused_infonce_loss(z1, z2, 0.3, ids=x, **o),
         "labels": lambda x, **o: ce.fused_debiased_loss(z1, z2, 0.3, labels=x, layout="symmetric", **o),
-        "one_way": lambda x, **o: ce.fused_hard_negative_loss(z1, z2, 0.3, ids=x, layout="one_way", **o),
+        "one_way": lambda x, **o: ce.fused_hard_negative_loss(z1[:4], z2, 0.3, ids=x, layout="one_way", **o),
         "ranked": lambda x, **o: ce.fused_bayesian_loss(z1, z2, 0.3, ids=x, queue=keys, **o),  # a side without ids
         "queue_ids": lambda x, **o: ce.fused_infonce_loss(z1, z2, 0.3, ids=x.flip(0), queue=keys, queue_ids=x, **o),
         "queue": lambda x, **o: ce.fused_infonce_loss(z1, z2, 0.3, ids=x.flip(0), queue=queue(x), **o),
