@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_integers, check_tensor, describe
+from .checks import check_tensor, describe, integers
 from .numerics import normalize, stats_dtype
 
 _BLOCK_ELEMENTS = 2**20  # similarities sorted at a time
@@ -44,7 +44,7 @@ def estimate_alpha(features: Tensor, labels: Tensor) -> float:
     if not features.isfinite().all():
         raise ValueError("features must be finite: a row with NaN or inf has no rank.")
     count = len(features)
-    check_integers("labels", labels, count, features.device)
+    labels = integers("labels", labels, count, features.device)
     unit = normalize(features.to(stats_dtype(features.dtype)))
     total, anchors = 0.0, 0
     for first in range(0, count, height := max(1, _BLOCK_ELEMENTS // max(1, count))):

@@ -3,21 +3,23 @@
 A cancelled column is ignored as a negative of that anchor, inside the tile loop: no [N, M] mask is ever formed. Ids are
 compared as they are. A guide scores every column by the cosine of its own features; a column is cancelled where
 
-    cos(g_i, g_j) > cos(g_i, g_pos(i)) - margin            margin_strategy="absolute"
-    cos(g_i, g_j) > cos(g_i, g_pos(i)) * (1 - margin)      margin_strategy="relative"
+    cos(g_i, g_j) > p_i - margin              margin_strategy="absolute",  p_i = cos(g_i, g_pos(i))
+    cos(g_i, g_j) > p_i - |p_i| * margin      margin_strategy="relative"
 
-which is the rule of GISTEmbed (Solatorio 2024, arXiv:2402.16829). A guide that is NaN finds nothing similar.
+which is the rule of GISTEmbed (Solatorio 2024, arXiv:2402.16829). Both sides are rounded, so a column counts as above
+the limit only beyond their rounding error: one at the limit, at margin 0 a duplicate of the positive, is kept whatever
+the backend and the size. A guide that is NaN finds nothing similar.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import numerics
-from .checks import check_integers, check_number, check_tensor, describe
+from .checks import check_choice, check_number, check_tensor, describe, integers
 from .pairs import Gate
 
 MARGIN_STRATEGIES = ("absolute", "relative")
@@ -25,7 +27,7 @@ MARGIN_STRATEGIES = ("absolute", "relative")
 
 @dataclass(frozen=True)
 class Cancellation:
-    """What a call says about false negatives; `fused_row_loss` documents the fields."""
+    """What a call says about false negatives; `fused_row_loss` documents the fields, ids_name is what it called ids."""
 
     ids: Tensor | None = None
     queue_ids: Tensor | None = None
@@ -33,9 +35,10 @@ class Cancellation:
     guide_queue: Tensor | None = None
     margin: float = 0.0
     margin_strategy: str = "absolute"
+    ids_name: str = "ids"
 
     def __post_init__(self) -> None:
-        for name, x in (("ids", self.ids), ("queue_ids", self.queue_ids), ("guide_queue", self.guide_queue)):
+        for name, x in ((self.ids_name, self.ids), ("queue_ids", self.queue_ids), ("guide_queue", self.guide_queue)):
             if x is not None:
                 check_tensor(name, x)
         if self.guide is not None:
@@ -48,22 +51,24 @@ class Cancellation:
         check_number("margin", self.margin)
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin must be >= 0 and finite; got {self.margin}.")
+        check_choice("margin_strategy", self.margin_strategy, MARGIN_STRATEGIES)
 
-    def check(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> None:
-        """Raise on shapes, dtypes and combinations that do not fit a batch z1, z2 with queue `keys`."""
+    def checked(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> Cancellation:
+        """The same with ids as int64 vectors; raises where anything does not fit a batch z1, z2 with queue `keys`."""
+        ids = queue_ids = None
         if self.ids is not None:
-            check_integers("ids", self.ids, len(z2), z1.device)
+            ids = integers(self.ids_name, self.ids, z2.shape[0], z1.device)
         if self.queue_ids is not None:
             if keys is None or queue_has_ids or self.ids is None:
                 raise ValueError(
-                    "queue_ids belong to a queue given as a tensor, compared with the batch's ids; "
+                    "queue_ids belong to a queue given as a tensor, compared with the batch's ids or labels; "
                     "a NegativeQueue holds its own: queue.enqueue(keys, ids)."
                 )
-            check_integers("queue_ids", self.queue_ids, len(keys), z1.device)
-        if self.margin_strategy not in MARGIN_STRATEGIES:
-            raise ValueError(
-                f"margin_strategy must be one of {', '.join(MARGIN_STRATEGIES)}; got {self.margin_strategy!r}."
-            )
+            queue_ids = integers("queue_ids", self.queue_ids, keys.shape[0], z1.device)
+        self._check_guide(z1, z2, keys)
+        return replace(self, ids=ids, queue_ids=queue_ids)
+
+    def _check_guide(self, z1: Tensor, z2: Tensor, keys: Tensor | None) -> None:
         if self.guide is None:
             if self.guide_queue is not None or self.margin != 0.0:
                 raise ValueError("guide_queue and margin need guide=(g1, g2), the guide's features of z1 and z2.")
@@ -72,7 +77,8 @@ class Cancellation:
         dim = g1.shape[-1] if g1.dim() else 0
         _check_features("guide[0]", g1, len(z1), dim, z1.device)
         _check_features("guide[1]", g2, len(z2), dim, z1.device)
-        if (keys is None) != (self.guide_queue is None):
+        unscored = keys is not None and keys.shape[0] > 0 and self.guide_queue is None
+        if unscored or (keys is None and self.guide_queue is not None):
             raise ValueError("guide_queue and queue go together: the guide scores every column, the queue's too.")
         if keys is not None and self.guide_queue is not None:
             _check_features("guide_queue", self.guide_queue, len(keys), dim, z1.device)
@@ -83,7 +89,8 @@ class Cancellation:
             return None, None
         g1, g2 = (numerics.normalize(g.detach().to(dtype)) for g in self.guide)
         positive = (g1 * g2[: len(g1)]).sum(1)
-        limit = positive - self.margin if self.margin_strategy == "absolute" else positive * (1 - self.margin)
+        below = self.margin if self.margin_strategy == "absolute" else positive.abs() * self.margin
+        limit = positive - below + numerics.rounding_of_products(dtype, g1.shape[1])
         rows, columns = (torch.cat([g1, g2]),) * 2 if two_view else (g1, g2)
         limit = torch.cat([limit, limit]) if two_view else limit
         batch = Gate(rows[None], columns, limit, limit if both_ways else None)

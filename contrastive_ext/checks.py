@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+from .pairs import LARGEST_RESERVED_ID
 
 
 def describe(x: object) -> str:
@@ -33,8 +37,31 @@ def check_number(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a number; got {describe(x)}.")
 
 
-def check_integers(name: str, x: Tensor, length: int, device: torch.device) -> None:
-    """TypeError or ValueError unless x is an integer tensor [length] on `device`."""
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """ValueError unless value is one of the allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+def check_keywords(called: str, given: Iterable[str], known: Collection[str]) -> None:
+    """TypeError that names what the user called unless it knows all keywords given."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{called}() got an unexpected keyword argument {name!r}; known are {', '.join(known)}.")
+
+
+def integers(name: str, x: Tensor, length: int, device: torch.device) -> Tensor:
+    """x, integers [length] or [length, 1] on `device`, as int64 [length]; TypeError or ValueError for anything else.
+
+    The three smallest int64 mean padding and sides without ids (pairs.py): refused where reading costs no wait.
+    """
     check_tensor(name, x)
-    if x.is_floating_point() or x.is_complex() or x.shape != (length,) or x.device != device:
+    fits = x.shape in ((length,), (length, 1)) and x.device == device
+    if x.is_floating_point() or x.is_complex() or not fits:
         raise ValueError(f"{name} must be integers [{length}] on {device}; got {describe(x)}.")
+    numbers = x.reshape(length).long()
+    if can_read(x) and x.dtype.itemsize == 8 and length:
+        smallest = int(numbers.min())
+        if smallest <= LARGEST_RESERVED_ID:
+            raise ValueError(f"{name} must be above -2^63 + 2, what lies below is reserved; got {smallest}.")
+    return numbers

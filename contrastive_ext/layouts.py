@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import distributed, numerics
 from .cancellation import Cancellation
-from .checks import can_read, check_number, check_tensor, describe
+from .checks import can_read, check_choice, check_number, check_tensor, describe
 from .pairs import Gate
 from .queue import NegativeQueue
 
@@ -51,11 +51,16 @@ class Arrangement:
     column_sets: tuple[ColumnSet, ...]
     row_negatives: Tensor | None  # [A, n, D], explicit negatives of each anchor alone
     scale: float | Tensor
+    pair: tuple[Tensor, Tensor]  # [B, D] each, the vectors of a pair
     pos: Tensor  # [R] logit of the positive
     correction: Tensor  # [R] log-mean-exp of the logits of the debiasing positives; pos unless `positives` is given
     symmetric: bool  # R = 2A: the columns of the one set are anchors too
     operand_dtype: torch.dtype
     anchor_ids: Tensor | None = None
+
+    def rounding(self) -> Tensor:
+        """[R] how far the positive's logit may lie from an equal one by rounding."""
+        return numerics.rounding_of_logits(self.scale, *self.pair).repeat(self.pos.shape[0] // self.pair[0].shape[0])
 
 
 def arrange(
@@ -80,11 +85,13 @@ def arrange(
     One arrangement, or with a group and layout="symmetric" one per direction: the columns of other ranks are no anchors
     here.
     """
-    has_ids = isinstance(queue, NegativeQueue)
-    keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, cancellation.queue_ids)
+    keys, key_ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
     check_pairs(z1, z2, layout)
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
-    cancellation.check(z1, z2, keys, has_ids)
+    cancellation = cancellation.checked(z1, z2, keys, queue_has_ids=key_ids is not None)
+    key_ids = cancellation.queue_ids if key_ids is None else key_ids
+    if keys is not None and keys.shape[0] == 0:
+        keys = key_ids = None
     scale = resolve_scale(temperature, logit_scale, default_temperature, z1)
     operand_dtype = numerics.resolve_operand_dtype(z1.dtype, operand_dtype)
     process_group = distributed.agree(group)  # the checks are done
@@ -133,7 +140,7 @@ def _direction(
     batch, views = z1.shape[0], 1 if layout == "one_way" else 2
     column_sets, row_negatives = [], None
     two_view = layout == "two_view"
-    ids = None if cancellation.ids is None else cancellation.ids.long()
+    ids = cancellation.ids
     column_ids = torch.cat([ids, ids]) if two_view and ids is not None else ids
     gate, key_gate = cancellation.gates(two_view, dtype, both_ways=layout != "one_way")
     if in_batch_negatives:
@@ -142,7 +149,7 @@ def _direction(
         column_sets.append(of_all_ranks(own))
     if keys is not None:
         keys = numerics.round_operand(keys.detach().to(dtype), operand_dtype)
-        column_sets.append(ColumnSet(keys, ids=None if key_ids is None else key_ids.long(), gate=key_gate))
+        column_sets.append(ColumnSet(keys, ids=key_ids, gate=key_gate))
     if negatives is not None and negatives.dim() == 2:
         column_sets.append(of_all_ranks(ColumnSet(operand(negatives), unit=normalize)))
     elif negatives is not None:
@@ -159,6 +166,7 @@ def _direction(
         column_sets=tuple(column_sets),
         row_negatives=row_negatives,
         scale=scale,
+        pair=(u1, u2[:batch]),
         pos=pos,
         correction=correction,
         symmetric=layout == "symmetric",
@@ -190,12 +198,11 @@ def resolve_scale(
         value = default_temperature
     dtype = numerics.stats_dtype(like.dtype)
     if isinstance(value, Tensor):
-        if value.dim() != 0 or not value.is_floating_point() or value.device != like.device:
+        if value.shape not in ((), (1,)) or not value.is_floating_point() or value.device != like.device:
             raise ValueError(
-                f"a {name} tensor must be a 0-d floating-point tensor on {like.device}; "
-                f"got {list(value.shape)} {value.dtype} on {value.device}."
+                f"a {name} tensor must be a 0-d (or [1]) floating-point tensor on {like.device}; got {describe(value)}."
             )
-        value = value.to(dtype)
+        value = value.reshape(()).to(dtype)
         if can_read(value):
             _check_range(name, value.item(), dtype)
     else:
@@ -212,8 +219,7 @@ def _check_range(name: str, value: float, dtype: torch.dtype) -> None:
 
 def check_pairs(z1: Tensor, z2: Tensor, layout: str) -> None:
     """ValueError or TypeError unless z1 and z2 are pairs in this layout."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}.")
+    check_choice("layout", layout, LAYOUTS)
     for name, z in (("z1", z1), ("z2", z2)):
         check_tensor(name, z)
         if z.dtype not in numerics.SUPPORTED_DTYPES:
@@ -246,9 +252,9 @@ def _check_extras(
         if x is not None:
             check_tensor(name, x)
     if keys is not None:
-        if layout == "symmetric":
-            raise ValueError("layout='symmetric' takes no queue: it is undefined which side it would belong to.")
         check_queue(keys, dim, z1.device)
+        if layout == "symmetric" and keys.shape[0] > 0:
+            raise ValueError("layout='symmetric' takes no queue: it is undefined which side it would belong to.")
     if negatives is not None:
         if layout != "one_way":
             raise ValueError(f"explicit negatives need layout='one_way'; got layout={layout!r}.")
@@ -264,18 +270,21 @@ def _check_extras(
             raise ValueError(f"positives must be [M, {batch}, {dim}] with M >= 1; got {describe(positives)}.")
         _check_like(positives, z1, "positives")
     if not in_batch_negatives:
-        if layout != "one_way" or (keys is None and negatives is None):
-            raise ValueError("in_batch_negatives=False needs layout='one_way' and a queue or explicit negatives.")
+        no_queue = keys is None or keys.shape[0] == 0
+        if layout != "one_way" or (no_queue and negatives is None):
+            raise ValueError(
+                "in_batch_negatives=False needs layout='one_way' and a queue or explicit negatives; [0, D] is no queue."
+            )
         if z2.shape[0] != batch:
             raise ValueError(f"with in_batch_negatives=False z2 must be [{batch}, {dim}]; got {describe(z2)}.")
 
 
 def check_queue(keys: Tensor, dim: int, device: torch.device, name: str = "queue") -> None:
-    """TypeError or ValueError unless keys are floating-point [K, dim] on `device`."""
+    """TypeError or ValueError unless keys are floating-point [K, dim] on `device`; K = 0 is no queue."""
     check_tensor(name, keys)
-    is_matrix = keys.dim() == 2 and keys.shape[1] == dim and len(keys) > 0
+    is_matrix = keys.dim() == 2 and keys.shape[1] == dim
     if not is_matrix or not keys.is_floating_point() or keys.device != device:
-        raise ValueError(f"{name} must be floating-point [K, {dim}], K >= 1, on {device}; got {describe(keys)}.")
+        raise ValueError(f"{name} must be floating-point [K, {dim}] on {device}; got {describe(keys)}.")
 
 
 def _check_like(tensor: Tensor, z1: Tensor, name: str) -> None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .checks import check_number
+from .checks import check_keywords, check_number, check_tensor
+from .layouts import resolve_scale
+from .losses import base, false_negative, self_labeling, soft_target, supcon
 from .losses.base import LossOptions, RowLoss, check_row_loss, fused_row_loss
 from .losses.bayesian import Bayesian
 from .losses.debiased import Debiased
@@ -38,23 +40,34 @@ def _with_defaults(defaults: dict, call: dict) -> dict:
     return {**defaults, **call}
 
 
+def _check_at_construction(check_values: Callable, arguments: dict) -> None:
+    """What a call would refuse whatever its batch; `check_values` names the arguments that it looks at."""
+    check_values(**{name: arguments[name] for name in inspect.signature(check_values).parameters})
+    temperature, logit_scale = arguments.get("temperature"), arguments.get("logit_scale")
+    given = temperature if logit_scale is None else logit_scale
+    like = given if isinstance(given, Tensor) else torch.empty((), dtype=torch.float64)  # the batch's dtype may be any
+    resolve_scale(temperature, logit_scale, 1.0, like)
+    queue = arguments.get("queue")
+    if queue is not None and not isinstance(queue, NegativeQueue):
+        check_tensor("queue", queue)
+
+
 class RowLossModule(nn.Module):
     """Any `RowLoss` as a module: `RowLossModule(MyLoss(), temperature=0.1)(z1, z2)`.
 
     Keywords given here are defaults, keywords given to the call override them (a queue, a learned temperature). For all
     ranks give `group=AllRanks()`: with a process group the module can neither be made before `init_process_group` nor
-    be copied or pickled.
+    be copied or pickled. Values that no batch could make right raise here already.
     """
+
+    of_the_call: tuple[str, ...] = ("positives",)  # keywords beside `LossOptions` that a call may give
 
     def __init__(self, row_loss: RowLoss, temperature: float | None = None, **options: Unpack[LossOptions]):
         super().__init__()
         check_row_loss(row_loss)
-        unknown = set(options) - set(LossOptions.__annotations__)
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__} got unexpected keywords {sorted(unknown)}; "
-                f"known are {', '.join(LossOptions.__annotations__)}."
-            )
+        check_keywords(type(self).__name__, options, ("temperature", *LossOptions.__annotations__))
+        defaults = {name: p.default for name, p in inspect.signature(fused_row_loss).parameters.items()}
+        _check_at_construction(base.check_values, {**defaults, **options, "temperature": temperature})
         self.row_loss = row_loss
         self.temperature = temperature
         queue = options.pop("queue", None)
@@ -63,6 +76,7 @@ class RowLossModule(nn.Module):
 
     def forward(self, z1: Tensor, z2: Tensor, **call) -> Tensor | tuple[Tensor, LossStats]:
         """Loss of the pairs z1, z2 [B, D]; call-time keywords as in the function."""
+        check_keywords(type(self).__name__, call, ("temperature", *LossOptions.__annotations__, *self.of_the_call))
         arguments = _with_defaults({**self.options, "temperature": self.temperature, "queue": self.queue}, call)
         return self._loss(z1, z2, **arguments)
 
@@ -80,12 +94,16 @@ class RowLossModule(nn.Module):
 class InfoNCELoss(RowLossModule):
     """Module of `fused_infonce_loss`: InfoNCE / NT-Xent, CLIP with layout="symmetric"."""
 
+    of_the_call = ()
+
     def __init__(self, temperature: float | None = None, **options: Unpack[LossOptions]):
         super().__init__(InfoNCE(), temperature, **options)
 
 
 class DecoupledLoss(RowLossModule):
     """Module of `fused_decoupled_loss`; `positive_weight` is given to the call."""
+
+    of_the_call = ("positive_weight",)
 
     def __init__(self, temperature: float | None = None, **options: Unpack[LossOptions]):
         super().__init__(Decoupled(), temperature, **options)
@@ -119,9 +137,14 @@ class HardNegativeLoss(RowLossModule):
 class _LossModule(nn.Module):
     """A loss with a signature of its own: keywords given here are defaults, those given to the call override them."""
 
-    def __init__(self, function: Callable, *inputs: str, **options):
+    def __init__(self, function: Callable, check_values: Callable, *inputs: str, **options):
         super().__init__()
-        inspect.signature(function).bind(**dict.fromkeys(inputs), **options)  # a TypeError names a typo
+        signature = inspect.signature(function)
+        self.keywords = tuple(name for name in signature.parameters if name not in inputs)
+        check_keywords(type(self).__name__, options, self.keywords)
+        arguments = signature.bind(**dict.fromkeys(inputs), **options)
+        arguments.apply_defaults()
+        _check_at_construction(check_values, arguments.arguments)
         if "queue" in options:
             self.queue = options.pop(
                 "queue"
@@ -129,6 +152,7 @@ class _LossModule(nn.Module):
         self.options = options
 
     def _with_defaults(self, call: dict) -> dict:
+        check_keywords(type(self).__name__, call, self.keywords)
         queue = {"queue": self.queue} if hasattr(self, "queue") else {}
         return _with_defaults({**self.options, **queue}, call)
 
@@ -140,7 +164,10 @@ class FalseNegativeLoss(_LossModule):
     """Module of `fused_false_negative_loss`: `FalseNegativeLoss(mode="eliminate", top_k=8)(views, support=support)`."""
 
     def __init__(self, temperature: float | None = None, queue: Tensor | NegativeQueue | None = None, **options):
-        super().__init__(fused_false_negative_loss, "views", temperature=temperature, queue=queue, **options)
+        super().__init__(
+            fused_false_negative_loss, false_negative.check_values, "views", temperature=temperature, queue=queue,
+            **options,
+        )  # fmt: skip
 
     def forward(self, views: Tensor, **call) -> Tensor | tuple[Tensor, FalseNegativeStats]:
         """Loss of views [V, B, D]; call-time keywords as in the function."""
@@ -152,7 +179,8 @@ class SupConLoss(_LossModule):
 
     def __init__(self, temperature: float | None = None, positives: Literal["out", "in"] = "out", **options):
         super().__init__(
-            fused_supcon_loss, "features", "labels", temperature=temperature, positives=positives, **options
+            fused_supcon_loss, supcon.check_values, "features", "labels", temperature=temperature,
+            positives=positives, **options,
         )  # fmt: skip
 
     def forward(self, features: Tensor, labels: Tensor, **call) -> Tensor | tuple[Tensor, SupConStats]:
@@ -176,7 +204,7 @@ class SelfLabelingLoss(_LossModule):
         backend: str = "auto",
     ):
         super().__init__(
-            fused_self_labeling_loss, "q", "k", queue=queue, temperature=temperature,
+            fused_self_labeling_loss, self_labeling.check_values, "q", "k", queue=queue, temperature=temperature,
             label_temperature=label_temperature, mu=mu, lam=lam, normalize=normalize, reduction=reduction,
             backend=backend,
         )  # fmt: skip
@@ -208,8 +236,9 @@ class SoftTargetLoss(_LossModule):
         backend: str = "auto",
     ):
         super().__init__(
-            fused_soft_target_loss, "queries", "keys", "teacher", queue=queue, temperature=temperature,
-            teacher_temperature=teacher_temperature, normalize=normalize, reduction=reduction, backend=backend,
+            fused_soft_target_loss, soft_target.check_values, "queries", "keys", "teacher", queue=queue,
+            temperature=temperature, teacher_temperature=teacher_temperature, normalize=normalize,
+            reduction=reduction, backend=backend,
         )  # fmt: skip
 
     def forward(
@@ -221,6 +250,8 @@ class SoftTargetLoss(_LossModule):
 
 class BayesianLoss(RowLossModule):
     """Module of `fused_bayesian_loss`: BCL; `alpha` may be given to the call, for a schedule."""
+
+    of_the_call = ("alpha",)
 
     def __init__(
         self,
@@ -245,7 +276,7 @@ class BayesianLoss(RowLossModule):
 class LogitScale(nn.Module):
     """A learnable 1/temperature, kept as its logarithm: `loss(z1, z2, logit_scale=scale())`.
 
-    temperature       the initial temperature
+    temperature       the initial temperature, at most 2: what is larger looks like a scale
     max_scale         upper bound of 1/temperature (CLIP: 100), held by clamping the parameter itself, so that it can
                       come down again; a clamp in the graph would stop its gradient for good
     """
@@ -253,6 +284,8 @@ class LogitScale(nn.Module):
     def __init__(self, temperature: float = 0.07, max_scale: float = 100.0):
         super().__init__()
         check_number("temperature", temperature)
+        if temperature > 2:
+            raise ValueError(f"{temperature} looks like a scale, give its temperature: LogitScale(1 / {temperature}).")
         if not temperature > 0 or not 1 / temperature <= max_scale:
             raise ValueError(f"need 0 < 1/temperature <= max_scale; got {temperature=} and {max_scale=}.")
         self.max_scale = max_scale

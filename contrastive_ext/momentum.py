@@ -68,7 +68,7 @@ def momentum_mixup(
 def _symmetric_beta(n: int, kappa: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
     # theta = g/(g + g') of two Gamma(kappa) draws, as logarithms: at kappa = .1 the draws themselves underflow. A draw
     # of Gamma(kappa) is one of Gamma(1 + kappa) times u^(1/kappa). torch.distributions takes no generator.
-    gamma = torch._standard_gamma(torch.full((2, n), 1 + kappa, device=device), generator=generator)
+    gamma = torch._standard_gamma(torch.full((2, n), 1.0 + kappa, device=device), generator=generator)
     uniform = 1 - torch.rand(2, n, device=device, generator=generator)  # (0, 1]
     one, other = gamma.log() + uniform.log() / kappa
     return torch.sigmoid(one - other)

@@ -20,6 +20,18 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def rounding_of_products(dtype: torch.dtype, dim: int) -> float:
+    """How far apart two ways to compute the inner product of the same unit vectors [dim] may come out in `dtype`."""
+    return 4 * dim**0.5 * torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def rounding_of_logits(scale: float | Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """[N] how far apart two ways to compute the logits scale <u_i, v_i> of rows [N, D] may come out."""
+    lengths = torch.linalg.vector_norm(u, dim=1) * torch.linalg.vector_norm(v, dim=1)
+    return scale * lengths * rounding_of_products(u.dtype, u.shape[1])
+
+
 def in_torch_func() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp ...) is active: it wants plain PyTorch operations."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -26,6 +26,7 @@ from torch import Tensor
 UNFILLED = torch.iinfo(torch.int64).min  # id of padding: nobody's negative
 NO_ROW_ID = UNFILLED + 1  # what a side without ids carries: equal to nothing on the other side
 NO_COLUMN_ID = UNFILLED + 2
+LARGEST_RESERVED_ID = NO_COLUMN_ID  # ids of callers are larger
 NO_COLUMN = -1  # fills up the lists of `ignored`
 
 
@@ -37,7 +38,8 @@ class Gate:
     features   [M, E]     of the columns
     row_limit  [N]
     col_limit  [M] or None; where columns are anchors too (one set, or statistics of columns), row i is no negative of
-               column j where <scorers[0, i], features[j]> > col_limit[j]; then S = 1 and G = N
+               column j where <scorers[0, i], features[j]> > col_limit[j]; then S = 1 and G = N, and with one set
+               features are scorers[0] and col_limit is row_limit
     """
 
     scorers: Tensor

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import distributed
-from .checks import check_integers, check_tensor, describe
+from .checks import check_tensor, describe, integers
 from .numerics import SUPPORTED_DTYPES
 from .pairs import NO_COLUMN_ID, UNFILLED
 
@@ -56,7 +56,7 @@ class NegativeQueue(nn.Module):
     ) -> None:
         """Append keys [n, D] (any n; of more than K the last K stay), overwriting the oldest.
 
-        ids    [n] integers, to ignore a key for anchors of the same id
+        ids    [n] integers > -2^63 + 2, to ignore a key for anchors of the same id
         group  `AllRanks()` or a torch.distributed process group: keys of all its ranks are appended in rank order, so
                that the queue stays the same everywhere; every rank must bring the same n
         """
@@ -67,8 +67,8 @@ class NegativeQueue(nn.Module):
             raise ValueError(f"keys must be floating-point [n, {dim}] on {device}; got {describe(keys)}.")
         if ids is None:
             ids = torch.full((keys.shape[0],), NO_COLUMN_ID, dtype=torch.int64, device=device)
-        check_integers("ids", ids, keys.shape[0], device)
-        ids = ids.long()
+        else:
+            ids = integers("ids", ids, keys.shape[0], device)
         keys = keys.detach()
         process_group = distributed.agree(group)
         if process_group is not None:

@@ -269,7 +269,8 @@ def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, colu
         raise ValueError("only_equal_ids=True compares ids: give row_ids, and col_ids where there is a second set.")
     if ignored is not None:
         check_tensor("ignored", ignored)
-        if ignored.dtype != torch.int64 or ignored.dim() != 2 or ignored.device != u.device or n % max(1, len(ignored)):
+        is_matrix = ignored.dtype == torch.int64 and ignored.dim() == 2 and ignored.device == u.device
+        if not is_matrix or ignored.shape[0] == 0 or n % ignored.shape[0]:
             raise ValueError(
                 f"ignored must be int64 [G, k] on {u.device}, G a divisor of {n} rows; "
                 f"got {ignored.dtype} {list(ignored.shape)} on {ignored.device}."
@@ -297,6 +298,16 @@ def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, colu
         raise ValueError(f"a gate is [S, G, E], [{m}, E], [{n}] and [{m}] or None, G a divisor of {n}; got {shapes}.")
     if both_ways and (col_limit is None or scorers.shape[:2] != (1, n)):
         raise ValueError(f"where columns are anchors too a gate has scorers [1, {n}, E] and a col_limit; got {shapes}.")
+    # the score of a pair is computed once, for either of the two as anchor; elsewhere than on the CPU looking waits
+    if not one_set or col_limit is None or not can_read(u):
+        return
+    if not (_same(scorers[0], features) and _same(row_limit, col_limit)):
+        raise ValueError("rows and columns are one set: a gate needs features = scorers[0] and col_limit = row_limit.")
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether all elements are equal, NaN to NaN."""
+    return torch.equal(x, y) or torch.allclose(x, y, rtol=0, atol=0, equal_nan=True)
 
 
 def _forward_with_autograd(*args):

@@ -46,7 +46,8 @@ class Record:
 class LossStats(Record):
     """Averages over the anchors that have negatives; 0-d tensors, cosine similarities when inputs are normalised.
 
-    accuracy             share of anchors whose positive is more similar than their hardest negative
+    accuracy             share of anchors whose positive is more similar than their hardest negative, by more than
+                         rounding: 0 for an encoder that makes all vectors equal
     positive_similarity  mean similarity to the positive
     negative_similarity  mean similarity to the negatives
     hardest_negative     mean over anchors of the largest similarity to a negative
@@ -79,8 +80,8 @@ class LossStats(Record):
 
 
 @torch.no_grad()
-def summarize(stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None) -> LossStats:
-    """Average per-row statistics into a `LossStats`."""
+def summarize(stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None, rounding: Tensor) -> LossStats:
+    """Average per-row statistics into a `LossStats`; rounding [R]: logits closer than that are equal."""
     has_negatives = rows.negatives > 0
     weight = has_negatives.to(rows.negatives.dtype) / has_negatives.sum().clamp(min=1)
 
@@ -89,7 +90,7 @@ def summarize(stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None) -
 
     scale, pos = stats.scale, stats.pos.detach()
     return LossStats(
-        accuracy=mean((pos > rows.largest).to(pos.dtype)),
+        accuracy=mean((pos > rows.largest + rounding).to(pos.dtype)),
         positive_similarity=mean(pos / scale),
         negative_similarity=mean(rows.total / rows.negatives.clamp(min=1) / scale),
         hardest_negative=mean(rows.largest / scale),

@@ -82,7 +82,7 @@ def test_proof_shows_what_is_wrong_and_what_does_not_run(tmp_path, monkeypatch):
 
 def test_speed_stops_at_its_limit_and_says_what_it_left_out(tmp_path):
     two = [cases.tiny(case) for case in cases.speed_cases()[:2]]
-    assert speed(CPU, tmp_path, 0.05, two) == 0  # the first takes longer
+    assert speed(CPU, tmp_path, 0.0, two) == 0
     results = json.loads((tmp_path / "speed.json").read_text())
     assert results["left_out"] == [two[1].name]
     assert set(json.loads((tmp_path / "kernels.json").read_text())) == {two[0].name}

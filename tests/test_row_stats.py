@@ -10,6 +10,8 @@ from torch.library import opcheck
 from contrastive_ext import row_stats
 from contrastive_ext.backends import torch_blocks
 from contrastive_ext.pairs import NO_COLUMN, NO_COLUMN_ID, NO_ROW_ID, UNFILLED, Gate
+from contrastive_ext.ranked_stats import ranked_stats
+from contrastive_ext.ranking import Ranking
 
 OP = torch.ops.contrastive_ext.row_stats
 
@@ -385,3 +387,38 @@ def test_maximum_of_both_sides(run):
     )
     torch.testing.assert_close(some.aux, everything.aux[:2])
     torch.testing.assert_close(some.col_aux, everything.col_aux[:2])
+
+
+@pytest.mark.parametrize("function", ["row_stats", "ranked_stats"])
+def test_a_gate_of_one_set_has_one_side(run, function):
+    """Backends compute the score of a pair once or twice: with two sides they would disagree."""
+    backend, device = run
+    u = torch.randn(6, 3, dtype=torch.float64, device=device)
+    guide, limit = torch.randn(6, 2, dtype=torch.float64, device=device), torch.zeros(6, dtype=torch.float64).to(device)
+    calls = {
+        "row_stats": lambda gate: row_stats(u, scale=2.0, gate=gate, backend=backend),
+        "ranked_stats": lambda gate: ranked_stats(
+            u, ranking=Ranking(0.1, 0.9, 0.9, 1e-3, 0), scale=2.0, gate=gate, backend=backend
+        ),
+    }
+    call = calls[function]
+    call(Gate(guide[None], guide.clone(), limit, limit.clone()))  # the values count, not whose memory they are in
+    guide[0, 0] = torch.nan
+    call(Gate(guide[None], guide.clone(), limit, limit.clone()))
+    if device.type == "cpu":
+        for gate in (Gate(guide[None], -guide, limit, limit), Gate(guide[None], guide, limit, limit + 1)):
+            with pytest.raises(ValueError, match="one set"):
+                call(gate)
+
+
+def test_lists_belong_to_somebody_and_may_be_empty(run):
+    backend, device = run
+    u = torch.randn(6, 3, dtype=torch.float64, device=device)
+    with pytest.raises(ValueError, match="G a divisor of 6"):
+        row_stats(u, scale=2.0, ignored=torch.zeros(0, 4, dtype=torch.int64, device=device), backend=backend)
+    for groups in (1, 6):
+        none = torch.zeros(groups, 0, dtype=torch.int64, device=device)
+        listed = row_stats(u, scale=2.0, num_images=6, ignored=none, backend=backend)
+        plain = row_stats(u, scale=2.0, num_images=6, backend=backend)
+        torch.testing.assert_close(listed.lse, plain.lse, rtol=1e-14, atol=1e-14)
+        assert listed.aux.equal(plain.aux)

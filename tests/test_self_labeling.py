@@ -455,7 +455,7 @@ Z, PERM, THETA = torch.randn(4, 3), torch.arange(4), torch.rand(4)
         ({"q": Z[0]}, ValueError, r"\[N, D\]"),
         ({"q_mix": Z[:, :2]}, ValueError, "q_mix"),
         ({"queue": Z[:, :2]}, ValueError, r"\[K, 3\]"),
-        ({"queue": Z[:0]}, ValueError, "K >= 1"),
+        ({"queue": Z[:0, :2]}, ValueError, r"\[K, 3\]"),
         ({"queue": [1.0]}, TypeError, "queue must be a tensor or a NegativeQueue"),
         ({"perm": None}, ValueError, "belong together"),
         ({"q_mix": None}, ValueError, "belong together"),

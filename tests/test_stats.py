@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import contrastive_ext as ce
-from rows import LOSSES, USAGES, peaked_pairs, random_pairs
+from rows import LOSSES, RANKED, USAGES, peaked_pairs, random_pairs
 
 
 @pytest.mark.parametrize("usage", USAGES, ids=lambda u: u.name)
@@ -103,3 +103,25 @@ def test_nothing_waits_for_the_gpu(run, loss):
         queue.enqueue(z2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_statistics_of_float64_are_float64_without_a_graph_under_a_learned_temperature(run):
+    backend, device = run
+    t = torch.tensor(0.4, dtype=torch.float64, device=device, requires_grad=True)
+    z1, z2 = (z.requires_grad_() for z in random_pairs(7, 4, torch.float64, device))
+    queue, labels = torch.randn(5, 4, dtype=torch.float64, device=device), torch.arange(7, device=device) % 3
+    options = {"return_stats": True}
+    for name in (backend, "reference"):
+        options["backend"] = name
+        records = [
+            *(x.function(z1, z2, t, **options, **x.parameters, **x.vectors(z1)) for x in LOSSES + RANKED),
+            ce.fused_supcon_loss(torch.stack([z1, z2]), labels, t, **options),
+            ce.fused_false_negative_loss(torch.stack([z1, z2]), t, labels=labels, **options),
+            ce.fused_soft_target_loss(z1, queue, z2, t, teacher_temperature=0.1, **options),
+            ce.fused_self_labeling_loss(z1, z2, queue, z1, labels, 0.3, t, **options),
+        ]
+        for loss, stats in records:
+            assert loss.requires_grad
+            fields = {field: x for field, x in vars(stats).items() if x is not None}
+            assert not [field for field, x in fields.items() if x.requires_grad], (name, type(stats).__name__)
+            assert {x.dtype for x in fields.values()} <= {torch.float64, torch.int64}, (name, type(stats).__name__)

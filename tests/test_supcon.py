@@ -9,6 +9,7 @@ from torch import Tensor
 
 import contrastive_ext as ce
 from accuracy import assert_as_accurate_as_dense, evaluate
+from contrastive_ext import numerics
 from rows import INPUTS
 
 fused = ce.fused_supcon_loss
@@ -163,3 +164,43 @@ def test_module_equals_function():
 def test_bad_input_says_what_to_do(features, labels, arguments, error, says):
     with pytest.raises(error, match=says):
         fused(features, labels, **arguments)
+
+
+@pytest.mark.parametrize("positives", ["out", "in"])
+def test_float64_is_accurate_to_float64(run, positives):
+    """The log of a number of positives was once taken in float32."""
+    backend, device = run
+    z, labels = torch.eye(4, dtype=torch.float64, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    for name in (backend, "reference"):
+        loss = fused(z, labels, 1.0, positives, reduction="none", backend=name)
+        torch.testing.assert_close(loss, torch.full_like(loss, 3.0).log(), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("positives, positives_of_a_row", [("in", 1), ("in", 3), ("out", 1)])
+def test_converged_rows_keep_their_digits(run, positives, positives_of_a_row):
+    """The reference once lost 3 % of the gradient of "in" in float32, all roads that of "out"."""
+    backend, device = run
+    t, d = 0.05, 16
+    labels = torch.arange(12, device=device).repeat(1 + positives_of_a_row)
+    centers = torch.linalg.qr(torch.randn(d, 12, dtype=torch.float64)).Q.T.repeat(1 + positives_of_a_row, 1)
+    z = F.normalize(centers + 0.05 * torch.randn_like(centers), dim=1).to(device, torch.float32)
+
+    def gradient(z, name):
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(fused(z, labels, t, positives, normalize=False, reduction="sum", backend=name), z)[0]
+
+    truth = gradient(z.double(), "reference")
+    for name in (backend, "reference"):
+        error = (gradient(z, name).double() - truth).norm() / truth.norm()
+        # every weight is the exponential of a difference of two logits
+        assert error < 2 * numerics.rounding_of_products(torch.float32, d) / t, name
+
+
+def test_statistics_carry_no_gradient(run):
+    backend, device = run
+    z, labels = _features(device=device).requires_grad_(), LABELS.to(device)
+    t = torch.tensor(0.4, dtype=torch.float64, device=device, requires_grad=True)
+    for name in (backend, "reference"):
+        for positives in ("out", "in"):
+            _, stats = fused(z, labels, t, positives, return_stats=True, backend=name)
+            assert not any(x.requires_grad for x in vars(stats).values())

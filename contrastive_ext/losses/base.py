@@ -7,6 +7,7 @@ gradients of z1, z2 and the temperature. A row loss therefore runs on every back
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from .. import dispatch, distributed, numerics
 from ..cancellation import NOTHING, Cancellation
-from ..layouts import Arrangement, Layout, arrange, check_pairs, resolve_scale
+from ..checks import check_choice, check_keywords
+from ..layouts import LAYOUTS, Arrangement, Layout, arrange, check_pairs, resolve_scale
 from ..numerics import logsumexp_pair
 from ..problem import Formula, Statistics
 from ..queue import NegativeQueue
@@ -141,18 +143,20 @@ def fused_row_loss(
     row_loss     the formula, for instance `Debiased(tau_plus=0.1)` or your own `RowLoss`
     z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair; one_way: z2 may have more rows, all negatives
     temperature  > 0, a float or a 0-d tensor to learn it; None is the loss's default
-    logit_scale  1/temperature instead (CLIP style), a float or a 0-d tensor
+    logit_scale  1/temperature instead (CLIP style), a float or a 0-d tensor; either tensor may be [1], as FSDP keeps it
     layout       "two_view": 2B anchors against all 2B rows; "one_way": z1 against z2; "symmetric": z1 against z2 and
                  back (CLIP)
-    queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way)
-    ids, labels  [B] integers (one_way with more columns: [M]), two names of one thing: columns with the anchor's id are
-                 never its negatives, whatever image they show
+    queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way); [0, D]
+                 is no queue
+    ids, labels  [B] integers > -2^63 + 2 (one_way with more columns: [M]), two names of one thing: columns with the
+                 anchor's id are never its negatives, whatever image they show
     queue_ids    [K] integers, the ids of a queue given as a tensor
     guide        (g1 [B, E], g2 [B, E]), a guide model's features of z1 and z2: columns it finds more similar to the
                  anchor than the positive, up to `margin`, are no negatives; see cancellation.py. Not for `negatives`.
     guide_queue  [K, E] the guide's features of the queue
     margin, margin_strategy
-                 >= 0; "absolute": the limit is cos(positive) - margin, "relative": cos(positive) (1 - margin)
+                 >= 0; the limit is, with c the positive's cosine, "absolute": c - margin, "relative": c - |c| margin;
+                 columns at the limit, up to rounding, are kept
     negatives    [K, D] for all anchors or [B, n, D] for each, with gradient (one_way)
     in_batch_negatives  False: only queue and `negatives` (one_way; MoCo)
     positives    [M, B, D] views that replace the partner in a debiasing correction, with gradient
@@ -179,14 +183,14 @@ def fused_row_loss(
                  ranks has W times the columns, and a call waits once for the device, to compare the calls of all ranks
                  (not where the group has a backend for the host, "cpu:gloo,cuda:nccl")
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    check_choice("reduction", reduction, REDUCTIONS)
     if ids is not None and labels is not None:
         raise ValueError("give ids or labels, not both: columns with an equal integer are ignored either way.")
     check_row_loss(row_loss)
     dispatch.check_backend_name(backend)
     cancellation = Cancellation(
-        labels if ids is None else ids, queue_ids, guide, guide_queue, margin, margin_strategy
+        labels if ids is None else ids, queue_ids, guide, guide_queue, margin, margin_strategy,
+        ids_name="ids" if labels is None else "labels",
     )  # fmt: skip
     with numerics.without_autocast(z1):
         more = (queue, negatives, positives, guide_queue, operand_dtype, group)
@@ -212,7 +216,19 @@ def fused_row_loss(
         loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
         if diagnostics is None:
             return loss
-        return loss, summarize(stats, diagnostics, row_loss.clamped(stats))
+        rounding = torch.cat([batch.rounding() for batch in batches])
+        return loss, summarize(stats, diagnostics, row_loss.clamped(stats), rounding)
+
+
+def check_values(
+    layout: str, margin: float, margin_strategy: str, reduction: str, backend: str, operand_dtype: torch.dtype | None
+) -> None:
+    """TypeError or ValueError for what no batch could make right."""
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    Cancellation(margin=margin, margin_strategy=margin_strategy)
+    dispatch.check_backend_name(backend)
+    numerics.resolve_operand_dtype(torch.float64 if operand_dtype == torch.float64 else torch.float32, operand_dtype)
 
 
 def check_row_loss(row_loss: object) -> None:
@@ -355,10 +371,17 @@ def _zero_where(empty: Tensor, losses: Tensor, pos: Tensor) -> Tensor:
 
 
 def loss_function(function: _Function) -> _Function:
-    """A public loss that takes `LossOptions` as **options: they show in its signature, `group` is `across_ranks`."""
+    """A public loss that takes `LossOptions` as **options and no others: they show in its signature; `across_ranks`."""
     own = inspect.signature(function)
     kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     common = inspect.signature(fused_row_loss).parameters
     options = [common[name] for name in LossOptions.__annotations__ if name not in own.parameters]
-    function.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    return distributed.across_ranks(function)
+    known = tuple(p.name for p in (*kept, *options))
+
+    @functools.wraps(function)
+    def checked(*args, **keywords):
+        check_keywords(function.__name__, keywords, known)
+        return function(*args, **keywords)
+
+    checked.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    return distributed.across_ranks(checked)  # type: ignore[return-value]

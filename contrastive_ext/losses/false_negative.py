@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import check_integers, check_number, check_tensor, describe
+from ..checks import check_choice, check_number, check_tensor, describe
 from ..detection import Candidates, Detected, Lists, detect
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair, softplus
@@ -29,6 +29,7 @@ from ..pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
 from ..queue import NegativeQueue
 from ..row_stats import row_stats
 from .base import REDUCTIONS
+from .supcon import image_labels
 
 MODES = ("attract", "eliminate")
 AGGREGATES = ("max", "mean")
@@ -77,7 +78,7 @@ def fused_false_negative_loss(
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, FalseNegativeStats]:
-    """InfoNCE over V views that detects false negatives and eliminates or attracts them (FNC).
+    """InfoNCE over views [V, B, D], views first, that detects false negatives and eliminates or attracts them (FNC).
 
     eliminate: log sum_{k != a, k not in F} e^{s_ak} - mean_P s_ap
     attract:   log sum_{k != a} e^{s_ak} - (sum_P s_ap + sum_F s_am) / (V - 1 + |F|)
@@ -93,8 +94,8 @@ def fused_false_negative_loss(
     aggregate    score of a column: the "max" over the scoring views of an image, or the "mean"
     keys         [V, B, D] momentum features: columns instead of `views`, no gradient; an anchor's own key is left out
     queue        [K, D] tensor or NegativeQueue: older columns, no gradient, used as given
-    labels       [B] integers: return_stats then reports how well F finds equal labels (a NegativeQueue's ids are its
-                 labels); the loss does not depend on them
+    labels       [B] integers > -2^63 + 2: return_stats then reports how well F finds equal labels (a NegativeQueue's
+                 ids are its labels); the loss does not depend on them
     normalize    scale rows (not the queue's) to unit length first; False: used as given, scores are dot products
     reduction    "mean" over V B anchors, "sum" or "none"; the released total is twice this mean
     return_stats also return a `FalseNegativeStats`
@@ -106,8 +107,8 @@ def fused_false_negative_loss(
     Paper        arXiv:2011.11765. Attraction with a threshold <= .8 alone is known to collapse; published best top_k: 4
                  for attraction, 8 for elimination.
     """
-    _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction)
-    dispatch.check_backend_name(backend)
+    check_values(mode, top_k, threshold, aggregate, reduction, backend)
+    labels = _check(views, support, keys, queue, labels)
     with numerics.without_autocast(views):
         batch = _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize)
         path = _dense if backend == dispatch.REFERENCE else _streamed
@@ -155,8 +156,8 @@ def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, n
 
     columns = [shown.flatten(0, 1)]
     candidates = [Candidates(columns[0].detach(), num_images=images)]
-    if queue is not None:
-        held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+    held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+    if held is not None and held.shape[0] > 0:
         columns.append(numerics.round_operand(held.detach().to(dtype), views.dtype))
         candidates.append(Candidates(columns[1], ids=ids))
     return _Batch(
@@ -249,9 +250,10 @@ def _summarize(batch: _Batch, detected: Detected, negatives: Tensor, labels: Ten
                 continue  # a queue given as a tensor: its labels are not known
             right += detected.count(at, labels, column_labels)
             known += detected.count(at, torch.ones_like(labels), (column_labels > NO_COLUMN_ID).long())
-            of_label = torch.searchsorted(column_labels.sort().values, torch.stack([labels, labels + 1]))
-            there += of_label[1] - of_label[0] - own
-        precision, recall = right.sum() / known.sum(), right.sum() / there.sum()
+            ordered = column_labels.sort().values
+            there += torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels) - own
+        found = right.sum().to(number.dtype)
+        precision, recall = found / known.sum(), found / there.sum()
     return FalseNegativeStats(
         cancelled_fraction=number.sum() / candidates.sum(),
         detected=number.mean(),
@@ -262,18 +264,14 @@ def _summarize(batch: _Batch, detected: Detected, negatives: Tensor, labels: Ten
     )
 
 
-def _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction) -> None:
-    for name, value, allowed in (
-        ("mode", mode, MODES),
-        ("aggregate", aggregate, AGGREGATES),
-        ("reduction", reduction, REDUCTIONS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
-    if not isinstance(views, Tensor) or views.dtype not in numerics.SUPPORTED_DTYPES:
-        raise TypeError(f"views must be a tensor of float16, bfloat16, float32 or float64; got {describe(views)}.")
-    if views.dim() != 3 or len(views) < 2 or 0 in views.shape:
-        raise ValueError(f"views must be [V, B, D] with V >= 2 and B, D >= 1; got {list(views.shape)}.")
+def check_values(
+    mode: str, top_k: int | None, threshold: float | None, aggregate: str, reduction: str, backend: str
+) -> None:
+    """TypeError or ValueError for what no batch could make right."""
+    check_choice("mode", mode, MODES)
+    check_choice("aggregate", aggregate, AGGREGATES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    dispatch.check_backend_name(backend)
     if top_k is None and threshold is None:
         raise ValueError("top_k and threshold cannot both be None: that would make every column a false negative.")
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
@@ -282,6 +280,14 @@ def _check(views, support, mode, top_k, threshold, aggregate, keys, queue, label
         check_number("threshold", threshold)
         if math.isnan(threshold):
             raise ValueError("threshold must be a number, or None for top_k alone; got nan.")
+
+
+def _check(views, support, keys, queue, labels) -> Tensor | None:
+    """The labels, int64 [B]."""
+    if not isinstance(views, Tensor) or views.dtype not in numerics.SUPPORTED_DTYPES:
+        raise TypeError(f"views must be a tensor of float16, bfloat16, float32 or float64; got {describe(views)}.")
+    if views.dim() != 3 or len(views) < 2 or 0 in views.shape:
+        raise ValueError(f"views must be [V, B, D] with V >= 2 and B, D >= 1; got {list(views.shape)}.")
     _, images, dim = views.shape
     for name, x, shape in (("support", support, (images, dim)), ("keys", keys, (images, dim))):
         if x is None:
@@ -294,5 +300,4 @@ def _check(views, support, mode, top_k, threshold, aggregate, keys, queue, label
             raise TypeError(f"{name} must be {views.dtype} on {views.device} like views; got {x.dtype} on {x.device}.")
     if queue is not None:
         check_queue(queue.data if isinstance(queue, NegativeQueue) else queue, dim, views.device)
-    if labels is not None:
-        check_integers("labels", labels, images, views.device)
+    return None if labels is None else image_labels(labels, views)

@@ -24,21 +24,21 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import can_read, describe
+from ..checks import can_read, check_choice, check_number, describe
 from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..queue import NegativeQueue
 from ..stats import Record
+from .base import REDUCTIONS
 from .soft_target import (
     KeySet,
-    check_options,
     check_positive,
     check_vectors,
     cross_entropy,
     dense_keys,
     entropy,
     operand,
-    queue_set,
+    queue_sets,
     reduced,
     sweep_keys,
 )
@@ -52,7 +52,7 @@ class SelfLabelingStats(Record):
 
     instance_loss        CE(q, e), InfoNCE over all keys
     mixed_loss           CE(q_mix, y'); 0 without q_mix
-    accuracy             share of q whose own key is more similar than any other key
+    accuracy             share of q whose own key is more similar than any other key, by more than rounding
     positive_similarity  similarity of q to its own key
     alpha, beta          weights of p and q in the labels
     own_weight           what a label leaves on its own key
@@ -127,15 +127,14 @@ def fused_self_labeling_loss(
     Memory       O((s + K) D), the queue is not copied; 12 s (s + K) D flops in the forward, the backward is O(s D)
     Paper        arXiv:2106.14749. CIFAR-10: these defaults, K = 4096, mu 0 -> 1; ImageNet: t' 1, mu .5 -> 10, K = 65536
     """
-    check_options(reduction, backend)
-    _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, lam)
+    check_values(label_temperature, mu, lam, reduction, backend)
+    _check(q, k, queue, q_mix, perm, theta)
     with numerics.without_autocast(q):
         dtype = numerics.stats_dtype(q.dtype)
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
         keys = [KeySet(operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
-        if queue is not None:
-            keys.append(queue_set(queue, q))
+        keys += queue_sets(queue, q)
         x, mixing = operand(q, normalize), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
@@ -168,7 +167,8 @@ def _streamed(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_sta
     if not return_stats:
         return terms, None
     with torch.no_grad():
-        wins = pos[: len(k)] > swept.largest[: len(k)]
+        rounding = numerics.rounding_of_logits(scale, x[: k.shape[0]], k)
+        wins = pos[: len(k)] > swept.largest[: len(k)] + rounding
         return terms, _stats(terms, wins, pos[: len(k)] / scale, labels, swept.number[0] + 1)
 
 
@@ -217,7 +217,8 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
         return terms, None
     with torch.no_grad():
         own_logit = logits[: len(k)].diagonal()
-        wins = own_logit > logits[: len(k)].masked_fill(own, -torch.inf).amax(1)
+        rounding = numerics.rounding_of_logits(scale, x[: k.shape[0]], k)
+        wins = own_logit > logits[: len(k)].masked_fill(own, -torch.inf).amax(1) + rounding
         return terms, _stats(terms, wins, own_logit / scale, labels, k.new_full((), float(len(everything))))
 
 
@@ -239,18 +240,26 @@ def _stats(terms, wins, similarity, labels: Labels | None, num_keys) -> SelfLabe
     )
 
 
-def _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, lam) -> None:
+def check_values(label_temperature: float, mu: float, lam: float, reduction: str, backend: str) -> None:
+    """TypeError or ValueError for what no batch could make right."""
+    check_positive("label_temperature", label_temperature)
+    check_number("mu", mu)
+    if not 0 <= mu < float("inf"):
+        raise ValueError(f"mu must be >= 0 and finite; got {mu}.")
+    check_number("lam", lam)
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam, the share of the mixed term, must be in [0, 1]; got {lam}.")
+    check_choice("reduction", reduction, REDUCTIONS)
+    dispatch.check_backend_name(backend)
+
+
+def _check(q, k, queue, q_mix, perm, theta) -> None:
     check_vectors({"q": q, "k": k} | ({} if q_mix is None else {"q_mix": q_mix}))
     for name, z in (("k", k), ("q_mix", q_mix)):
         if z is not None and z.shape != q.shape:
             raise ValueError(f"{name} must be [s, D] like q; got {list(z.shape)} and {list(q.shape)}.")
     if len(q) == 1 and _is_empty(queue):
         raise ValueError("one image and no filled queue leave no key to compare with; enqueue keys or use s >= 2.")
-    check_positive("label_temperature", label_temperature)
-    if not 0 <= mu < float("inf"):
-        raise ValueError(f"mu must be >= 0 and finite; got {mu}.")
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam, the share of the mixed term, must be in [0, 1]; got {lam}.")
     given = [x is not None for x in (q_mix, perm, theta)]
     if any(given) and not all(given):
         raise ValueError("q_mix, perm and theta belong together (momentum_mixup makes them); give all or none.")
@@ -277,4 +286,4 @@ def _check_mixing(size: int, device: torch.device, perm, theta) -> None:
 def _is_empty(queue) -> bool:
     if isinstance(queue, NegativeQueue) and can_read(queue.count):
         return int(queue.count) == 0
-    return queue is None
+    return queue is None or (isinstance(queue, Tensor) and queue.numel() == 0)

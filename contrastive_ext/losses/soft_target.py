@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import check_number, check_tensor
+from ..checks import check_choice, check_number, check_tensor
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair
 from ..pairs import UNFILLED
@@ -79,16 +79,13 @@ def fused_soft_target_loss(
     Paper        used by SEED (arXiv:2101.04731), ReSSL (arXiv:2107.09282); with own keys left out by SANE, see
                  `fused_self_labeling_loss`
     """
-    check_options(reduction, backend)
+    check_values(teacher_temperature, reduction, backend)
     check_vectors({"queries": queries, "teacher": teacher})
     if teacher.shape != queries.shape:
         raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")
-    check_positive("teacher_temperature", teacher_temperature)
     with numerics.without_autocast(queries):
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, queries)
-        sets = [_given_keys(keys, queries, normalize)]
-        if queue is not None:
-            sets.append(queue_set(queue, queries))
+        sets = [_given_keys(keys, queries, normalize), *queue_sets(queue, queries)]
         path = _dense if backend == dispatch.REFERENCE else _streamed
         x, u = operand(queries, normalize), operand(teacher, normalize).detach()
         losses, stats = path(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
@@ -101,8 +98,9 @@ def _streamed(x, sets, teacher, scale, teacher_scale, operand_dtype, return_stat
         target = sweep_keys(teacher, sets, teacher_scale, operand_dtype, backend, means=True, maximum=return_stats)
     student = sweep_keys(x, sets, scale, operand_dtype, backend, means=return_stats)
     pos = scale * (x * target.mean).sum(1)
-    empty = target.number == 0  # NaN where the query is: bad input never hides
-    losses = torch.where(empty, 0.0 * pos, student.lse.masked_fill(empty, 0.0) - pos)
+    one_choice = target.number <= 1  # all distributions over none or one key are equal
+    # 0 times the logit: NaN where the query is, bad input never hides
+    losses = torch.where(one_choice, 0.0 * pos, student.lse.masked_fill(one_choice, 0.0) - pos)
     if not return_stats:
         return losses, None
     with torch.no_grad():
@@ -161,8 +159,9 @@ class KeyStatistics(NamedTuple):
         return torch.exp(self.largest - self.lse).masked_fill(self.lse == -torch.inf, 0.0)
 
     def entropy(self, rows: Tensor, scale: float | Tensor) -> Tensor:
-        """[N] entropy of the distribution; 0 without any key."""
-        return self.lse.masked_fill(self.lse == -torch.inf, 0.0) - scale * (rows * self.mean).sum(1)
+        """[N] entropy of the distribution; 0 of none or one key."""
+        mean_logit = scale * (rows * self.mean).sum(1)
+        return torch.where(self.number <= 1, 0.0 * mean_logit, self.lse - mean_logit)
 
 
 def sweep_keys(
@@ -198,6 +197,12 @@ def _union(one: KeyStatistics, other: KeyStatistics) -> KeyStatistics:
         share = torch.sigmoid(one.lse - other.lse).masked_fill(lse == -torch.inf, 0.0).detach()
         mean = torch.lerp(other.mean, one.mean, share[:, None])
     return KeyStatistics(lse, one.number + other.number, torch.maximum(one.largest, other.largest), mean)
+
+
+def queue_sets(queue: Tensor | NegativeQueue | None, like: Tensor) -> list[KeySet]:
+    """The queue beside other keys; without a queue, or with an empty tensor, none."""
+    held = [] if queue is None else [queue_set(queue, like)]
+    return [keys for keys in held if keys.v.shape[0] > 0]
 
 
 def queue_set(queue: Tensor | NegativeQueue, like: Tensor, name: str = "queue") -> KeySet:
@@ -243,10 +248,10 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -torch.special.xlogy(probabilities, probabilities).sum(1)
 
 
-def check_options(reduction: str, backend: str) -> None:
-    """ValueError for an unknown reduction or backend."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+def check_values(teacher_temperature: float, reduction: str, backend: str) -> None:
+    """TypeError or ValueError for what no batch could make right."""
+    check_positive("teacher_temperature", teacher_temperature)
+    check_choice("reduction", reduction, REDUCTIONS)
     dispatch.check_backend_name(backend)
 
 

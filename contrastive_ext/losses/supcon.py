@@ -4,7 +4,8 @@
     in   L_i = log sum_{k != i} e^{s_ik} - log 1/|P_i| sum_{p in P_i} e^{s_ip}
 
 The sum over positives inside "out" is <z_i, sum of the class>: no sweep. "in" streams the two parts of the sum apart,
-negatives (labels differ) and positives (labels agree), so that a converged row keeps its digits.
+negatives (labels differ) and positives (labels agree), so that a converged row keeps its digits; "out" does so for rows
+with a single positive, where it is InfoNCE: the mean of several is another number than their log-sum-exp.
 
 Khosla et al., NeurIPS 2020, arXiv:2004.11362.
 """
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import dispatch, distributed, numerics
-from ..checks import check_integers, describe
+from ..checks import check_choice, describe, integers
 from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..row_stats import row_stats
@@ -57,13 +58,13 @@ def fused_supcon_loss(
     backend: str = "auto",
     group: dist.ProcessGroup | distributed.AllRanks | None = None,
 ) -> Tensor | tuple[Tensor, SupConStats]:
-    """Supervised contrastive loss over labelled rows, without forming the similarity matrix.
+    """Supervised contrastive loss over labelled rows [N, D] or views [V, B, D], views first, without an N x N matrix.
 
     out: log sum_{k != i} e^{s_ik} - mean_{p in P_i} s_ip
     in:  log sum_{k != i} e^{s_ik} - log mean_{p in P_i} e^{s_ip}
 
-    features     [N, D], or [V, B, D] views of B images, fp16/bf16/fp32/fp64
-    labels       [N], or [B], integers
+    features     [N, D], or [V, B, D] V views of B images (other libraries take [B, V, D]), fp16/bf16/fp32/fp64
+    labels       [N], or [B], integers > -2^63 + 2
     temperature  > 0, or a 0-d tensor to learn it; default 0.1
     positives    where the mean over the positives P_i stands, "out"side of the logarithm or "in"side
     logit_scale  1/temperature instead
@@ -80,8 +81,8 @@ def fused_supcon_loss(
     Memory       O(N D); time O(N^2 D), "in" twice that of "out"; once differentiable
     Paper        arXiv:2004.11362; pytorch-metric-learning has "out"
     """
-    _check(features, labels, positives, reduction)
-    dispatch.check_backend_name(backend)
+    check_values(positives, reduction, backend)
+    labels = _check(features, labels)
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = resolve_scale(temperature, logit_scale, 0.1, features)
@@ -90,7 +91,7 @@ def fused_supcon_loss(
         process_group = distributed.agree(group)  # the checks are done
         z = features.to(dtype)
         z = numerics.round_operand(numerics.normalize(z) if normalize else z, features.dtype).flatten(0, -2)
-        row_labels = labels.long().repeat(len(z) // len(labels))
+        row_labels = labels.repeat(z.shape[0] // labels.shape[0])
         columns, column_labels, own = z, row_labels, slice(0, len(z))
         if process_group is not None:
             columns = distributed.gather(z, process_group, features.dtype)
@@ -100,15 +101,16 @@ def fused_supcon_loss(
         if backend == dispatch.REFERENCE:
             losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
-            positive_mean, number = (x[own] for x in _class_means(columns, column_labels))
+            positive_mean, number, pairs = _class_means(columns, column_labels)
+            positive_mean, number, ids = positive_mean[own], number[own], pairs if positives == "out" else column_labels
             pos = scale * (z * positive_mean).sum(1)
-            v, col_ids = (None, None) if process_group is None else (columns, column_labels)
             how = {
-                "v": v, "num_images": len(z), "positive_offset": own.start, "scale": scale, "unit": normalize,
+                "v": None if process_group is None else columns, "num_images": len(z), "positive_offset": own.start,
+                "row_ids": ids[own], "col_ids": None if process_group is None else ids, "scale": scale,
+                "unit": normalize,
                 "operand_dtype": features.dtype, "backend": backend,
             }  # fmt: skip
-            ids = {"row_ids": row_labels, "col_ids": col_ids}
-            losses = _out(z, pos, how) if positives == "out" else _in(z, how | ids)
+            losses = _out(z, pos, number, how) if positives == "out" else _in(z, how)
         has_positives = number > 0
         losses = torch.where(has_positives, losses, 0.0 * z.sum(1))  # 0, but NaN where the row holds one
         rows = has_positives.sum()
@@ -120,18 +122,21 @@ def fused_supcon_loss(
             loss = losses.sum() if reduction == "sum" else losses.sum() / (rows + (rows == 0))
     if not return_stats:
         return loss
-    similarity = (pos.detach() / scale).masked_fill(~has_positives, 0.0).sum() / has_positives.sum().clamp(min=1)
-    return loss, SupConStats(number.to(z.dtype).mean(), (~has_positives).sum(), similarity)
+    with torch.no_grad():
+        similarity = (pos / scale).masked_fill(~has_positives, 0.0).sum() / has_positives.sum().clamp(min=1)
+        return loss, SupConStats(number.to(z.dtype).mean(), (~has_positives).sum(), similarity)
 
 
-def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, D] mean of every row's positives, 0 without any, and their number [N]."""
+def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, D] mean of every row's positives, 0 without any, their number [N], and ids [N] that classes of two share."""
     ordered = labels.sort(stable=True)
     starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
     group = torch.empty_like(labels).scatter_(0, ordered.indices, starts.cumsum(0) - 1)
     members = torch.zeros_like(labels).scatter_add_(0, group, torch.ones_like(group))
     number = members[group] - 1
-    return (_ClassSums.apply(z, ordered.indices, group, members)[group] - z) / number.clamp(min=1)[:, None], number
+    mean = (_ClassSums.apply(z, ordered.indices, group, members)[group] - z) / number.clamp(min=1)[:, None]
+    index = torch.arange(labels.shape[0], device=labels.device)
+    return mean, number, torch.where(number == 1, group, labels.shape[0] + index)
 
 
 class _ClassSums(torch.autograd.Function):
@@ -148,8 +153,9 @@ class _ClassSums(torch.autograd.Function):
         return grad[group], None, None, None
 
 
-def _out(z: Tensor, pos: Tensor, how: dict) -> Tensor:
-    return row_stats(z, **how).lse[0] - pos
+def _out(z: Tensor, pos: Tensor, number: Tensor, how: dict) -> Tensor:
+    gap = row_stats(z, **how).lse[0] - pos
+    return torch.where(number == 1, softplus(gap), gap)
 
 
 def _in(z: Tensor, how: dict) -> Tensor:
@@ -172,24 +178,47 @@ def _dense(
     own = index[rows, None] == index
     positive = (labels[rows, None] == labels) & ~own
     number = positive.sum(1)
-    alone = number == 0
-    log_sum = logits.masked_fill(own & ~alone[:, None], -torch.inf).logsumexp(1)
     mean = logits.where(positive, 0.0).sum(1) / number.clamp(min=1)
+
+    def log_sum(which: Tensor) -> Tensor:
+        stand_in = own & ~which.any(1, keepdim=True)
+        return logits.masked_fill(~(which | stand_in), -torch.inf).logsumexp(1)
+
+    # positives outside the sum, as in the sweeps: a converged row keeps its digits
+    outside = positive if positives == "in" else positive & (number == 1)[:, None]
+    others, base = ~(own | outside), mean if positives == "out" else log_sum(positive)
+    gap = log_sum(others) - base
+    joined = torch.where(others.any(1), softplus(gap), 0.0 * base)
     if positives == "out":
-        return log_sum - mean, mean, number
-    stand_in = positive | (own & alone[:, None])
-    log_mean = logits.masked_fill(~stand_in, -torch.inf).logsumexp(1) - number.clamp(min=1).log()
-    return log_sum - log_mean, mean, number
+        return torch.where(number == 1, joined, gap), mean, number
+    return joined + number.clamp(min=1).to(logits.dtype).log(), mean, number
 
 
-def _check(features: Tensor, labels: Tensor, positives: str, reduction: str) -> None:
-    for name, value, allowed in (("positives", positives, POSITIVES), ("reduction", reduction, REDUCTIONS)):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+def check_values(positives: str, reduction: str, backend: str) -> None:
+    """ValueError for what no batch could make right."""
+    check_choice("positives", positives, POSITIVES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    dispatch.check_backend_name(backend)
+
+
+def _check(features: Tensor, labels: Tensor) -> Tensor:
+    """The labels, int64 [N] or [B]."""
     if not isinstance(features, Tensor) or features.dtype not in numerics.SUPPORTED_DTYPES:
         raise TypeError(
             f"features must be a tensor of float16, bfloat16, float32 or float64; got {describe(features)}."
         )
     if features.dim() not in (2, 3) or 0 in features.shape:
         raise ValueError(f"features must be [N, D] or [V, B, D], none of them 0; got {list(features.shape)}.")
-    check_integers("labels", labels, features.shape[-2], features.device)
+    return image_labels(labels, features)
+
+
+def image_labels(labels: Tensor, views: Tensor) -> Tensor:
+    """Labels of features [N, D] or views [V, B, D] as int64 [N] or [B]; an error says where the axes changed places."""
+    first, images = views.shape[0], views.shape[-2]
+    misfit = isinstance(labels, Tensor) and labels.shape not in ((images,), (images, 1))
+    if views.dim() == 3 and misfit and labels.shape in ((first,), (first, 1)):
+        raise ValueError(
+            f"labels must be integers [{images}] for views {list(views.shape)}, which are [V, B, D], views first; got "
+            f"{describe(labels)}. If they are [B, V, D]: pass them .transpose(0, 1)."
+        )
+    return integers("labels", labels, images, views.device)
