@@ -25,7 +25,7 @@ from . import distributed, numerics
 from .cancellation import Cancellation
 from .checks import can_read, check_number, check_tensor, describe
 from .pairs import Gate
-from .queue import NegativeQueue
+from .queue import NegativeQueue, check_lengths
 
 Layout = Literal["two_view", "one_way", "symmetric"]
 LAYOUTS = ("two_view", "one_way", "symmetric")
@@ -85,6 +85,7 @@ def arrange(
     check_pairs(z1, z2, layout)
     _check_extras(z1, z2, layout, keys, negatives, in_batch_negatives, positives)
     cancellation.check(z1, z2, keys, has_ids)
+    check_lengths(queue, normalize)
     direction = partial(
         _direction, scale=resolve_scale(temperature, logit_scale, default_temperature, z1), keys=keys, key_ids=key_ids,
         negatives=negatives, in_batch_negatives=in_batch_negatives, positives=positives, normalize=normalize,

@@ -143,7 +143,8 @@ def fused_row_loss(
     logit_scale  1/temperature instead (CLIP style), a float or a 0-d tensor
     layout       "two_view": 2B anchors against all 2B rows; "one_way": z1 against z2; "symmetric": z1 against z2 and
                  back (CLIP)
-    queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way)
+    queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way): with
+                 `normalize` its rows should have unit length, as a NegativeQueue makes them
     ids, labels  [B] integers (one_way with more columns: [M]), two names of one thing: columns with the anchor's id are
                  never its negatives, whatever image they show
     queue_ids    [K] integers, the ids of a queue given as a tensor
@@ -204,7 +205,7 @@ def fused_row_loss(
         loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
         if diagnostics is None:
             return loss
-        return loss, summarize(stats, diagnostics, row_loss.clamped(stats))
+        return loss, summarize(stats, diagnostics, row_loss.clamped(stats), normalize)
 
 
 def check_row_loss(row_loss: object) -> None:

@@ -26,7 +26,7 @@ from ..detection import Candidates, Detected, Lists, detect
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair, softplus
 from ..pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
-from ..queue import NegativeQueue
+from ..queue import NegativeQueue, check_lengths
 from ..row_stats import row_stats
 from .base import REDUCTIONS
 
@@ -107,6 +107,7 @@ def fused_false_negative_loss(
                  for attraction, 8 for elimination.
     """
     _check(views, support, mode, top_k, threshold, aggregate, keys, queue, labels, reduction)
+    check_lengths(queue, normalize)
     dispatch.check_backend_name(backend)
     with numerics.without_autocast(views):
         batch = _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize)

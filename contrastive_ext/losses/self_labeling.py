@@ -135,7 +135,7 @@ def fused_self_labeling_loss(
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
         keys = [KeySet(operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
         if queue is not None:
-            keys.append(queue_set(queue, q))
+            keys.append(queue_set(queue, q, normalize))
         x, mixing = operand(q, normalize), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
