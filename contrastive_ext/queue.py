@@ -38,9 +38,7 @@ class NegativeQueue(nn.Module):
     pointer: Tensor
     count: Tensor
 
-    def __init__(
-        self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, device=None, normalize: bool = True
-    ):
+    def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32, device=None, normalize: bool = True):
         super().__init__()
         if not all(isinstance(x, int) and x >= 1 for x in (size, dim)):
             raise ValueError(f"size and dim must be integers >= 1; got size={size!r}, dim={dim!r}.")
