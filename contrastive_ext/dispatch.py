@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import native
 from .backends import (
     cpu,
     cuda,
@@ -112,7 +113,14 @@ def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dt
     able = [b for b in able if b.name != cuda.NAME or _is_verified(b, device, operand_dtype)]
     chosen = able[0]
     if chosen.needs_proof and not _is_verified(chosen, device, operand_dtype):
-        _announce_unproven(chosen, device)
+        _announce(
+            chosen,
+            device,
+            f"the {chosen.name} kernels have not been verified on {architecture(device)} yet; "
+            "using them. `python -m contrastive_ext doctor` shows what has been.",
+        )
+    if chosen.name == torch_blocks.NAME and device.type == "cpu" and native.why_missing() and native.could_be_built():
+        _announce(chosen, device, f"backend 'torch' computes, slower than 'cpu' would here: {native.why_missing()}")
     return chosen
 
 
@@ -128,15 +136,12 @@ def architecture(device: torch.device) -> str:
     return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
 
 
-def _announce_unproven(backend: Backend, device: torch.device) -> None:
+def _announce(backend: Backend, device: torch.device, text: str) -> None:
+    """Say once in a process what the user of this automatic choice should know."""
     key = (backend.name, architecture(device))
     if key not in _announced:
         _announced.add(key)
-        warnings.warn(
-            f"contrastive_ext: the {backend.name} kernels have not been verified on {key[1]} yet; "
-            "using them. `python -m contrastive_ext doctor` shows what has been.",
-            stacklevel=2,
-        )
+        warnings.warn(f"contrastive_ext: {text}", stacklevel=2)
 
 
 def _others(name: str) -> str:
