@@ -272,8 +272,8 @@ std::string native_build_info() {
   const Isa* isas = compiled_isas(&count);
   std::string paths;
   for (int i = 0; i < count; ++i) paths += std::string(i ? ", " : "") + "\"" + isas[i].name + "\"";
-  return "{\"version\": \"" CONTRASTIVE_EXT_VERSION "\", \"abi_target\": \"" + std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff) +
-         "\", \"compiler\": \"" +
+  return "{\"version\": \"" CONTRASTIVE_EXT_VERSION "\", \"abi_target\": \"" + std::to_string(target >> 56) + "." +
+         std::to_string((target >> 48) & 0xff) + "\", \"compiler\": \"" +
 #if defined(__clang__)
          "clang "
 #else
