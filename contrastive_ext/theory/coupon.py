@@ -63,8 +63,8 @@ def coverage_probability(
     Returns      float64 tensor of the shape of num_draws, to a relative error of about 1e-13. A class of weight 0 is
                  never drawn: 0
     Raises       ValueError on weights that are negative, not finite, all 0, or positive below 1e-300 of their sum, on
-                 draws outside 0 to 2^63 - 1, and unless exactly one of num_classes and prior is given; TypeError on draws
-                 that are not integers
+                 draws outside 0 to 2^63 - 1, and unless exactly one of num_classes and prior is given; TypeError on
+                 draws that are not integers
     Cost         O(U) for U different probabilities, whatever n is
     Paper        Nozawa & Sato, NeurIPS 2021, arXiv:2102.06866
     """
