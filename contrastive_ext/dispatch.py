@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from .backends import (
     cpu,
     cuda,
     torch_blocks,
+    torch_kept,
     torch_ranked,
     triton,
     triton_ranked,
@@ -38,6 +40,7 @@ class Backend:
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
     `whole_loss`: its operators of the short road (whole_loss.py) for inputs of a dtype, or None.
+    `kept`: the module with its forward and backward of small problems, which keep their matrix, or None.
     `note`: what a user should know who takes it; `explain` shows it.
     """
 
@@ -49,6 +52,7 @@ class Backend:
     ranked_forward: Callable[..., RankedStatistics]
     ranked_backward: Callable[..., tuple[Tensor, Tensor]]
     whole_loss: Callable[[torch.dtype], WholeLossOps | None] = lambda dtype: None
+    kept: ModuleType | None = None
     needs_proof: bool = False
     note: str = ""
 
@@ -64,7 +68,7 @@ BACKENDS: tuple[Backend, ...] = (
     _backend(cuda, cuda, cuda, needs_proof=True, note=cuda.NOTE),
     _backend(triton, triton_ranked, triton_top_columns, whole_loss=triton_whole_loss.whole_loss, needs_proof=True),
     _backend(cpu, cpu, cpu, whole_loss=cpu.whole_loss),
-    _backend(torch_blocks, torch_ranked, torch_blocks),
+    _backend(torch_blocks, torch_ranked, torch_blocks, kept=torch_kept),
 )
 
 # (backend, architecture, operand dtype) -> file in bench/results that shows it correct and measured on hardware.

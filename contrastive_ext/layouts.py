@@ -151,7 +151,8 @@ def _direction(
     elif negatives is not None:
         row_negatives = operand(negatives)
 
-    pos = (scale * (u1 * u2[:batch]).sum(-1)).repeat(views)
+    pos = scale * (u1 * u2[:batch]).sum(-1)
+    pos = torch.cat([pos] * views) if views > 1 else pos
     correction = pos
     if positives is not None:
         anchors_by_view = torch.stack([u1, u2][:views])

@@ -11,6 +11,8 @@ holds both directions).
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -129,6 +131,24 @@ def _forward(*args) -> tuple[Tensor, ...]:
     return tuple(backend.forward(problem, columns=columns, means=means, diagnostics=diagnostics, maximum=maximum))
 
 
+def _forward_and_kept(*args) -> tuple[tuple[Tensor, ...], ModuleType | None, list[Tensor]]:
+    """Statistics and, from a backend that keeps the matrix of a small problem, that backend and what it keeps.
+
+    Only tensors that hold numbers are asked for their sizes: a traced graph has the operators and no guard.
+    """
+    *problem_args, columns, means, diagnostics, maximum = args
+    u, operand_dtype, name = args[0], *problem_args[-2:]
+    if type(u) in (Tensor, torch.nn.Parameter) and not diagnostics:
+        keeper = dispatch.select(name, u.device, u.dtype, operand_dtype, u.shape[1]).kept
+        problem = _problem(*problem_args)[0] if keeper is not None else None
+        made = problem and keeper.forward(problem, columns=columns, means=means, maximum=maximum)
+        if made is not None:
+            stats, blocks, sums = made
+            return tuple(stats), keeper, [*blocks, *sums]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.contrastive_ext.row_stats.default(*args), None, []
+
+
 def _backward(*args) -> tuple[Tensor, Tensor]:
     *problem_args, lse, grad_lse, col_lse, grad_col_lse, need_u, need_v = args
     problem, backend = _problem(*problem_args)
@@ -159,13 +179,15 @@ def _backward_shapes(u, v, *rest) -> tuple[Tensor, Tensor]:
 class _RowStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            lse, aux, col_lse, col_aux, mean = torch.ops.contrastive_ext.row_stats.default(*args)
+        (lse, aux, col_lse, col_aux, mean), ctx.keeper, kept = _forward_and_kept(*args)
         u, v, scale, scale_value, exponents, *rest = args
         *pairs, unit, operand_dtype, backend, columns, frozen, _, _ = rest
         ctx.options = scale_value, exponents, pairs[:PAIR_NUMBERS], (unit, operand_dtype, backend), columns, frozen
         v_saved = None if frozen else v  # with the mean at hand v may change in place (a queue does)
-        kept = [None] * len(pairs[PAIR_NUMBERS:]) if frozen else pairs[PAIR_NUMBERS:]
+        if frozen:
+            kept = [None] * len(pairs[PAIR_NUMBERS:])
+        elif ctx.keeper is None:
+            kept = pairs[PAIR_NUMBERS:]
         ctx.save_for_backward(u, v_saved, scale, lse, col_lse, mean, *kept)
         ctx.mark_non_differentiable(aux, col_aux, mean)
         ctx.set_materialize_grads(False)
@@ -184,10 +206,17 @@ class _RowStats(torch.autograd.Function):
         elif need_u or need_v or need_scale:
             if columns:
                 grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse.contiguous()
-            du, dv = torch.ops.contrastive_ext.row_stats_backward.default(
-                u, v, scale, scale_value, exponents, *pair_numbers, *pair_tensors, *how, lse, grad_lse,
-                col_lse if columns else None, grad_col_lse if columns else None, need_u or need_scale, need_v,
-            )  # fmt: skip
+            if ctx.keeper is not None:
+                scale = scale_value if scale is None else scale
+                du, dv = FirstOrderOnly.apply(
+                    ctx.keeper.backward, u, v, scale, exponents, grad_lse, grad_col_lse if columns else None,
+                    need_u or need_scale, need_v, *pair_tensors,
+                )  # fmt: skip
+            else:
+                du, dv = torch.ops.contrastive_ext.row_stats_backward.default(
+                    u, v, scale, scale_value, exponents, *pair_numbers, *pair_tensors, *how, lse, grad_lse,
+                    col_lse if columns else None, grad_col_lse if columns else None, need_u or need_scale, need_v,
+                )  # fmt: skip
             if need_scale:
                 dscale = (u * du).sum() / (scale if v is not None else 2 * scale)
         gradients = [du if need_u else None, dv if need_v else None, dscale if need_scale else None]
