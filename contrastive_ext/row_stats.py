@@ -131,20 +131,26 @@ def _forward(*args) -> tuple[Tensor, ...]:
     return tuple(backend.forward(problem, columns=columns, means=means, diagnostics=diagnostics, maximum=maximum))
 
 
-def _forward_and_kept(*args) -> tuple[tuple[Tensor, ...], ModuleType | None, list[Tensor]]:
-    """Statistics and, from a backend that keeps the matrix of a small problem, that backend and what it keeps.
+def keeper_of(u, *problem_args) -> ModuleType | None:
+    """The module by which the backend of a call keeps small problems, if it has one.
 
     Only tensors that hold numbers are asked for their sizes: a traced graph has the operators and no guard.
     """
+    *_, operand_dtype, name = problem_args
+    if type(u) not in (Tensor, torch.nn.Parameter):
+        return None
+    return dispatch.select(name, u.device, u.dtype, operand_dtype, u.shape[1]).kept
+
+
+def _forward_and_kept(*args) -> tuple[tuple[Tensor, ...], ModuleType | None, list[Tensor]]:
+    """Statistics and, from a backend that keeps the matrix of a small problem, its module and what it keeps."""
     *problem_args, columns, means, diagnostics, maximum = args
-    u, operand_dtype, name = args[0], *problem_args[-2:]
-    if type(u) in (Tensor, torch.nn.Parameter) and not diagnostics:
-        keeper = dispatch.select(name, u.device, u.dtype, operand_dtype, u.shape[1]).kept
-        problem = _problem(*problem_args)[0] if keeper is not None else None
-        made = problem and keeper.forward(problem, columns=columns, means=means, maximum=maximum)
+    keeper = None if diagnostics else keeper_of(*problem_args)
+    if keeper is not None:
+        problem, _ = _problem(*problem_args)
+        made = keeper.forward(problem, columns=columns, means=means, maximum=maximum)
         if made is not None:
-            stats, blocks, sums = made
-            return tuple(stats), keeper, [*blocks, *sums]
+            return tuple(made.stats), keeper, [*made.blocks, *made.sums]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.contrastive_ext.row_stats.default(*args), None, []
 
@@ -184,11 +190,8 @@ class _RowStats(torch.autograd.Function):
         *pairs, unit, operand_dtype, backend, columns, frozen, _, _ = rest
         ctx.options = scale_value, exponents, pairs[:PAIR_NUMBERS], (unit, operand_dtype, backend), columns, frozen
         v_saved = None if frozen else v  # with the mean at hand v may change in place (a queue does)
-        if frozen:
-            kept = [None] * len(pairs[PAIR_NUMBERS:])
-        elif ctx.keeper is None:
-            kept = pairs[PAIR_NUMBERS:]
-        ctx.save_for_backward(u, v_saved, scale, lse, col_lse, mean, *kept)
+        saved = pairs[PAIR_NUMBERS:] if ctx.keeper is None else kept
+        ctx.save_for_backward(u, v_saved, scale, lse, col_lse, mean, *([] if frozen else saved))
         ctx.mark_non_differentiable(aux, col_aux, mean)
         ctx.set_materialize_grads(False)
         return lse, aux, col_lse, col_aux, mean

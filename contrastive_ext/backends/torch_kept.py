@@ -1,6 +1,6 @@
 """Small problems of the `torch` backend: the block of exponentials is kept for the backward, not computed again.
 
-    forward   s = scale u v^T, m_i its largest negative, e_k = exp(beta_k (s - m_i)) -> lse_k = beta_k m_i + log sum_j e_k
+    forward   s = scale u v^T, m_i its largest negative, e_k = exp(beta_k (s - m_i)), lse_k = beta_k m_i + log sum_j e_k
     backward  w = sum_k beta_k a_k,i / (sum_j e_k,ij) e_k -> du = scale w v, dv = scale w^T u
 
 Whether a problem is small is decided here, on the sizes of a call that computes: a traced graph has the operators of
@@ -10,40 +10,56 @@ row_stats.py and no guard on sizes. What is kept is at most KEPT_BYTES, above it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pairs import Pairs
 from ..problem import Problem, Statistics
+from ..ranking import RankedStatistics, Ranking
+from . import torch_ranked
 
 KEPT_BYTES = 2**24  # 2048 x 2048 float32
 MOST_DIAGONALS = 16
 
 
-def forward(
-    problem: Problem, *, columns: bool, means: bool, maximum: bool
-) -> tuple[Statistics, list[Tensor], list[Tensor]] | None:
-    """Statistics, the blocks of exponentials and their sums, those of the rows before those of the columns.
+class Kept(NamedTuple):
+    """Statistics, blocks of exponentials [N, M] and their sums, those of the rows before those of the columns."""
 
-    None where the blocks are larger than KEPT_BYTES.
-    """
+    stats: Statistics | RankedStatistics
+    blocks: list[Tensor]
+    sums: list[Tensor]
+
+
+def forward(problem: Problem, *, columns: bool, means: bool, maximum: bool) -> Kept | None:
+    """Row statistics of `problem` with what their gradient needs; None where the blocks exceed KEPT_BYTES."""
     v, pairs, exponents = problem.columns, problem.pairs, problem.exponents
-    n, m = pairs.num_rows, pairs.num_columns
-    size = n * m * problem.u.element_size() * len(exponents) * (2 if columns else 1)
-    if not 0 < size <= KEPT_BYTES:
+    if not _fits(problem, len(exponents) * (2 if columns else 1)):
         return None
     s = (problem.u * problem.scale) @ v.T
     kept, reverse, counts, col_counts = _keep_negatives(s, pairs, columns)
-    nothing = s.new_empty(0)
     lse, top, blocks, sums = _exponentials(kept, exponents, dim=1)
     aux = torch.stack([counts, top]) if maximum else counts[None]
-    mean = torch.stack([e @ v for e in blocks]) / torch.stack(sums)[:, :, None] if means else nothing
+    mean = torch.stack([e @ v for e in blocks]) / torch.stack(sums)[:, :, None] if means else s.new_empty(0)
     if not columns:
-        return Statistics(lse, aux, nothing, nothing.clone(), mean), blocks, sums
+        return Kept(Statistics(lse, aux, s.new_empty(0), s.new_empty(0), mean), blocks, sums)
     col_lse, col_top, col_blocks, col_sums = _exponentials(reverse, exponents, dim=0)
     col_aux = torch.stack([col_counts, col_top]) if maximum else col_counts[None]
-    return Statistics(lse, aux, col_lse, col_aux, mean), blocks + col_blocks, sums + col_sums
+    return Kept(Statistics(lse, aux, col_lse, col_aux, mean), blocks + col_blocks, sums + col_sums)
+
+
+def ranked_forward(problem: Problem, ranking: Ranking) -> Kept | None:
+    """The same with exact ranks: the block holds omega e^s."""
+    if not _fits(problem, 1):
+        return None
+    ((_, s, keep),) = torch_ranked.blocks(problem, problem.pairs.num_rows)
+    count = keep.sum(1, dtype=s.dtype)
+    terms = torch_ranked.log_terms(
+        s, keep, ranking.weight(torch_ranked.ranks_of(s, keep) / count.clamp(min=1)[:, None])
+    )
+    lse, _, blocks, sums = _exponentials(terms, (1.0,), dim=1)
+    return Kept(RankedStatistics(lse[0], count[None], s.new_empty(0), s.new_empty(0)), blocks, sums)
 
 
 def backward(
@@ -73,6 +89,11 @@ def backward(
     return du, weight.T.mm(u).mul_(scale) if need_v else None
 
 
+def _fits(problem: Problem, blocks: int) -> bool:
+    size = blocks * problem.pairs.num_rows * problem.pairs.num_columns * problem.u.element_size()
+    return 0 < size <= KEPT_BYTES
+
+
 def _keep_negatives(s: Tensor, pairs: Pairs, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """s with -inf outside the negatives of every row, of every column, and how many each has; s is overwritten."""
     n, m, images, offset = pairs.num_rows, pairs.num_columns, pairs.num_images, pairs.positive_offset
@@ -100,9 +121,7 @@ def _keep_negatives(s: Tensor, pairs: Pairs, columns: bool) -> tuple[Tensor, Ten
     return s.masked_fill_(~keep, -torch.inf), reverse, keep.sum(1, dtype=s.dtype), col_counts
 
 
-def _exponentials(
-    s: Tensor, exponents: Sequence[float], dim: int
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+def _exponentials(s: Tensor, exponents: Sequence[float], dim: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """lse [K, .], the largest logit, exp(beta_k (s - largest)) and their sums along `dim`, 1 where there are none."""
     top = s.amax(dim)
     # nothing kept: exp(-inf - shift) = 0 and log 0 = -inf, not NaN
