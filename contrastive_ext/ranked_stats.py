@@ -26,6 +26,7 @@ from .row_stats import (
     _problem,
     _tensors,
     keeper_of,
+    once_differentiable,
 )
 
 _RANKING = "float[] ranking, int bins"
@@ -140,7 +141,7 @@ class _RankedStats(torch.autograd.Function):
             needs = need_u or need_scale, need_v
             if ctx.keeper is not None:
                 scale = scale_value if scale is None else scale
-                du, dv = FirstOrderOnly.apply(
+                du, dv = once_differentiable(
                     ctx.keeper.backward, u, v, scale, exponents, grad_lse[None], None, *needs, *saved
                 )
             else:

@@ -211,7 +211,7 @@ class _RowStats(torch.autograd.Function):
                 grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse.contiguous()
             if ctx.keeper is not None:
                 scale = scale_value if scale is None else scale
-                du, dv = FirstOrderOnly.apply(
+                du, dv = once_differentiable(
                     ctx.keeper.backward, u, v, scale, exponents, grad_lse, grad_col_lse if columns else None,
                     need_u or need_scale, need_v, *pair_tensors,
                 )  # fmt: skip
@@ -249,6 +249,14 @@ class FirstOrderOnly(torch.autograd.Function):
             "contrastive_ext: the fused losses are once differentiable, a second derivative was asked for "
             "(create_graph=True). Use backend='reference', which is dense and twice differentiable."
         )
+
+
+def once_differentiable(gradient, *args):
+    """`FirstOrderOnly`, without its cost on the host where nothing will differentiate again."""
+    if torch.is_grad_enabled():  # create_graph=True
+        return FirstOrderOnly.apply(gradient, *args)
+    with torch._C._DisableAutocast():
+        return gradient(*args)
 
 
 def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend) -> None:
