@@ -1,6 +1,6 @@
 """What a training run wants to see beside the loss, from the same pass: `return_stats=True` gives a `LossStats`.
 
-Every field is a 0-d tensor on the device of the inputs; nothing waits for the device until `to_dict` reads them.
+Every average is a 0-d tensor on the device of the inputs; nothing waits for the device until `to_dict` reads them.
 """
 
 from __future__ import annotations
