@@ -1,7 +1,8 @@
 """Build of contrastive_ext: a pure-Python package, plus one native library where the tools for it are present.
 
 The library (`contrastive_ext/_C.abi3.so`) is compiled from csrc/ against the LibTorch stable ABI, so one build serves
-every CPython >= 3.10 and torch >= 2.10. contrastive_ext/native.py loads it by `torch.ops.load_library`.
+every torch >= 2.10 and every CPython >= 3.10 but the free-threaded ones, which need their own.
+contrastive_ext/native.py loads it by `torch.ops.load_library`.
 
 What is missing (torch in the build environment, a C++ compiler) is said in one line and yields a working pure-Python
 package; a compile ERROR with the tools present fails the build. Read from the environment, at build time only:
@@ -21,9 +22,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -31,7 +34,18 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 SWITCH = os.environ.get("CONTRASTIVE_EXT_NATIVE", "auto")
-HOW_TO = "install torch>=2.10 and a C++ compiler, then run: pip install --no-build-isolation ."
+HOW_TO = (  # contrastive_ext/native.py says the same
+    "with torch>=2.10 and a C++ compiler installed, run in the source folder: "
+    'pip install "setuptools>=77" && pip install --no-build-isolation --no-cache-dir .'
+)
+OLDEST_SETUPTOOLS = 77  # older ones stumble over the license expression of pyproject.toml
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"contrastive_ext: setuptools {setuptools.__version__} cannot read pyproject.toml; "
+        f'first run: pip install "setuptools>={OLDEST_SETUPTOOLS}"'
+    )
+# A free-threaded CPython knows no limited API: there the library carries that Python's own tag.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the oldest torch the library may be loaded by
 DEFAULT_CUDA_ARCHS = "9.0a"
 OLDEST_CUDA = 12
@@ -76,7 +90,7 @@ def why_not_native() -> str | None:
     try:
         import torch
     except ModuleNotFoundError as error:
-        return f"torch is missing in the build environment ({error})"
+        return f"torch is missing in the build environment ({error}), where pip's build isolation hides it"
     except (ImportError, OSError) as error:
         return f"the torch in the build environment cannot be imported ({error})"
     if torch.__version__ < "2.10":  # TorchVersion compares release numbers, not strings
@@ -163,7 +177,7 @@ def native_build() -> tuple[list[Extension], type[build_ext]]:
         depends=sources(".h", ".cpp", ".cuh", ".cu"),
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), ("CONTRASTIVE_EXT_VERSION", f'"{version}"')],
         extra_compile_args=["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
-        py_limited_api=True,
+        py_limited_api=LIMITED_API,
     )
     # torch's headers as system headers: our warnings only
     extension.extra_compile_args += [f"-isystem{path}" for path in extension.include_dirs]
@@ -209,6 +223,6 @@ setup(
     include_package_data=False,
     ext_modules=extensions,
     cmdclass={"build_py": BuildPurePython, "build_ext": build_ext_command},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions and LIMITED_API else {},
     zip_safe=False,
 )

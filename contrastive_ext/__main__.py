@@ -19,6 +19,8 @@ from . import __version__, dispatch, native
 from .explain import explain_for
 from .theory import report
 
+MOST_CLASSES = 10**8
+
 
 def doctor() -> str:
     """A report of versions, devices, backends with their reasons, and the verified-on-hardware table."""
@@ -83,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _negatives(options: argparse.Namespace, fail: Callable[[str], NoReturn]) -> None:
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         fail("--plot needs matplotlib, which is not installed: pip install 'contrastive_ext[bench]'.")
-    if options.classes is not None and options.classes < 1:
-        fail(f"--classes must be at least 1; got {options.classes}.")
+    if options.classes is not None and not 1 <= options.classes <= MOST_CLASSES:
+        fail(f"--classes must be 1 to {MOST_CLASSES:,}; got {options.classes}.")
     if min(options.batch_sizes or [1]) < 1 or options.dim < 1:
         fail("--batch-sizes and --dim must be at least 1.")
     try:
@@ -93,7 +95,7 @@ def _negatives(options: argparse.Namespace, fail: Callable[[str], NoReturn]) -> 
         if options.plot is not None:
             report.draw(prior, options.plot)
             text += f"\n\npicture: {options.plot}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArithmeticError) as error:
         fail(str(error))
     print(text)
 

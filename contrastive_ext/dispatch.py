@@ -9,14 +9,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import native
 from .backends import (
     cpu,
     cuda,
     torch_blocks,
+    torch_kept,
     torch_ranked,
     triton,
     triton_ranked,
@@ -38,6 +41,7 @@ class Backend:
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
     `whole_loss`: its operators of the short road (whole_loss.py) for inputs of a dtype, or None.
+    `kept`: the module with its forward and backward of small problems, which keep their matrix, or None.
     `note`: what a user should know who takes it; `explain` shows it.
     """
 
@@ -49,6 +53,7 @@ class Backend:
     ranked_forward: Callable[..., RankedStatistics]
     ranked_backward: Callable[..., tuple[Tensor, Tensor]]
     whole_loss: Callable[[torch.dtype], WholeLossOps | None] = lambda dtype: None
+    kept: ModuleType | None = None
     needs_proof: bool = False
     note: str = ""
 
@@ -64,7 +69,7 @@ BACKENDS: tuple[Backend, ...] = (
     _backend(cuda, cuda, cuda, needs_proof=True, note=cuda.NOTE),
     _backend(triton, triton_ranked, triton_top_columns, whole_loss=triton_whole_loss.whole_loss, needs_proof=True),
     _backend(cpu, cpu, cpu, whole_loss=cpu.whole_loss),
-    _backend(torch_blocks, torch_ranked, torch_blocks),
+    _backend(torch_blocks, torch_ranked, torch_blocks, kept=torch_kept),
 )
 
 _announced: set[tuple[str, str]] = set()
@@ -110,7 +115,14 @@ def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dt
     able = [b for b in able if b.name != cuda.NAME or _is_verified(b, device, operand_dtype)]
     chosen = able[0]
     if chosen.needs_proof and not _is_verified(chosen, device, operand_dtype):
-        _announce_unproven(chosen, device)
+        _announce(
+            chosen,
+            device,
+            f"the {chosen.name} kernels have not been verified on {architecture(device)} yet; "
+            "using them. `python -m contrastive_ext doctor` shows what has been.",
+        )
+    if chosen.name == torch_blocks.NAME and device.type == "cpu" and native.why_missing() and native.could_be_built():
+        _announce(chosen, device, f"backend 'torch' computes, slower than 'cpu' would here: {native.why_missing()}")
     return chosen
 
 
@@ -126,15 +138,12 @@ def architecture(device: torch.device) -> str:
     return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
 
 
-def _announce_unproven(backend: Backend, device: torch.device) -> None:
+def _announce(backend: Backend, device: torch.device, text: str) -> None:
+    """Say once in a process what the user of this automatic choice should know."""
     key = (backend.name, architecture(device))
     if key not in _announced:
         _announced.add(key)
-        warnings.warn(
-            f"contrastive_ext: the {backend.name} kernels have not been verified on {key[1]} yet; "
-            "using them. `python -m contrastive_ext doctor` shows what has been.",
-            stacklevel=2,
-        )
+        warnings.warn(f"contrastive_ext: {text}", stacklevel=2)
 
 
 def _others(name: str) -> str:

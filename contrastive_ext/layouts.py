@@ -25,7 +25,7 @@ from . import distributed, numerics
 from .cancellation import Cancellation
 from .checks import can_read, check_choice, check_number, check_tensor, describe
 from .pairs import Gate
-from .queue import NegativeQueue
+from .queue import NegativeQueue, check_lengths
 
 Layout = Literal["two_view", "one_way", "symmetric"]
 LAYOUTS = ("two_view", "one_way", "symmetric")
@@ -92,6 +92,7 @@ def arrange(
     key_ids = cancellation.queue_ids if key_ids is None else key_ids
     if keys is not None and keys.shape[0] == 0:
         keys = key_ids = None
+    check_lengths(queue, normalize)
     scale = resolve_scale(temperature, logit_scale, default_temperature, z1)
     operand_dtype = numerics.resolve_operand_dtype(z1.dtype, operand_dtype)
     process_group = distributed.agree(group)  # the checks are done
@@ -155,7 +156,8 @@ def _direction(
     elif negatives is not None:
         row_negatives = operand(negatives)
 
-    pos = (scale * (u1 * u2[:batch]).sum(-1)).repeat(views)
+    pos = scale * (u1 * u2[:batch]).sum(-1)
+    pos = torch.cat([pos] * views) if views > 1 else pos
     correction = pos
     if positives is not None:
         anchors_by_view = torch.stack([u1, u2][:views])

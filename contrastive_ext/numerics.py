@@ -40,7 +40,9 @@ def in_torch_func() -> bool:
 def without_autocast(z: object) -> AbstractContextManager:
     """A context in which autocast is off for the device of z; the meta device has none."""
     device = z.device.type if isinstance(z, Tensor) else "cpu"
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    if device == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def normalize(z: Tensor) -> Tensor:

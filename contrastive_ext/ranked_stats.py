@@ -9,6 +9,8 @@ weights are constants of the gradient: dlse_i/ds_ij = omega e^{s_ij - lse_i}.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ from .row_stats import (
     _check_cancelled,
     _problem,
     _tensors,
+    keeper_of,
+    once_differentiable,
 )
 
 _RANKING = "float[] ranking, int bins"
@@ -83,6 +87,18 @@ def _forward(*args) -> tuple[Tensor, ...]:
     return tuple(backend.ranked_forward(problem, _ranking(ranking, bins), diagnostics=diagnostics))
 
 
+def _forward_and_kept(*args) -> tuple[tuple[Tensor, ...], ModuleType | None, list[Tensor]]:
+    """As in row_stats.py."""
+    *problem_args, ranking, bins, diagnostics = args
+    keeper = None if diagnostics or bins else keeper_of(*problem_args)
+    if keeper is not None:
+        made = keeper.ranked_forward(_problem(*problem_args)[0], _ranking(ranking, bins))
+        if made is not None:
+            return tuple(made.stats), keeper, [*made.blocks, *made.sums]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.contrastive_ext.ranked_stats.default(*args), None, []
+
+
 def _backward(*args) -> tuple[Tensor, Tensor]:
     *problem_args, ranking, bins, lse, aux, axis, below, grad_lse, need_u, need_v = args
     problem, backend = _problem(*problem_args)
@@ -105,12 +121,12 @@ def _forward_shapes(u, *rest) -> tuple[Tensor, ...]:
 class _RankedStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            lse, aux, axis, below = torch.ops.contrastive_ext.ranked_stats.default(*args)
+        (lse, aux, axis, below), ctx.keeper, kept = _forward_and_kept(*args)
         u, v, scale, scale_value, exponents, *rest = args
         *pairs, unit, operand_dtype, backend, ranking, bins, _ = rest
         ctx.options = scale_value, exponents, pairs[:PAIR_NUMBERS], (unit, operand_dtype, backend, ranking, bins)
-        ctx.save_for_backward(u, v, scale, lse, aux, axis, below, *pairs[PAIR_NUMBERS:])
+        saved = (lse, aux, axis, below, *pairs[PAIR_NUMBERS:]) if ctx.keeper is None else kept
+        ctx.save_for_backward(u, v, scale, *saved)
         ctx.mark_non_differentiable(aux, axis, below)
         ctx.set_materialize_grads(False)
         return lse, aux, axis, below
@@ -118,15 +134,22 @@ class _RankedStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_lse, *_):
         u, v, scale, *saved = ctx.saved_tensors
-        stats, pair_tensors = saved[:4], saved[4:]
         scale_value, exponents, pair_numbers, how = ctx.options
         need_u, need_v, need_scale = ctx.needs_input_grad[:3]
         du = dv = dscale = None
         if grad_lse is not None:
-            du, dv = torch.ops.contrastive_ext.ranked_stats_backward.default(
-                u, v, scale, scale_value, exponents, *pair_numbers, *pair_tensors, *how, *stats,
-                grad_lse.contiguous(), need_u or need_scale, need_v,
-            )  # fmt: skip
+            needs = need_u or need_scale, need_v
+            if ctx.keeper is not None:
+                scale = scale_value if scale is None else scale
+                du, dv = once_differentiable(
+                    ctx.keeper.backward, u, v, scale, exponents, grad_lse[None], None, *needs, *saved
+                )
+            else:
+                stats, pair_tensors = saved[:4], saved[4:]
+                du, dv = torch.ops.contrastive_ext.ranked_stats_backward.default(
+                    u, v, scale, scale_value, exponents, *pair_numbers, *pair_tensors, *how, *stats,
+                    grad_lse.contiguous(), *needs,
+                )  # fmt: skip
             if need_scale:
                 dscale = (u * du).sum() / (scale if v is not None else 2 * scale)
         gradients = [du if need_u else None, dv if need_v else None, dscale]

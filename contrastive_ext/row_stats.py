@@ -11,6 +11,8 @@ holds both directions).
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -129,6 +131,30 @@ def _forward(*args) -> tuple[Tensor, ...]:
     return tuple(backend.forward(problem, columns=columns, means=means, diagnostics=diagnostics, maximum=maximum))
 
 
+def keeper_of(u, *problem_args) -> ModuleType | None:
+    """The module by which the backend of a call keeps small problems, if it has one.
+
+    Only tensors that hold numbers are asked for their sizes: a traced graph has the operators and no guard.
+    """
+    *_, operand_dtype, name = problem_args
+    if type(u) not in (Tensor, torch.nn.Parameter):
+        return None
+    return dispatch.select(name, u.device, u.dtype, operand_dtype, u.shape[1]).kept
+
+
+def _forward_and_kept(*args) -> tuple[tuple[Tensor, ...], ModuleType | None, list[Tensor]]:
+    """Statistics and, from a backend that keeps the matrix of a small problem, its module and what it keeps."""
+    *problem_args, columns, means, diagnostics, maximum = args
+    keeper = None if diagnostics else keeper_of(*problem_args)
+    if keeper is not None:
+        problem, _ = _problem(*problem_args)
+        made = keeper.forward(problem, columns=columns, means=means, maximum=maximum)
+        if made is not None:
+            return tuple(made.stats), keeper, [*made.blocks, *made.sums]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.contrastive_ext.row_stats.default(*args), None, []
+
+
 def _backward(*args) -> tuple[Tensor, Tensor]:
     *problem_args, lse, grad_lse, col_lse, grad_col_lse, need_u, need_v = args
     problem, backend = _problem(*problem_args)
@@ -159,14 +185,13 @@ def _backward_shapes(u, v, *rest) -> tuple[Tensor, Tensor]:
 class _RowStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            lse, aux, col_lse, col_aux, mean = torch.ops.contrastive_ext.row_stats.default(*args)
+        (lse, aux, col_lse, col_aux, mean), ctx.keeper, kept = _forward_and_kept(*args)
         u, v, scale, scale_value, exponents, *rest = args
         *pairs, unit, operand_dtype, backend, columns, frozen, _, _ = rest
         ctx.options = scale_value, exponents, pairs[:PAIR_NUMBERS], (unit, operand_dtype, backend), columns, frozen
         v_saved = None if frozen else v  # with the mean at hand v may change in place (a queue does)
-        kept = [None] * len(pairs[PAIR_NUMBERS:]) if frozen else pairs[PAIR_NUMBERS:]
-        ctx.save_for_backward(u, v_saved, scale, lse, col_lse, mean, *kept)
+        saved = pairs[PAIR_NUMBERS:] if ctx.keeper is None else kept
+        ctx.save_for_backward(u, v_saved, scale, lse, col_lse, mean, *([] if frozen else saved))
         ctx.mark_non_differentiable(aux, col_aux, mean)
         ctx.set_materialize_grads(False)
         return lse, aux, col_lse, col_aux, mean
@@ -184,10 +209,17 @@ class _RowStats(torch.autograd.Function):
         elif need_u or need_v or need_scale:
             if columns:
                 grad_col_lse = torch.zeros_like(col_lse) if grad_col_lse is None else grad_col_lse.contiguous()
-            du, dv = torch.ops.contrastive_ext.row_stats_backward.default(
-                u, v, scale, scale_value, exponents, *pair_numbers, *pair_tensors, *how, lse, grad_lse,
-                col_lse if columns else None, grad_col_lse if columns else None, need_u or need_scale, need_v,
-            )  # fmt: skip
+            if ctx.keeper is not None:
+                scale = scale_value if scale is None else scale
+                du, dv = once_differentiable(
+                    ctx.keeper.backward, u, v, scale, exponents, grad_lse, grad_col_lse if columns else None,
+                    need_u or need_scale, need_v, *pair_tensors,
+                )  # fmt: skip
+            else:
+                du, dv = torch.ops.contrastive_ext.row_stats_backward.default(
+                    u, v, scale, scale_value, exponents, *pair_numbers, *pair_tensors, *how, lse, grad_lse,
+                    col_lse if columns else None, grad_col_lse if columns else None, need_u or need_scale, need_v,
+                )  # fmt: skip
             if need_scale:
                 dscale = (u * du).sum() / (scale if v is not None else 2 * scale)
         gradients = [du if need_u else None, dv if need_v else None, dscale if need_scale else None]
@@ -217,6 +249,14 @@ class FirstOrderOnly(torch.autograd.Function):
             "contrastive_ext: the fused losses are once differentiable, a second derivative was asked for "
             "(create_graph=True). Use backend='reference', which is dense and twice differentiable."
         )
+
+
+def once_differentiable(gradient, *args):
+    """`FirstOrderOnly`, without its cost on the host where nothing will differentiate again."""
+    if torch.is_grad_enabled():  # create_graph=True
+        return FirstOrderOnly.apply(gradient, *args)
+    with torch._C._DisableAutocast():
+        return gradient(*args)
 
 
 def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend) -> None:

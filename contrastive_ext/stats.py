@@ -1,6 +1,6 @@
 """What a training run wants to see beside the loss, from the same pass: `return_stats=True` gives a `LossStats`.
 
-Every field is a 0-d tensor on the device of the inputs; nothing waits for the device until `to_dict` reads them.
+Every average is a 0-d tensor on the device of the inputs; nothing waits for the device until `to_dict` reads them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import can_read
+from .queue import LARGEST_COSINE, warn_of_lengths
 
 if TYPE_CHECKING:
     from .losses.base import RowStatistics
@@ -39,7 +40,8 @@ class Record:
 
     def to_dict(self) -> dict[str, float]:
         """The fields as floats, for a logger; waits for the device."""
-        return {f.name: float(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        return {name: float(value) for name, value in values if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class LossStats(Record):
     clamped_fraction     share of anchors whose negatives get no gradient because of the debiasing floor
     cancelled_fraction   share of candidates ignored by id or because the queue is not full yet
     empty_rows           number of anchors without any negative
+    normalized           the call's `normalize`, a bool: similarities are cosines
     """
 
     accuracy: Tensor
@@ -71,16 +74,24 @@ class LossStats(Record):
     clamped_fraction: Tensor
     cancelled_fraction: Tensor
     empty_rows: Tensor
+    normalized: bool = False
 
     def to_dict(self) -> dict[str, float]:
-        """The fields as floats, for a logger; waits for the device; warns once about rows on the debiasing floor."""
+        """The averages as floats, for a logger; waits for the device.
+
+        Warns once about rows on the debiasing floor, and about queue rows longer than the normalised z1, z2.
+        """
         values = super().to_dict()
         _warn_about(values["clamped_fraction"])
+        if self.normalized and values["hardest_negative"] > LARGEST_COSINE:
+            warn_of_lengths(f"hardest_negative is {values['hardest_negative']:.3g} and no cosine")
         return values
 
 
 @torch.no_grad()
-def summarize(stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None, rounding: Tensor) -> LossStats:
+def summarize(
+    stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None, rounding: Tensor, normalized: bool
+) -> LossStats:
     """Average per-row statistics into a `LossStats`; rounding [R]: logits closer than that are equal."""
     has_negatives = rows.negatives > 0
     weight = has_negatives.to(rows.negatives.dtype) / has_negatives.sum().clamp(min=1)
@@ -100,6 +111,7 @@ def summarize(stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None, r
         clamped_fraction=mean(pos.new_zeros(len(pos)) if clamped is None else clamped.to(pos.dtype)),
         cancelled_fraction=1 - rows.negatives.mean() / max(1, rows.candidates),
         empty_rows=(~has_negatives).sum(),
+        normalized=normalized,
     )
 
 

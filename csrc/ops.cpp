@@ -261,6 +261,10 @@ std::tuple<Tensor, Tensor> ranked_backward_cpu(const Tensor& u, MaybeTensor v, d
   return {du, dv};
 }
 
+#if !defined(CONTRASTIVE_EXT_VERSION)
+#define CONTRASTIVE_EXT_VERSION "not stated"
+#endif
+
 // One line of JSON: what was built and what runs on this CPU; without nvcc there are no cuda_archs.
 std::string native_build_info() {
   const uint64_t target = TORCH_FEATURE_VERSION;
@@ -268,8 +272,8 @@ std::string native_build_info() {
   const Isa* isas = compiled_isas(&count);
   std::string paths;
   for (int i = 0; i < count; ++i) paths += std::string(i ? ", " : "") + "\"" + isas[i].name + "\"";
-  return "{\"abi_target\": \"" + std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff) +
-         "\", \"compiler\": \"" +
+  return "{\"version\": \"" CONTRASTIVE_EXT_VERSION "\", \"abi_target\": \"" + std::to_string(target >> 56) + "." +
+         std::to_string((target >> 48) & 0xff) + "\", \"compiler\": \"" +
 #if defined(__clang__)
          "clang "
 #else

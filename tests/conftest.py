@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from contrastive_ext import dispatch, stats
+from contrastive_ext import dispatch, queue, stats
 
 DEVICES = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
 
@@ -56,4 +56,6 @@ def _poisoned_memory():
 def _forget_warnings(monkeypatch):
     """Warnings that come once per process come once per test."""
     monkeypatch.setattr(stats, "_warned", False)
+    monkeypatch.setattr(queue, "_warned", False)
+    monkeypatch.setattr(queue, "_looked", False)
     monkeypatch.setattr(dispatch, "_announced", set())

@@ -64,7 +64,8 @@ def _noise(z: Tensor, *shape: int) -> Tensor:
 
 def _part_filled_queue(z: Tensor) -> ce.NegativeQueue:
     dtype = torch.float32 if z.dtype != torch.float64 else z.dtype
-    queue = ce.NegativeQueue(9, z.shape[1], dtype=dtype, device=z.device)
+    # as given: the truth of a call is a call with normalize=False, which refuses a queue that makes unit rows
+    queue = ce.NegativeQueue(9, z.shape[1], dtype=dtype, device=z.device, normalize=False)
     queue.enqueue(_noise(z, 5))
     return queue
 

@@ -241,3 +241,46 @@ def test_bad_arguments_are_refused():
     for coverage in (0, 1, -0.5, float("nan"), 1 - 1e-14):
         with pytest.raises(ValueError, match="coverage"):
             num_negatives_for(coverage, num_classes=2)
+
+
+@pytest.mark.parametrize("n", [10**4, 10**9, 10**14, 10**18, 2**63 - 1])
+@pytest.mark.parametrize("expected", [1e-3, 1.0, 8.0])
+def test_coverage_of_any_number_of_draws_costs_the_same_and_keeps_its_digits(n, expected):
+    """Two classes, the rarer one drawn `expected` times on average."""
+    share = expected / n
+    exact = -math.expm1(n * math.log1p(-share))  # the other class is never missing
+    got = float(coverage_probability(n, prior=[share, 1 - share]))
+    assert got == pytest.approx(exact, rel=1e-12, abs=0)
+    if exact < 0.99:  # beyond it rounding moves the number of draws
+        assert num_negatives_for(exact, prior=[share, 1 - share]) == pytest.approx(n - 1, rel=1e-11, abs=1)
+
+
+def test_very_many_draws_show_very_many_classes():
+    assert float(coverage_probability(10**18, num_classes=10**6)) == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e308, 1e-320, 5e-324])
+def test_weights_count_by_their_ratio_alone(factor):
+    assert float(coverage_probability(3, prior=[factor, factor])) == pytest.approx(0.75, rel=1e-13)
+    assert false_negative_rate([factor, factor]) == 0.5
+    assert float(collision_probability(1, [factor, factor])) == 0.5
+    assert expected_draws(prior=[factor, factor]) == pytest.approx(3, rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [1e-17, 1e-150, 1e-299])
+def test_very_rare_classes_are_counted(share):
+    exact = math.log(2) / share
+    assert expected_draws(prior=[share, 1.0]) == pytest.approx(1 / share, rel=1e-12)
+    assert num_negatives_for(0.5, prior=[share, 1.0]) == pytest.approx(exact, rel=1e-11)
+
+
+@pytest.mark.parametrize("prior", [[1e-320, 1.0], [1e-301, 1.0], [1e308, 1e-5]])
+def test_classes_too_rare_for_float64_are_refused(prior):
+    for call in (false_negative_rate, lambda p: coverage_probability(2, prior=p), lambda p: expected_draws(prior=p)):
+        with pytest.raises(ValueError, match=r"at least 1e-300 of the sum.*Leave such classes out"):
+            call(prior)
+
+
+def test_draws_beyond_64_bits_are_refused():
+    with pytest.raises(ValueError, match="num_draws must be integers below 2\\^63"):
+        coverage_probability(2**63, num_classes=2)

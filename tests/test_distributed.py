@@ -139,7 +139,7 @@ def statistics_average_to_those_of_the_whole_batch(rank: int):
         local = z1[_mine(rank, PAIRS)], z2[_mine(rank, len(z2))]
         _, stats = loss.function(*local, **_shard(rank, options), group=dist.group.WORLD)
         assert stats.empty_rows == whole.empty_rows == 0
-        fields = vars(whole)
+        fields = {name: x for name, x in vars(whole).items() if isinstance(x, Tensor)}
         ours = torch.stack([vars(stats)[name].double() for name in fields])
         yield _case_name(loss, usage, backend), *_averaged([ours]), torch.stack([x.double() for x in fields.values()])
 

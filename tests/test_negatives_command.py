@@ -145,3 +145,36 @@ def test_sweep_on_digits_trains_with_every_loss(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "negatives-digits.json").read_text())["rows"]
     assert [row["loss"] for row in rows] == negatives.PAIR_LOSSES and {row["batch"] for row in rows} == {64}
     assert all(row["accuracy"] > 0.2 and row["supervised_loss"] < row["upper_bound"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("1\n" + "2" * 131_073 + "\n", "line 2: this is no CSV of class counts"),
+        ("1e-320\n1\n", "at least 1e-300 of the sum"),
+        ("1\n" + "x" * 1000 + "\n", "line 2: expected a class count"),
+        ("1\nnan\n", "finite"),
+        ("1\n-1\n", "non-negative"),
+    ],
+)
+def test_counts_that_are_none_end_in_a_sentence(text, says, tmp_path, capsys):
+    path = tmp_path / "counts.csv"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["negatives", "--counts", str(path)])
+    error = capsys.readouterr().err
+    assert says in error and len(error) < 1000
+
+
+@pytest.mark.parametrize("options", [["--classes", str(10**30)], ["--classes", "5", "--batch-sizes", str(10**19)]])
+def test_numbers_beyond_reason_end_in_a_sentence(options, capsys):
+    with pytest.raises(SystemExit):
+        main(["negatives", *options])
+    assert "error: " in capsys.readouterr().err
+
+
+def test_counts_near_the_largest_number_are_counts(tmp_path, capsys):
+    path = tmp_path / "counts.csv"
+    path.write_text("1e308\n1e308\n")
+    main(["negatives", "--counts", str(path)])
+    assert "2 classes, equally frequent; 3.0 draws" in capsys.readouterr().out

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 
 import contrastive_ext
 from contrastive_ext import native
@@ -75,7 +80,7 @@ def pure_wheel(tmp_path_factory: pytest.TempPathFactory, torch_less: Path) -> zi
 def test_without_torch_a_pure_python_wheel_is_built_that_says_what_is_missing(pure_wheel: zipfile.ZipFile) -> None:
     assert Path(str(pure_wheel.filename)).name.endswith("-py3-none-any.whl")
     note = pure_wheel.read("contrastive_ext/_native_not_built.txt").decode()
-    assert "torch is missing" in note and "pip install --no-build-isolation ." in note
+    assert "torch is missing" in note and "pip install --no-build-isolation --no-cache-dir ." in note
 
 
 def test_wheel_holds_the_package_its_types_and_its_license_and_nothing_else(pure_wheel: zipfile.ZipFile) -> None:
@@ -152,3 +157,141 @@ def test_a_library_that_is_absent_or_damaged_is_a_reason_and_not_an_error(tmp_pa
     damaged.write_bytes(b"not a library")
     path, reason = native._load(tmp_path)
     assert path == damaged and reason is not None and "failed to load" in reason
+
+
+OURS = {"version": contrastive_ext.__version__, "cpu_isa": "generic"}
+
+
+def register(namespace: str, info: dict[str, str] | None, operators: dict[str, str]) -> torch.library.Library:
+    """What a library does when it is loaded."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for name, schema in operators.items():
+        library.define(f"{name}{schema}")
+    if info is not None:
+        library.define("native_build_info() -> str")
+        library.impl("native_build_info", lambda: json.dumps(info), "CompositeExplicitAutograd")
+    return library
+
+
+@pytest.mark.parametrize(
+    "info, operators, says",
+    [
+        (OURS, {}, None),
+        (OURS | {"cuda_archs": "9.0a"}, native.CUDA_OPERATORS, None),
+        (None, {}, "none of our operators"),
+        ({"cpu_isa": "generic"}, {}, "of version unknown"),
+        ({"version": "0.0.9"}, {}, "of version 0.0.9"),
+        (OURS, {"top_columns_cpu": ""}, "no operator top_columns_cpu"),
+        (OURS, {"top_columns_cpu": "(Tensor scorers) -> Tensor"}, "top_columns_cpu takes other arguments"),
+        (OURS | {"cuda_archs": "9.0a"}, {}, "no operator row_stats_forward_cuda"),
+    ],
+    ids=["ours", "ours with CUDA", "foreign", "without version", "older", "lacks one", "other arguments", "lacks CUDA"],
+)
+def test_a_library_of_other_sources_is_told_apart(request, info, operators, says) -> None:
+    namespace = "contrastive_ext_" + request.node.callspec.id.replace(" ", "_")
+    registered = {name: schema for name, schema in (native.OPERATORS | operators).items() if schema}
+    library = register(namespace, info, registered)
+    differs = native._what_differs(namespace)
+    assert differs is None if says is None else says in str(differs)
+    library._destroy()
+
+
+@needs_compiler
+def test_a_foreign_library_makes_cpu_unavailable_and_auto_says_how_to_mend_it(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    library = tree / "contrastive_ext" / "_C.abi3.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tree / "csrc" / "probe.cpp"], check=True)
+    program = (
+        "import contrastive_ext as ce, torch, warnings\n"
+        "print(ce.available_backends())\n"
+        "print(ce.explain(torch.ones(2, 3)))\n"
+        "warnings.simplefilter('always')\n"
+        "z = torch.randn(4, 3, requires_grad=True)\n"
+        "for _ in range(2): ce.fused_infonce_loss(z, z.flip(0)).backward()\n"
+    )
+    done = run_python("-c", program, cwd=tree)
+    assert done.returncode == 0, done.stderr
+    backends, chosen, *_ = done.stdout.splitlines()
+    assert "'cpu'" not in backends and chosen.endswith("takes 'torch':")
+    assert "_C.abi3.so was not built from these sources (it registers none of our operators)" in done.stdout
+    assert done.stderr.count("UserWarning") == 1 and "backend 'torch' computes" in done.stderr
+    assert "pip install --no-build-isolation --no-cache-dir ." in done.stderr
+
+
+def test_the_library_of_this_checkout_is_of_these_sources() -> None:
+    """A stale one would skip the tests of the `cpu` backend instead of failing them."""
+    if not list(Path(native.__file__).parent.glob("_C*.so")):
+        pytest.skip("native kernels are not built")
+    assert native.why_missing() is None
+    assert native.build_info()["version"] == contrastive_ext.__version__
+
+
+@pytest.fixture
+def _no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_loaded", lambda: (None, f"native kernels are not built; {native.HOW_TO_BUILD}"))
+
+
+@needs_compiler
+@pytest.mark.usefixtures("_no_library")
+def test_auto_says_once_that_the_fast_backend_could_be_had() -> None:
+    z = torch.randn(6, 4)
+    with pytest.warns(
+        UserWarning, match=r"'torch' computes.*setuptools>=77.*--no-build-isolation --no-cache-dir"
+    ) as said:
+        contrastive_ext.fused_infonce_loss(z, z.flip(0))
+        contrastive_ext.fused_bayesian_loss(z, z.flip(0))
+    assert len(said) == 1
+
+
+@pytest.mark.usefixtures("_no_library")
+def test_auto_is_silent_where_the_fast_backend_cannot_be_had_or_torch_was_asked_for(monkeypatch) -> None:
+    z = torch.randn(6, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        contrastive_ext.fused_infonce_loss(z, z.flip(0), backend="torch")
+        with monkeypatch.context() as without_compiler:
+            without_compiler.setattr(shutil, "which", lambda name: None)
+            contrastive_ext.fused_infonce_loss(z, z.flip(0))
+        monkeypatch.setattr(
+            native, "_loaded", lambda: (None, "because CONTRASTIVE_EXT_NATIVE=0 was set; for them: ...")
+        )
+        contrastive_ext.fused_infonce_loss(z, z.flip(0))
+
+
+def test_setup_the_package_and_the_readme_name_the_same_command() -> None:
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    (how_to,) = re.findall(r"^HOW_TO = \(.*?\n(.*?)^\)", setup, re.MULTILINE | re.DOTALL)
+    assert ast.literal_eval(f"({how_to})") == native.HOW_TO_BUILD
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(command in readme for command in re.findall(r"pip install [^&]*[^& ]", native.HOW_TO_BUILD))
+
+
+def site_with(folder: Path, code: str) -> dict[str, str]:
+    """An environment whose interpreters first run `code`."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
+@needs_compiler
+def test_a_free_threaded_python_gets_a_library_of_its_own(tmp_path: Path) -> None:
+    """It has no limited API; setuptools refuses to build for one there."""
+    as_if = site_with(
+        tmp_path / "site",
+        "import sysconfig\n"
+        "known = sysconfig.get_config_var\n"
+        "sysconfig.get_config_var = lambda name: 1 if name == 'Py_GIL_DISABLED' else known(name)\n",
+    )
+    wheel = build_wheel(copy_tree(tmp_path / "tree"), **as_if)
+    assert "abi3" not in wheel.name and "none-any" not in wheel.name
+    (library,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("contrastive_ext/_C"))
+    assert "abi3" not in library
+
+
+def test_a_setuptools_too_old_for_the_metadata_is_a_sentence(tmp_path: Path) -> None:
+    as_if = site_with(tmp_path / "site", "import setuptools\nsetuptools.__version__ = '65.5.0'\n")
+    done = run_python("setup.py", "-q", "egg_info", cwd=copy_tree(tmp_path / "tree"), **as_if)
+    assert done.returncode != 0
+    (line,) = done.stderr.splitlines()
+    assert line.endswith('setuptools 65.5.0 cannot read pyproject.toml; first run: pip install "setuptools>=77"')

@@ -32,12 +32,12 @@ def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> 
     lse, aux = u.new_empty(n), u.new_empty(6 if diagnostics else 1, n)
     axis = u.new_empty(3, n) if ranking.bins else u.new_empty(0)
     below = u.new_empty(n, ranking.bins + 1) if ranking.bins else u.new_empty(0)
-    for rows, s, keep in _blocks(problem):
+    for rows, s, keep in blocks(problem):
         count = keep.sum(1).to(s.dtype)
         if ranking.bins:
             axis[:, rows], below[rows] = _count_bins(s, keep, count, ranking.bins)
         weight = _weight(ranking, s, keep, count, _Table.of(rows, axis, below))
-        terms = _log_terms(s, keep, weight)
+        terms = log_terms(s, keep, weight)
         lse[rows] = terms.logsumexp(1)
         aux[0, rows] = count
         if diagnostics:
@@ -56,7 +56,7 @@ def ranked_backward(
     dv = torch.zeros_like(v) if need_v or (need_u and problem.one_set) else None
     # a row without negatives: exp(s - inf) = 0, not NaN
     lse = stats.lse.masked_fill(stats.lse == -torch.inf, torch.inf)
-    for rows, s, keep in _blocks(problem):
+    for rows, s, keep in blocks(problem):
         weight = _weight(ranking, s, keep, stats.aux[0, rows], _Table.of(rows, stats.axis, stats.below))
         w = (s - lse[rows, None]).exp_().mul_(weight).mul_(grad_lse[rows, None]).where(keep, 0.0)
         if du is not None:
@@ -84,11 +84,11 @@ def ranks_of(s: Tensor, keep: Tensor) -> Tensor:
     return ranks.where(keep, 0)
 
 
-def _blocks(problem: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Row slice, logits and mask of negatives of every block of whole rows."""
+def blocks(problem: Problem, height: int = 0) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row slice, logits and mask of negatives of every block of whole rows, `height` of them or as many as pay."""
     u, v, pairs = problem.u * problem.scale, problem.columns, problem.pairs
     elements = BLOCK_ELEMENTS.get(u.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-    height = max(1, elements // max(1, pairs.num_columns))
+    height = height or max(1, elements // max(1, pairs.num_columns))
     for i in range(0, pairs.num_rows, height):
         rows, columns = slice(i, min(i + height, pairs.num_rows)), slice(0, pairs.num_columns)
         s = u[rows] @ v.T
@@ -142,5 +142,5 @@ def _nothing(u: Tensor, ranking: Ranking, diagnostics: bool) -> RankedStatistics
     return RankedStatistics(u.new_full((n,), -torch.inf), aux if diagnostics else aux[:1].clone(), axis, below)
 
 
-def _log_terms(s: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
+def log_terms(s: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
     return (s + weight.log()).where(keep, -torch.inf)

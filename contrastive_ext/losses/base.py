@@ -146,8 +146,8 @@ def fused_row_loss(
     logit_scale  1/temperature instead (CLIP style), a float or a 0-d tensor; either tensor may be [1], as FSDP keeps it
     layout       "two_view": 2B anchors against all 2B rows; "one_way": z1 against z2; "symmetric": z1 against z2 and
                  back (CLIP)
-    queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way); [0, D]
-                 is no queue
+    queue        [K, D] tensor or NegativeQueue: more negatives, no gradient, used as given (two_view, one_way): with
+                 `normalize` its rows should have unit length, as a NegativeQueue makes them; [0, D] is no queue
     ids, labels  [B] integers > -2^63 + 2 (one_way with more columns: [M]), two names of one thing: columns with the
                  anchor's id are never its negatives, whatever image they show
     queue_ids    [K] integers, the ids of a queue given as a tensor
@@ -217,7 +217,7 @@ def fused_row_loss(
         if diagnostics is None:
             return loss
         rounding = torch.cat([batch.rounding() for batch in batches])
-        return loss, summarize(stats, diagnostics, row_loss.clamped(stats), rounding)
+        return loss, summarize(stats, diagnostics, row_loss.clamped(stats), rounding, normalize)
 
 
 def check_values(

@@ -26,7 +26,7 @@ from ..detection import Candidates, Detected, Lists, detect
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair, softplus
 from ..pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
-from ..queue import NegativeQueue
+from ..queue import NegativeQueue, check_lengths
 from ..row_stats import row_stats
 from .base import REDUCTIONS
 from .supcon import image_labels
@@ -109,6 +109,7 @@ def fused_false_negative_loss(
     """
     check_values(mode, top_k, threshold, aggregate, reduction, backend)
     labels = _check(views, support, keys, queue, labels)
+    check_lengths(queue, normalize)
     with numerics.without_autocast(views):
         batch = _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize)
         path = _dense if backend == dispatch.REFERENCE else _streamed

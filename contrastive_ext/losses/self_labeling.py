@@ -134,7 +134,7 @@ def fused_self_labeling_loss(
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
         keys = [KeySet(operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
-        keys += queue_sets(queue, q)
+        keys += queue_sets(queue, q, normalize)
         x, mixing = operand(q, normalize), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)

@@ -22,7 +22,7 @@ from ..checks import check_choice, check_number, check_tensor
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair
 from ..pairs import UNFILLED
-from ..queue import NegativeQueue
+from ..queue import NegativeQueue, check_lengths
 from ..row_stats import row_stats
 from ..stats import Record
 from .base import REDUCTIONS
@@ -85,7 +85,7 @@ def fused_soft_target_loss(
         raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")
     with numerics.without_autocast(queries):
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, queries)
-        sets = [_given_keys(keys, queries, normalize), *queue_sets(queue, queries)]
+        sets = [_given_keys(keys, queries, normalize), *queue_sets(queue, queries, normalize)]
         path = _dense if backend == dispatch.REFERENCE else _streamed
         x, u = operand(queries, normalize), operand(teacher, normalize).detach()
         losses, stats = path(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
@@ -199,24 +199,25 @@ def _union(one: KeyStatistics, other: KeyStatistics) -> KeyStatistics:
     return KeyStatistics(lse, one.number + other.number, torch.maximum(one.largest, other.largest), mean)
 
 
-def queue_sets(queue: Tensor | NegativeQueue | None, like: Tensor) -> list[KeySet]:
+def queue_sets(queue: Tensor | NegativeQueue | None, like: Tensor, normalize: bool) -> list[KeySet]:
     """The queue beside other keys; without a queue, or with an empty tensor, none."""
-    held = [] if queue is None else [queue_set(queue, like)]
+    held = [] if queue is None else [queue_set(queue, like, normalize)]
     return [keys for keys in held if keys.v.shape[0] > 0]
 
 
-def queue_set(queue: Tensor | NegativeQueue, like: Tensor, name: str = "queue") -> KeySet:
-    """The columns of a queue, used as given; `like` is a vector of the batch as the caller passed it."""
+def queue_set(queue: Tensor | NegativeQueue, like: Tensor, normalize: bool, name: str = "queue") -> KeySet:
+    """The columns of a queue, used as given; `like` is a vector of the batch, which the loss will `normalize`."""
     keys, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
     if not isinstance(keys, Tensor):
         raise TypeError(f"{name} must be a tensor or a NegativeQueue; got {type(keys).__name__}.")
     check_queue(keys, like.shape[1], like.device, name)
+    check_lengths(queue, normalize, name)
     return KeySet(operand(keys.detach(), False, like.dtype), ids=ids)
 
 
 def _given_keys(keys: Tensor | NegativeQueue, queries: Tensor, normalize: bool) -> KeySet:
     if isinstance(keys, NegativeQueue):
-        return queue_set(keys, queries, "keys")
+        return queue_set(keys, queries, normalize, "keys")
     check_vectors({"queries": queries, "keys": keys})
     return KeySet(operand(keys, normalize).detach(), unit=normalize)
 

@@ -26,6 +26,7 @@ _BLOCK = 32  # points of a sum at a time, times the different probabilities; of 
 _SMALLEST_STEP = 2**-12
 _TOLERANCE = 1e-13  # between two steps of the quadrature, whose error at the second is about the square
 _NEGLIGIBLE = 42.0  # e^-42 is far below an ulp
+_SMALLEST_SHARE = 1e-300  # of a class among the draws; its inverse, times a few, must be finite
 _LARGEST_COVERAGE = 1 - 1e-12  # closer to 1 rounding decides
 
 
@@ -61,8 +62,9 @@ def coverage_probability(
     prior        [C] non-negative weights, for instance class counts; divided by their sum
     Returns      float64 tensor of the shape of num_draws, to a relative error of about 1e-13. A class of weight 0 is
                  never drawn: 0
-    Raises       ValueError on weights that are negative, not finite or all 0, on negative draws, and unless exactly one
-                 of num_classes and prior is given; TypeError on draws that are not integers
+    Raises       ValueError on weights that are negative, not finite, all 0, or positive below 1e-300 of their sum, on
+                 draws outside 0 to 2^63 - 1, and unless exactly one of num_classes and prior is given; TypeError on
+                 draws that are not integers
     Cost         O(U) for U different probabilities, whatever n is
     Paper        Nozawa & Sato, NeurIPS 2021, arXiv:2102.06866
     """
@@ -138,6 +140,8 @@ def num_negatives_for(
 ) -> int:
     """Smallest number of negatives K for which anchor and negatives show every class with probability `coverage`.
 
+    Beyond 2^53 to the precision of float64.
+
     coverage             in (0, 1 - 1e-12]
     num_classes, prior   as in `coverage_probability`
     Raises               ValueError also if a class has weight 0: no number of negatives covers it
@@ -158,18 +162,19 @@ def num_negatives_for(
     low, high = 0.0, 1.0
     while not arrivals_are_enough(high):
         low, high = high, 2 * high
-    while high - low > 0.5:
+    while high - low > max(0.5, math.ulp(high)):
         middle = (low + high) / 2
         low, high = (low, middle) if arrivals_are_enough(middle) else (middle, high)
     guess = max(classes.num_classes, round(high))
 
-    step, enough, too_few = 1, guess, guess
+    one = max(1, int(math.ulp(float(guess))))  # draws are told apart to the precision of float64
+    step, enough, too_few = one, guess, guess
     while not is_enough(enough):
         too_few, enough, step = enough, enough + step, 2 * step
     if enough == guess:
         while is_enough(too_few):
             enough, too_few, step = too_few, too_few - step, 2 * step
-    while enough - too_few > 1:
+    while enough - too_few > one:
         half = (enough + too_few) // 2
         enough, too_few = (half, too_few) if is_enough(half) else (enough, half)
     return enough - 1
@@ -201,7 +206,7 @@ def _saddle_point(n: int, classes: _Prior) -> float:
 def _probability_of_sum(n: int, r: float, rates: Tensor, log_positive: float, classes: _Prior) -> float:
     """P(S = n) = 1/M sum_k phi(2 pi k/M) e^{-2 pi i k n/M}, which also counts S = n + M, n + 2 M, ..."""
     mean = rates / -torch.expm1(-rates)
-    variance = float(classes.sum(mean * (1 + rates - mean)))
+    variance = float(classes.sum(mean * (1 - rates / torch.expm1(rates))))  # 1 + rates - mean, at any rate
     # Bennett: P(S >= n + x) <= e^{-v h(x/v)}, v = min(2 variance, r), h(u) = (1 + u) ln(1 + u) - u; below n Gaussian.
     # x = M is beyond e^-50.
     half = math.ceil(20 + 5 * math.sqrt(min(2 * variance, r)))
@@ -210,7 +215,8 @@ def _probability_of_sum(n: int, r: float, rates: Tensor, log_positive: float, cl
     # it, because |e^z - 1| <= min(|z|, 2) for Re z <= 0. So the sum may end with a block that ends below e^-50.
     log_beyond = float(classes.sum(torch.log(rates.clamp(max=2.0) / torch.expm1(rates.clamp(max=700.0)))))
     total = 0.0
-    for k in torch.arange(half + 1, dtype=torch.float64).split(_BLOCK):
+    for begin in range(0, half + 1, _BLOCK):
+        k = torch.arange(begin, min(begin + _BLOCK, half + 1), dtype=torch.float64)
         theta = 2 * math.pi / num_points * k
         # phi_c = e^{lambda (w - 1)} (1 - e^{-lambda w})/(1 - e^{-lambda}), w = e^{i theta}. The first factors are
         # e^{r (w - 1)} together. Where the clamp acts, phi_c is below e^-300.
@@ -221,12 +227,25 @@ def _probability_of_sum(n: int, r: float, rates: Tensor, log_positive: float, cl
         real, imaginary = 2 * e * sine_squared - torch.expm1(x), -e * y.sin()
         size = _log(torch.hypot(real, imaginary), e * (e - 2 + 4 * sine_squared), power=2)
         log_size = classes.sum(size) - log_positive - 2 * r * torch.sin(theta / 2).square()
-        angle = classes.sum(torch.atan2(imaginary, real)) + r * theta.sin() - n * theta
+        # r sin(theta) - n theta, of which only the difference is small
+        angle = classes.sum(torch.atan2(imaginary, real)) + r * _sin_excess(theta) + (r - n) * theta
         terms = log_size.exp() * angle.cos()
         total += float(terms.sum()) * 2 - (float(terms[0]) if k[0] == 0 else 0.0)  # phi(-theta) is the conjugate
         if theta[-1] <= math.pi / 2 and max(float(log_size[-1]), log_beyond) < -50:
             break
     return total / num_points
+
+
+def _sin_excess(x: Tensor) -> Tensor:
+    """sin x - x, also where both are nearly the same."""
+    square = x * x
+    series = (
+        -x
+        * square
+        / 6
+        * (1 - square / 20 * (1 - square / 42 * (1 - square / 72 * (1 - square / 110 * (1 - square / 156)))))
+    )
+    return torch.where(x < 0.5, series, x.sin() - x)
 
 
 def _log(q: Tensor, excess: Tensor, power: int = 1) -> Tensor:
@@ -243,7 +262,7 @@ def _stirling_error(n: int) -> float:
     """ln n! - ln(sqrt(2 pi n) n^n e^-n)."""
     if n < 16:
         return math.lgamma(n + 1) - (n + 0.5) * math.log(n) + n - 0.5 * math.log(2 * math.pi)
-    square = n * n
+    square = float(n) ** 2 if n < 1e150 else math.inf
     return (1 / 12 - (1 / 360 - (1 / 1260 - (1 / 1680 - 1 / (1188 * square)) / square) / square) / square) / n
 
 
@@ -284,12 +303,22 @@ def _classes(num_classes: int | None, prior: Sequence[float] | Tensor | None) ->
         raise ValueError(f"prior must be a vector [C] of at least one class; got shape {list(weights.shape)}.")
     if not bool(weights.isfinite().all()) or bool((weights < 0).any()) or float(weights.sum()) == 0:
         raise ValueError(f"prior must be finite, non-negative and not all 0; got {weights.tolist()[:8]} ...")
-    distinct, multiplicity = (weights / weights.sum()).unique(sorted=True, return_counts=True)
+    share = weights / weights.max()  # the sum of the weights themselves may overflow
+    share /= share.sum()
+    if bool(((weights > 0) & (share < _SMALLEST_SHARE)).any()):
+        raise ValueError(
+            f"a class of prior must have at least {_SMALLEST_SHARE:g} of the sum, or none of it; got weights from "
+            f"{float(weights[weights > 0].min())} to {float(weights.max())}. Leave such classes out."
+        )
+    distinct, multiplicity = share.unique(sorted=True, return_counts=True)
     return _Prior(distinct, multiplicity.double())
 
 
 def _integers(values: int | Sequence[int] | Tensor, name: str) -> Tensor:
-    tensor = torch.as_tensor(values, device="cpu")
+    try:
+        tensor = torch.as_tensor(values, device="cpu")
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be integers below 2^63, in a rectangular array; got {values!r:.60}.") from error
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {tensor.dtype}.")
     if bool((tensor < 0).any()):

@@ -39,14 +39,19 @@ def read_counts(path: Path) -> Tensor:
     """
     counts: list[float] = []
     with path.open(newline="") as file:
-        for number, cells in enumerate(csv.reader(file), start=1):
-            if not any(cell.strip() for cell in cells):
-                continue
-            try:
-                counts.append(float(cells[-1]))
-            except ValueError:
-                if number > 1:
-                    raise ValueError(f"{path}, line {number}: expected a class count, got {cells[-1]!r}.") from None
+        lines = csv.reader(file)
+        try:
+            for number, cells in enumerate(lines, start=1):
+                if not any(cell.strip() for cell in cells):
+                    continue
+                try:
+                    counts.append(float(cells[-1]))
+                except ValueError:
+                    if number > 1:
+                        got = f"{cells[-1]!r:.60}"
+                        raise ValueError(f"{path}, line {number}: expected a class count, got {got}.") from None
+        except csv.Error as error:  # a field of more than 131,072 characters, a NUL
+            raise ValueError(f"{path}, line {lines.line_num}: this is no CSV of class counts ({error}).") from error
     if not any(counts):
         raise ValueError(f"{path} holds no class counts; expected one line per class, the count in the last column.")
     return torch.tensor(counts, dtype=torch.float64)
