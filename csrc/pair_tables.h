@@ -80,8 +80,8 @@ class PairTables {
   void number_ids() {
     std::vector<int64_t> distinct{kUnfilled};  // sorts first: kUnfilledId
     if (in_.row_ids) distinct.insert(distinct.end(), in_.row_ids, in_.row_ids + in_.num_rows);
-    if (in_.col_ids && in_.col_ids != in_.row_ids)
-      distinct.insert(distinct.end(), in_.col_ids, in_.col_ids + in_.num_columns);
+    // both, whatever memory they share: the rows' ids may be the beginning of the columns'
+    if (in_.col_ids) distinct.insert(distinct.end(), in_.col_ids, in_.col_ids + in_.num_columns);
     std::sort(distinct.begin(), distinct.end());
     distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
     const auto number = [&](const int64_t* ids, int64_t count, int32_t missing) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,3 +137,13 @@ IDS, GUIDE = torch.zeros(3, dtype=torch.int64), (torch.ones(3, 2), torch.ones(3,
 def test_what_cannot_be_meant_raises(arguments, says):
     with pytest.raises(ValueError, match=says):
         ce.fused_infonce_loss(torch.ones(3, 4), torch.ones(3, 4), **arguments)
+
+
+def test_ids_of_more_columns_than_rows(run):
+    """The rows' ids are the beginning of the columns', in the same memory: each side is looked up by value."""
+    eye = torch.eye(6, dtype=torch.float64, device=run[1])
+    a, b = eye[:2], eye[:4]
+    ids = torch.tensor([5, 6, 0, 1], device=run[1])
+    ours = ce.fused_infonce_loss(a, b, 1.0, layout="one_way", ids=ids, reduction="none", backend=run[0])
+    expected = torch.full((2,), math.log1p(3 / math.e), dtype=torch.float64, device=run[1])
+    torch.testing.assert_close(ours, expected)
