@@ -285,6 +285,10 @@ def _debiased_tail(how: Arithmetic, p: Problem, log_sum_exp: Tensor, tau: float)
         size = (1 + hidden.clamp(max=1e3) + how.largest_logit) / (1 - tau)
         how.decided(distance, exists, size)
         near = distance.abs() < 64 * torch.finfo(how.decides).eps * size
+        # raw is a difference: its relative error is that of its terms, as much larger as they are
+        steep = (raw + 2 * hidden / (1 - tau)) / raw
+        steepest = max([0.0, *steep[exists & ~clamped].tolist()])
+        how.blur = max(how.blur, steepest * how.largest_logit * torch.finfo(how.decides).eps)
     p.on_floor = (clamped & ~near & exists, (clamped | near) & exists)
     ratio = torch.zeros_like(log_sum_exp)
     if tau > 0:  # e^{c - lse + log tau N}: below 1 in every row that is not on the floor
@@ -323,7 +327,7 @@ def bayesian(
         exact = weight(u, 1 - u)
         blur = torch.finfo(how.decides).eps * b * b / (b * b + 4 * a * u).clamp(min=torch.finfo(how.decides).eps)
         for moved in (weight(u, 1 - u, blur), weight(u * (1 - rounding), 1 - u * (1 - rounding))):
-            how.blur += (moved / exact - 1)[p.negative & (exact > 0)].abs().amax(0, keepdim=True).sum().item()
+            how.blur += max([0.0, *(moved / exact - 1).abs()[p.negative & (exact > 0)].tolist()])
     u, low = u.to(p.logits.dtype), (1 - u).to(p.logits.dtype)
     omega = weight(u, low)
     weightless = p.negative & (omega <= 0)  # the highest rank with beta = eps = 0: a negative that counts for nothing
