@@ -25,14 +25,20 @@ def possible_pairs(factors: Mapping[str, Sequence[Level]], allowed: Allowed) -> 
     }
 
 
-def covering_array(factors: Mapping[str, Sequence[Level]], allowed: Allowed, seed: int = 0, tries: int = 8) -> list[Case]:
+def covering_array(factors: Mapping[str, Sequence[Level]], allowed: Allowed, seed: int = 0, tries: int = 6) -> list[Case]:
     """Greedy: the case that holds most of the missing pairs, of a few that are built around one of them."""
     rng = random.Random(seed)
     missing = dict.fromkeys(sorted(possible_pairs(factors, allowed), key=repr))
     cases: list[Case] = []
     while missing:
         wanted = next(iter(missing))
-        grown = [case for _ in range(tries) if (case := _grow(dict(wanted), factors, allowed, missing, rng)) is not None]
+        grown: list[Case] = []
+        for _ in range(20 * tries):  # a case may grow into a dead end
+            case = _grow(dict(wanted), factors, allowed, missing, rng)
+            if case is not None:
+                grown.append(case)
+            if len(grown) == tries:
+                break
         if not grown:
             raise ValueError(f"no case holds {wanted}: a rule about these two is missing.")
         best = max(grown, key=lambda case: sum(pair in missing for pair in pairs_of(case)))
@@ -50,12 +56,17 @@ def random_case(factors: Mapping[str, Sequence[Level]], allowed: Allowed, rng: r
 
 
 def _grow(case: Case, factors, allowed: Allowed, missing: Mapping, rng: random.Random) -> Case | None:
-    """Complete a case one factor after another, each at the allowed level that meets most missing pairs."""
+    """Complete a case one factor after another, each at the allowed level that meets most missing pairs.
+
+    The first factor, on which the others depend, is decided first.
+    """
     if not allowed(case):
         return None
-    order = [name for name in factors if name not in case]
-    rng.shuffle(order)
-    for name in order:
+    first, *others = factors
+    rng.shuffle(others)
+    for name in [first, *others]:
+        if name in case:
+            continue
         levels = [x for x in factors[name] if allowed({**case, name: x})]
         if not levels:
             return None

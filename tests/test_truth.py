@@ -7,6 +7,7 @@ meet in at least one of them. `make fuzz` draws further ones at random.
 from __future__ import annotations
 
 import inspect
+import warnings
 from itertools import chain
 
 import pytest
@@ -59,15 +60,16 @@ def _check(item, names: list[str]) -> None:
     family, case, seed = item
     call, truth, dense, upstream = drawn(family, case, seed)
     failures = []
-    for name in set(names) & set(backends(case)):
+    for name in [x for x in names if x in backends(case)]:
         try:
-            compare(call, ours(call, name, upstream), dense, truth)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # rows on the debiasing floor, raw queues: other tests ask for them
+                compare(call, ours(call, name, upstream), dense, truth)
         except AssertionError as error:
             failures.append(f"{name}: {error}")
     assert not failures, "\n".join([spoken(family, case), *failures])
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("item", CASES, ids=_id)
 def test_loss_gradients_and_statistics_are_the_truth(item):
     _check(item, ON_THE_CPU)
@@ -83,7 +85,6 @@ def _triton():
     return [pytest.param(item, id=_id(item), marks=marks) for item in few]
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("item", _triton())
 def test_triton_computes_the_truth(item):
     _check(item, ["triton"])
