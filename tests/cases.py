@@ -29,7 +29,11 @@ class Factor:
 
 @dataclass(frozen=True)
 class Family:
-    """Losses of one signature. functions: by name (function, module, fixed arguments); inputs: their positional names."""
+    """Losses of one signature.
+
+    functions  by name (function, module, fixed arguments)
+    inputs     keywords without which there is no call
+    """
 
     name: str
     functions: dict[str, tuple[Callable, type, dict]]
@@ -98,7 +102,8 @@ def how_called(case: Mapping, operands: torch.dtype | None = None) -> dict:
     return {
         "dtype": dtype, "operands": operands or dtype, "normalize": case["normalize"], "reduction": case["reduction"],
         "return_stats": case["return_stats"], "as_module": case["as_module"], "autocast": case["autocast"],
-        "exact": case["kind"] == "lattice" or (case["normalize"] and case["shape"][-1] == 1), "group": case.get("group", False),
+        "exact": case["kind"] == "lattice" or (case["normalize"] and case["shape"][-1] == 1),
+        "group": case.get("group", False),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Factors and calls, as in cases.py, of the losses that take no pairs: views (FNC), labels (SupCon), keys (SANE, SEED)."""
+"""Factors and calls, as in cases.py, of losses that take no pairs: views (FNC), labels (SupCon), keys (SANE, SEED)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ import torch
 import contrastive_ext as ce
 import truth
 import truth_of_sets
-from cases import COMMON, DTYPES, SCALE, SCALE_WITHOUT_LOGIT_SCALE, Factor, Family, common_rules, how_called
-from cases import may_overwrite, plain_arguments, scale_of
+from cases import (
+    COMMON,
+    DTYPES,
+    SCALE,
+    SCALE_WITHOUT_LOGIT_SCALE,
+    Factor,
+    Family,
+    common_rules,
+    how_called,
+    may_overwrite,
+    plain_arguments,
+    scale_of,
+)
 from draw import Draw
 from truth_check import Call
 
@@ -170,7 +181,9 @@ def sane_call(case: Mapping, seed: int) -> Call:
 
     held = queue.data if isinstance(queue, ce.NegativeQueue) else queue
     overwrite = [] if held is None else [held]
-    return Call(*SANE["sane"][:2], inputs, wanted, constants, true, overwrite=may_overwrite(case, overwrite), **how_called(case))
+    return Call(
+        *SANE["sane"][:2], inputs, wanted, constants, true, overwrite=may_overwrite(case, overwrite), **how_called(case)
+    )
 
 
 # soft targets
@@ -211,7 +224,9 @@ def soft_call(case: Mapping, seed: int) -> Call:
         )  # fmt: skip
 
     overwrite = [x.data if isinstance(x, ce.NegativeQueue) else x for x in (keys, queue) if x is not None]
-    return Call(*SOFT["soft"][:2], inputs, wanted, constants, true, overwrite=may_overwrite(case, overwrite), **how_called(case))
+    return Call(
+        *SOFT["soft"][:2], inputs, wanted, constants, true, overwrite=may_overwrite(case, overwrite), **how_called(case)
+    )
 
 
 VIEWS = Family("views", FNC, ("views",), FNC_FACTORS, fnc_rules, fnc_call)

@@ -25,7 +25,9 @@ def possible_pairs(factors: Mapping[str, Sequence[Level]], allowed: Allowed) -> 
     }
 
 
-def covering_array(factors: Mapping[str, Sequence[Level]], allowed: Allowed, seed: int = 0, tries: int = 6) -> list[Case]:
+def covering_array(
+    factors: Mapping[str, Sequence[Level]], allowed: Allowed, seed: int = 0, tries: int = 6
+) -> list[Case]:
     """Greedy: the case that holds most of the missing pairs, of a few that are built around one of them."""
     rng = random.Random(seed)
     missing = dict.fromkeys(sorted(possible_pairs(factors, allowed), key=repr))
@@ -72,7 +74,7 @@ def _grow(case: Case, factors, allowed: Allowed, missing: Mapping, rng: random.R
             return None
         rng.shuffle(levels)
 
-        def gain(level, name=name):
+        def gain(level, name=name, case=case):
             return sum(tuple(sorted([(name, level), other])) in missing for other in case.items())
 
         case = {**case, name: max(levels, key=gain) if missing else levels[0]}

@@ -15,7 +15,7 @@ SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 class Draw:
     """Everything random about one call.
 
-    kind       "random", "peaked" (converged), "crowded" (mean cosine .99), "degenerate" (zero, opposite, identical rows),
+    kind       "random", "peaked" (converged), "crowded" (mean cosine .99), "degenerate" (zero, opposite, equal rows),
                "lattice" (multiples of a half: products are exact, ties are ties in every dtype)
     memory     how tensors lie: "shared" puts all of a dtype into one buffer, and all integers at its beginning
     operands   dtype that unit rows are rounded to
@@ -66,7 +66,7 @@ class Draw:
         return z
 
     def tensor(self, z: Tensor, dtype: torch.dtype | None = None, normalized: bool | None = None) -> Tensor:
-        """z in the call's dtype and memory; `normalized`: the call makes unit rows of it (default: if it normalises)."""
+        """z in the call's dtype and memory; `normalized`: the call makes unit rows of it (None: if it normalises)."""
         z = z.to(dtype or self.dtype)
         if self.normalize if normalized is None else normalized:
             z = self.clear_of_rounding(z)

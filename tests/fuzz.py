@@ -40,7 +40,7 @@ def drawn(family: Family, case: Case, seed: int) -> tuple[Call, Result, Result, 
 
 
 def backends(case: Case) -> list[str]:
-    """All that run here and take the case's dtype; Triton's interpreter knows no bfloat16, the reference no histogram."""
+    """All that run here and take the case; Triton's interpreter knows no bfloat16, the reference no histogram."""
     names = [name for name in ce.available_backends() if name != "cuda"]
     if (case.get("ranks") or ("",))[0] == "histogram":
         names.remove("reference")
@@ -84,10 +84,12 @@ def run(seed: int, only: str, names: list[str]) -> list[str]:
     failures = []
     for name in [x for x in backends(case) if not names or x in names]:
         try:
-            compare(call, ours(call, name, upstream), dense, truth)
+            compare(call, name, ours(call, name, upstream), dense, truth)
         except Exception as error:
             said = " ".join(str(error).split())
-            failures.append(f"seed {seed} {name}: {type(error).__name__}: {said:.400}\n    {family.name}: {spoken(family, case)}")
+            failures.append(
+                f"seed {seed} {name}: {type(error).__name__}: {said:.400}\n    {family.name}: {spoken(family, case)}"
+            )
     return failures
 
 

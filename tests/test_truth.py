@@ -24,9 +24,7 @@ from truth_check import compare, ours
 SEEDS = {"pairs": (0, 1)}
 ARRAYS = {
     family.name: [
-        case
-        for seed in SEEDS.get(family.name, (0,))
-        for case in covering_array(family.levels, family.allowed, seed)
+        case for seed in SEEDS.get(family.name, (0,)) for case in covering_array(family.levels, family.allowed, seed)
     ]
     for family in FAMILIES
 }
@@ -64,7 +62,7 @@ def _check(item, names: list[str]) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # rows on the debiasing floor, raw queues: other tests ask for them
-                compare(call, ours(call, name, upstream), dense, truth)
+                compare(call, name, ours(call, name, upstream), dense, truth)
         except AssertionError as error:
             failures.append(f"{name}: {error}")
     assert not failures, "\n".join([spoken(family, case), *failures])

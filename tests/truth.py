@@ -3,7 +3,7 @@
 The same lines run in float64, which is the truth, and in the dtype under test, which is the dense formula the error
 rule compares with. What the package decides (who is cancelled, detected, ranked) is decided here in float64 from the
 operands' values, and every decision leaves its distance to the limit in `Arithmetic.clearance`: below 1 rounding could
-decide otherwise, and a test has to draw other numbers. The positive stays outside every sum, everything is in log space.
+decide otherwise, and a test has to draw other numbers. The positive stays outside every sum, all is in log space.
 """
 
 from __future__ import annotations
@@ -220,7 +220,9 @@ def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return None if a is None or b is None else torch.cat([a, b])
 
 
-def _block(how: Arithmetic, anchors: Side, columns: Side, scale: Tensor, partner_guides: Tensor | None, say: Cancelling):
+def _block(
+    how: Arithmetic, anchors: Side, columns: Side, scale: Tensor, partner_guides: Tensor | None, say: Cancelling
+):
     logits = scale * (anchors.vectors @ columns.vectors.T)
     candidate = (anchors.image[:, None] != columns.image) | (columns.image < 0)
     kept = candidate
@@ -259,9 +261,7 @@ def debiased(how: Arithmetic, p: Problem, tau_plus: float = 0.1) -> Tensor:
     return _debiased_tail(how, p, p.lse(), tau_plus)
 
 
-def hard(
-    how: Arithmetic, p: Problem, tau_plus: float = 0.1, beta: float = 1.0, detach_weights: bool = False
-) -> Tensor:
+def hard(how: Arithmetic, p: Problem, tau_plus: float = 0.1, beta: float = 1.0, detach_weights: bool = False) -> Tensor:
     how.saw(p.logits.detach(), 1 + beta)
     log_number = p.count.clamp(min=1).log()
     if detach_weights:
@@ -271,7 +271,7 @@ def hard(
 
 
 def _debiased_tail(how: Arithmetic, p: Problem, log_sum_exp: Tensor, tau: float) -> Tensor:
-    """log of max((e^log_sum_exp - tau N e^c)/(1 - tau), N e^{-1/t}) and the loss; rows below the floor get no gradient."""
+    """The loss of Ng = max((e^log_sum_exp - tau N e^c)/(1 - tau), N e^{-1/t}); below the floor there is no gradient."""
     log_number, exists = p.count.clamp(min=1).log(), p.negative.any(1)
     log_floor = log_number - p.scale
     with torch.no_grad():  # who is on the floor, from float64 exponents relative to the largest
@@ -323,7 +323,9 @@ def bayesian(
         omega = 2 * alpha * (1 - beta) * rest + 2 * (1 - alpha) * beta * phi
         return omega / (alpha * (1 - beta) + (1 - alpha) * beta + eps) / (b * rest + (2 - b) * phi)
 
-    with torch.no_grad():  # how exactly the dtype under test can know a weight: u is rounded, the root is of a difference
+    with (
+        torch.no_grad()
+    ):  # how exactly the dtype under test can know a weight: u is rounded, the root is of a difference
         exact = weight(u, 1 - u)
         blur = torch.finfo(how.decides).eps * b * b / (b * b + 4 * a * u).clamp(min=torch.finfo(how.decides).eps)
         for moved in (weight(u, 1 - u, blur), weight(u * (1 - rounding), 1 - u * (1 - rounding))):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from truth import Arithmetic, Outcome, log1p_exp, log_sum, unit
+from truth import Arithmetic, Outcome, log1p_exp, log_sum
 
 
 def false_negative(

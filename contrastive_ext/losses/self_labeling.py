@@ -203,10 +203,7 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
     k, everything = keys[0].v, dense_keys(keys)
     own = torch.eye(len(k), len(everything), dtype=torch.bool, device=k.device)
     logits = scale * (x @ everything.T)
-    own_logit, others = logits[: len(k)].diagonal(), logits[: len(k)].masked_fill(own, -torch.inf)
-    # CE(q, e) as log(1 + others/own): a converged row keeps its gradient
-    alone = len(everything) == 1
-    terms, labels = [0.0 * own_logit if alone else softplus(others.logsumexp(1) - own_logit)], None
+    terms, labels = [_instance_loss(logits[: len(k)], own)], None
     if mixing is not None:
         similarities = label_scale * (k @ everything.T)
         p = similarities.softmax(1)
@@ -219,8 +216,17 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
     if not return_stats:
         return terms, None
     with torch.no_grad():
-        wins = own_logit > others.amax(1)
+        own_logit = logits[: len(k)].diagonal()
+        wins = own_logit > logits[: len(k)].masked_fill(own, -torch.inf).amax(1)
         return terms, _stats(terms, wins, own_logit / scale, labels, k.new_tensor(float(len(everything))))
+
+
+def _instance_loss(logits: Tensor, own: Tensor) -> Tensor:
+    """CE(q, e) [s] as log(1 + others/own): a converged row keeps its gradient."""
+    own_logit = logits.diagonal()
+    if logits.shape[1] == 1:
+        return 0.0 * own_logit
+    return softplus(logits.masked_fill(own, -torch.inf).logsumexp(1) - own_logit)
 
 
 def _stats(terms, wins, similarity, labels: Labels | None, num_keys) -> SelfLabelingStats:
