@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ def upstream_like(loss: Tensor, gradients: dict[str, Tensor], dtype: torch.dtype
     upstream = upstream.sign() * (0.25 + upstream.abs())
     if dtype == torch.float16:
         largest = max(g.abs().max().item() for g in gradients.values() if g.dim())
-        power = 0 if largest == 0 else min(20, max(0, int(6 - torch.tensor(largest).log2().item())))
+        power = 0 if largest == 0 else min(20, max(0, int(6 - math.log2(largest))))
         upstream = upstream * 2.0**power
     return upstream.float().double()  # a number that float32 holds
 
