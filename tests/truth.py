@@ -29,6 +29,7 @@ class Arithmetic:
         self.named: set[str] = set()
         self.clearance = math.inf
         self.largest_logit = self.largest_entry = 0.0
+        self.means = False  # whether a mean of keys under a softmax enters the loss
         self.scale, self.blur = 1.0, 0.0  # blur: relative error that the dtype under test leaves in a weight
         self.logits: list[Tensor] = []  # every matrix that gradients pass through
 

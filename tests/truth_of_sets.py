@@ -145,6 +145,7 @@ def self_labeling(
     }  # fmt: skip
     if q_mix is None:
         return Outcome(instance, stats)
+    how.means = True
     with torch.no_grad():
         similarity = (scale / label_temperature) * (own_keys @ keys.T)
         how.saw(similarity)
@@ -171,7 +172,7 @@ def soft_target(
     teacher_temperature: float, keys_given: bool, queue: Tensor | None = None, queue_filled: Tensor | None = None,
 ) -> Outcome:  # fmt: skip
     """Cross-entropy of the student's distribution over the keys against the teacher's, which is constant."""
-    how.scale = scale.item()
+    how.scale, how.means = scale.item(), True
     x, t = how.rows("queries", queries), how.constant(teacher, how.normalize)
     sets = [how.constant(keys, how.normalize and not keys_given)[slice(None) if keys_filled is None else keys_filled]]
     if queue is not None:
