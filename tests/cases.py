@@ -140,7 +140,7 @@ PAIR_FACTORS = {
     "grad": Factor(("all", "z1", "z2")),
     "scale": SCALE,
     "queue": Factor(("none", "tensor", "float32", "held", "held part", "held ids", "held part ids half"), ("queue",)),
-    "ids": Factor(("none", "few", "wide", "int32", "uint8", "one", "labels few"), ("ids", "labels")),
+    "ids": Factor(("none", "few", "wide", "int32", "uint8", "one", "labels wide"), ("ids", "labels")),
     "queue_ids": Factor((False, True), ("queue_ids",)),
     "guide": Factor(("none", "random", "lattice", "self"), ("guide", "guide_queue")),
     "margin": Factor(

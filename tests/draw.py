@@ -108,11 +108,14 @@ class Draw:
         return view.copy_(z)
 
     def integers(self, style: str, *lengths: int) -> list[Tensor]:
-        """Vectors of ids of few classes; in shared memory the shorter ones are the beginnings of the longest."""
+        """Vectors of ids; in shared memory the shorter ones are the beginnings of the longest.
+
+        style  "few" classes; a dtype or "wide": so many that most rows of a side have ids that the other lacks
+        """
         longest = max(lengths)
-        classes = torch.randint(0, 5, (longest,), generator=self.generator)
+        classes = torch.randint(0, 5 if style == "few" else longest + 3, (longest,), generator=self.generator)
         if style == "wide":
-            classes = torch.tensor([-(2**62), 2**62, -1, 0, 2**31 + 1])[classes]
+            classes = (classes - longest // 2) * (2**62 // longest)
         elif style == "one":
             classes = torch.full_like(classes, 3)
         elif style == "distinct":

@@ -521,7 +521,7 @@ def test_estimating_alpha_refuses_what_has_no_answer():
 
 
 def test_a_weight_of_zero_far_above_the_others(run):
-    """beta = eps = 0 gives the highest rank weight 0; its logit may lie beyond the range of float32 above the others."""
+    """beta = eps = 0 gives the highest rank weight 0; e^ its logit may overflow beside the others' sum."""
     z1 = torch.tensor([[1.0, 0.0]], device=run[1], requires_grad=True)
     z2, queue = torch.tensor([[0.0, 1.0]], device=run[1]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]], device=run[1])
     how = {"layout": "one_way", "in_batch_negatives": False, "backend": run[0]}
