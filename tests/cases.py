@@ -170,8 +170,6 @@ def pair_rules(case: Mapping) -> bool:
     """Whether the factors that a partial case decides can go together."""
     get = case.get
     layout, loss, queue, negatives = (get(x) for x in ("layout", "loss", "queue", "negatives"))
-    if loss is None:
-        return any(pair_rules({**case, "loss": loss}) for loss in PAIR_LOSSES)
     takes = parameters_of(PAIR_LOSSES[loss][0])
     if any(case[x] != PAIR_FACTORS[x].levels[0] and not takes & set(PAIR_FACTORS[x].keywords) for x in _spoken(case)):
         return False
@@ -187,8 +185,10 @@ def pair_rules(case: Mapping) -> bool:
         get("guide") == "self" and get("shape") is not None and get("shape")[1] < 5,
         get("operand_dtype") is not None and get("dtype") not in (None, "float32"),
         loss == "bayesian" and negatives == "own",
+        loss == "bayesian" and negatives == "shared" and get("margin") is not None,
         loss == "bayesian" and negatives == "shared" and get("guide") not in (None, "none"),
         loss == "bayesian" and get("kind") == "crowded" and get("dtype") not in (None, "float64"),
+        loss == "bayesian" and get("kind") == "crowded" and get("operand_dtype") is not None,
         loss == "bayesian" and get("kind") == "lattice" and get("t") not in (None, 1.0),  # t = .3 rounds its logits
         get("ranks") not in (None, ("exact", None)) and get("kind") == "lattice",
         get("ranks") is not None and get("ranks")[0] == "histogram" and get("kind") == "crowded",
@@ -314,4 +314,23 @@ def _parameters(case, draw: Draw, b: int, constants: dict) -> dict:
     return own
 
 
-PAIRS = Family("pairs", PAIR_LOSSES, ("z1", "z2"), PAIR_FACTORS, pair_rules, pair_call)
+def _family(name: str, losses: tuple[str, ...]) -> Family:
+    functions = {loss: PAIR_LOSSES[loss] for loss in losses}
+    takes = set().union(*(parameters_of(function) for function, _, _ in functions.values()))
+    factors = {n: f for n, f in PAIR_FACTORS.items() if n == "loss" or not f.keywords or takes & set(f.keywords)}
+    factors["loss"] = Factor(losses, ("row_loss",) if "row_loss" in losses else ())
+
+    def allowed(case: Mapping) -> bool:
+        return any(pair_rules({"loss": loss, **case}) for loss in losses)
+
+    def call(case: Mapping, seed: int) -> Call:
+        return pair_call({**{n: factor.levels[0] for n, factor in PAIR_FACTORS.items()}, **case}, seed)
+
+    for n, factor in factors.items():
+        factors[n] = Factor(tuple(level for level in factor.levels if allowed({n: level})), factor.keywords)
+    return Family(name, functions, ("z1", "z2"), factors, allowed, call)
+
+
+# ranks have so many parameters that, in one array with the others, most cases would be theirs
+PAIRS = _family("pairs", tuple(loss for loss in PAIR_LOSSES if loss != "bayesian"))
+RANKED = _family("ranked", ("bayesian",))

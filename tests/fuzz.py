@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 
 import contrastive_ext as ce
-from cases import PAIRS, Family
+from cases import PAIRS, RANKED, Family
 from cases_of_sets import KEYS, LABELS, TARGETS, VIEWS
 from covering import Case, random_case
 from truth_check import Call, Result, compare, ours, truths
 
-FAMILIES = (PAIRS, VIEWS, LABELS, KEYS, TARGETS)
+FAMILIES = (PAIRS, RANKED, VIEWS, LABELS, KEYS, TARGETS)
 DRAWS = 40  # until no decision of a case is within rounding
 
 
@@ -66,7 +66,7 @@ def wild(family: Family, rng: random.Random) -> Case:
 def from_seed(seed: int, only: str) -> tuple[Family, Case]:
     rng = random.Random(seed)
     families = [f for f in FAMILIES if only in ("", f.name)]
-    family = rng.choices(families, weights=[4 if f is PAIRS else 1 for f in families])[0]
+    family = rng.choices(families, weights=[4 if f is PAIRS else 2 if f is RANKED else 1 for f in families])[0]
     return family, wild(family, rng)
 
 

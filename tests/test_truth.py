@@ -20,8 +20,8 @@ from covering import covering_array, pairs_of, possible_pairs
 from fuzz import FAMILIES, backends, drawn, one_rank, spoken
 from truth_check import compare, ours
 
-# losses over pairs have far more keywords, and faults that take three of them: four arrays
-SEEDS = {"pairs": (0, 1, 2, 3)}
+# losses over pairs have far more keywords, and had a fault that took three of them: three arrays
+SEEDS = {"pairs": (0, 1, 2)}
 ARRAYS = {
     family.name: [
         case for seed in SEEDS.get(family.name, (0,)) for case in covering_array(family.levels, family.allowed, seed)
