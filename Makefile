@@ -13,7 +13,7 @@ BUILT     := $(VENV)/.built
 CSRC      := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/native/*.cpp tests/cuda_kernels/*.cu)
 
-.PHONY: help setup test lint format bench sanitize gate launches interpret gpu gpu-files clean FORCE
+.PHONY: help setup test lint format bench sanitize gate launches interpret fuzz gpu gpu-files clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,7 +64,7 @@ interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, g
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:warnings $(ON_ALL_CORES) -m interpreter tests/test_row_stats.py \
 	  tests/test_top_columns.py tests/test_golden.py tests/test_losses.py tests/test_whole_loss.py \
 	  tests/test_self_labeling.py tests/test_bayesian.py tests/test_false_negative.py tests/test_supcon.py \
-	  tests/test_cancellation.py tests/test_tuning.py tests/triton_kernels \
+	  tests/test_cancellation.py tests/test_tuning.py tests/test_truth.py tests/triton_kernels \
 	  -k "not (many_tiles or every_kind_of_input or composed_one_gives or every_temperature or every_shape or reductions \
 	  or hard_detached or dclw or debiased_positives or compiles or any_numbers or every_usage)"
 
@@ -72,6 +72,10 @@ interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, g
 OTHER_TRITON := $(if $(TRITON),$(VENV)/triton-$(TRITON))
 $(VENV)/triton-%: | $(INSTALLED)
 	$(BIN)/pip install -q --no-deps --target $@ triton==$*
+
+# ARGS="--backends triton" under TRITON_INTERPRET=1 draws for the Triton kernels, ARGS="--family views" for one signature.
+fuzz: $(BUILT) ## random calls of every loss against tests/truth.py for SECONDS=60; SEED=n runs one of them again
+	OMP_NUM_THREADS=1 $(RUN) tests/fuzz.py --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 gate: $(BUILT) $(OTHER_TRITON) ## compile every GPU kernel, Triton for sm_80 to sm_100, CUDA for sm_90a: no spills, tensor cores; needs no GPU
 	PYTHONPATH=$(OTHER_TRITON) $(RUN) -W ignore tools/gate.py $(ARGS)

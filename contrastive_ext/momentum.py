@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ def momentum_update(online: nn.Module, target: nn.Module, m: float) -> None:
 
     online, target  modules of one architecture; `target = copy.deepcopy(online)` makes it
     m               in [0, 1]; He et al. (arXiv:1911.05722) use 0.99 to 0.999
-    Raises          ValueError if names or shapes differ, if the two share parameters, or m is out of range
+    Raises          ValueError if names or shapes differ, if the two share memory, or m is out of range
     """
     if not 0 <= m <= 1:
         raise ValueError(f"m must be in [0, 1]; got {m}.")
@@ -22,13 +23,38 @@ def momentum_update(online: nn.Module, target: nn.Module, m: float) -> None:
         ours, theirs = (dict(getattr(module, f"named_{kind}")()) for module in (online, target))
         if {n: x.shape for n, x in ours.items()} != {n: x.shape for n, x in theirs.items()}:
             raise ValueError(f"online and target must have the same {kind}; differing: {_differing(ours, theirs)}.")
-        if any(x is theirs[name] for name, x in ours.items()):
+        if _share_memory(ours.values(), theirs.values()):
             raise ValueError("online and target share tensors: make target with copy.deepcopy(online).")
-        for name, x in ours.items():
+        written = set()
+        for name, x in theirs.items():
+            start, end = _span(x)
+            if (start, end) in written:
+                continue  # another name of the same memory (tied weights) has moved it already
+            if end > start:
+                written.add((start, end))
             if kind == "parameters":
-                theirs[name].lerp_(x.to(theirs[name]), 1 - m)
+                x.lerp_(ours[name].to(x), 1 - m)
             else:
-                theirs[name].copy_(x)
+                x.copy_(ours[name])
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """First and last address of a tensor's memory, the last excluded; an empty span where there is none to ask for."""
+    if x.device.type == "meta" or x.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _share_memory(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
+    """Whether any tensor of one overlaps any of the other in memory; being the same object is only one way to."""
+    spans = sorted([(*_span(x), 0) for x in ours] + [(*_span(x), 1) for x in theirs])
+    reach = [0, 0]
+    for start, end, owner in spans:
+        if start < min(end, reach[1 - owner]):
+            return True
+        reach[owner] = max(reach[owner], end)
+    return False
 
 
 def _differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:

@@ -107,6 +107,10 @@ def _problem(
     u, v, scale, scale_value, exponents, num_images, positive_offset, only_equal_ids, row_ids, col_ids, ignored,
     scorers, features, row_limit, col_limit, unit, operand_dtype, backend,
 ) -> tuple[Problem, dispatch.Backend]:  # fmt: skip
+    # kernels read rows one after the other, whatever view the caller's ids and limits are
+    row_ids, col_ids, ignored, scorers, features, row_limit, col_limit = (
+        x if x is None else x.contiguous() for x in (row_ids, col_ids, ignored, scorers, features, row_limit, col_limit)
+    )
     pairs = Pairs(
         num_rows=u.shape[0],
         num_columns=u.shape[0] if v is None else v.shape[0],

@@ -80,7 +80,8 @@ def merge(one: TopColumns, other: TopColumns, columns_before: int) -> TopColumns
 
 def _top_columns(scorers, features, k, num_images, col_ids, backend) -> tuple[Tensor, Tensor]:
     chosen = dispatch.select(backend, scorers.device, scorers.dtype, scorers.dtype, scorers.shape[2])
-    return chosen.top_columns(scorers.detach().contiguous(), features.detach().contiguous(), k, num_images, col_ids)
+    scorers, features = scorers.detach().contiguous(), features.detach().contiguous()
+    return chosen.top_columns(scorers, features, k, num_images, None if col_ids is None else col_ids.contiguous())
 
 
 def _shapes(scorers, features, k, num_images, col_ids, backend) -> tuple[Tensor, Tensor]:

@@ -77,15 +77,16 @@ def assert_as_accurate_as_dense(
     ours: Result, dense: Result, truth: Result, logit: float, terms: dict[str, float], dtype: torch.dtype
 ) -> None:
     """The error rule for the loss and for each gradient; a failure shows the worst element of all three."""
-    _assert_close("loss", ours.loss, dense.loss, truth.loss, logit, 1.0, numerics.stats_dtype(dtype))
+    assert_close("loss", ours.loss, dense.loss, truth.loss, logit, 1.0, numerics.stats_dtype(dtype))
     for name in truth.grads:
         grads = (result.grads[name] for result in (ours, dense, truth))
-        _assert_close(f"gradient of {name}", *grads, logit, terms.get(name, 0.0), dtype)
+        assert_close(f"gradient of {name}", *grads, logit, terms.get(name, 0.0), dtype)
 
 
-def _assert_close(
+def assert_close(
     what: str, ours: Tensor, dense: Tensor, truth: Tensor, logit: float, term: float, dtype: torch.dtype
 ) -> None:
+    """The error rule for one tensor of `dtype`; logit, term: sizes of the largest logit and of what cancels."""
     ours, dense, truth = (x.double().cpu() for x in (ours, dense, truth))
     assert ours.isfinite().all(), f"{what}: {(~ours.isfinite()).sum()} elements are not finite"
     largest = truth.abs().max().item()

@@ -518,3 +518,13 @@ def test_estimating_alpha_refuses_what_has_no_answer():
         ce.estimate_alpha(torch.randn(4, 2), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"\[N, D\]"):
         ce.estimate_alpha(torch.randn(4), torch.zeros(4, dtype=torch.int64))
+
+
+def test_a_weight_of_zero_far_above_the_others(run):
+    """beta = eps = 0 gives the highest rank weight 0; e^ its logit may overflow beside the others' sum."""
+    z1 = torch.tensor([[1.0, 0.0]], device=run[1], requires_grad=True)
+    z2, queue = torch.tensor([[0.0, 1.0]], device=run[1]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]], device=run[1])
+    how = {"layout": "one_way", "in_batch_negatives": False, "backend": run[0]}
+    loss = ce.fused_bayesian_loss(z1, z2, 0.01, beta=0.0, eps=0.0, queue=queue, **how)
+    assert loss.item() < 1e-40
+    assert torch.autograd.grad(loss, z1)[0].abs().max() < 1e-30

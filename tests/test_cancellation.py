@@ -149,3 +149,16 @@ def test_ids_of_more_columns_than_rows(run):
     ours = ce.fused_infonce_loss(a, b, 1.0, layout="one_way", ids=ids, reduction="none", backend=run[0])
     expected = torch.full((2,), math.log1p(3 / math.e), dtype=torch.float64, device=run[1])
     torch.testing.assert_close(ours, expected)
+
+
+def test_ids_in_any_memory(run, pairs):
+    """A column of a table of ids, and a queue's in another: kernels must not read their neighbours."""
+    z1, z2 = pairs
+    table = torch.randint(0, 4, (B, 2), device=z1.device)
+    keys = F.normalize(torch.randn(9, D, dtype=torch.float64, device=z1.device))
+    queue_table = torch.randint(0, 4, (9, 3), device=z1.device)
+    results = []
+    for ids, queue_ids in ((table[:, 0], queue_table[:, 1]), (table[:, 0].clone(), queue_table[:, 1].clone())):
+        options = {"ids": ids, "queue": keys, "queue_ids": queue_ids, "reduction": "none", "backend": run[0]}
+        results.append(ce.fused_infonce_loss(z1, z2, T, **options))
+    assert torch.equal(*results)

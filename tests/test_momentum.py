@@ -63,6 +63,53 @@ def test_update_refuses_a_target_that_is_the_encoder():
         ce.momentum_update(online, online, 0.9)
 
 
+def _same_memory(online: nn.Module) -> nn.Module:
+    """Other parameter objects over the memory of the encoder's."""
+    target = copy.deepcopy(online)
+    for ours, theirs in zip(online.parameters(), target.parameters(), strict=True):
+        theirs.data = ours.data
+    return target
+
+
+def _one_buffer(online: nn.Module) -> nn.Module:
+    """A weight that is a part of the memory of an encoder's buffer."""
+    target = copy.deepcopy(online)
+    flat = torch.zeros(100)
+    online[0].weight.data = flat[:12].view(3, 4)
+    target[0].weight.data = flat[4:16].view(3, 4)
+    return target
+
+
+@pytest.mark.parametrize("shared", [_same_memory, _one_buffer])
+def test_update_refuses_a_target_in_the_memory_of_the_encoder(shared):
+    online = _encoder()
+    target = shared(online)
+    before = copy.deepcopy(dict(online.named_parameters()))
+    with pytest.raises(ValueError, match="deepcopy"):
+        ce.momentum_update(online, target, 0.9)
+    assert all(torch.equal(x, before[name]) for name, x in online.named_parameters())
+
+
+def test_update_takes_neighbours_in_one_buffer():
+    online, target = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    flat = torch.arange(8.0)
+    online.weight.data, target.weight.data = flat[:4].view(2, 2), flat[4:].view(2, 2)
+    ce.momentum_update(online, target, 0.5)
+    assert torch.equal(target.weight.detach().flatten(), torch.arange(4.0) + 2)
+
+
+def test_tied_weights_move_once():
+    online = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    target = copy.deepcopy(online)
+    for encoder in (online, target):
+        encoder[1].weight.data = encoder[0].weight.data  # tied through memory, not by one parameter object
+    with torch.no_grad():
+        online[0].weight.add_(1.0)
+    before = target[0].weight.detach().clone()
+    ce.momentum_update(online, target, 0.75)
+    torch.testing.assert_close(target[0].weight.detach(), before + 0.25)
+
+
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (5, 1, 4, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mixes_the_other_view_of_another_image(shape, dtype):

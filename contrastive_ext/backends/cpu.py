@@ -45,7 +45,7 @@ def top_columns(
     scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
-    return torch.ops.contrastive_ext.top_columns_cpu(scorers, features, k, num_images, _contiguous(col_ids))
+    return torch.ops.contrastive_ext.top_columns_cpu(scorers, features, k, num_images, col_ids)
 
 
 def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
@@ -90,13 +90,9 @@ def _arguments(problem: Problem) -> tuple:
         pairs.num_images,
         pairs.positive_offset,
         pairs.only_equal_ids,
-        _contiguous(pairs.row_ids),
-        None if problem.one_set else _contiguous(pairs.col_ids),
-        _contiguous(pairs.ignored),
-        *map(_contiguous, limits),
+        pairs.row_ids,
+        None if problem.one_set else pairs.col_ids,
+        pairs.ignored,
+        *limits,
         problem.unit,
     )
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

@@ -58,7 +58,8 @@ def ranked_backward(
     lse = stats.lse.masked_fill(stats.lse == -torch.inf, torch.inf)
     for rows, s, keep in blocks(problem):
         weight = _weight(ranking, s, keep, stats.aux[0, rows], _Table.of(rows, stats.axis, stats.below))
-        w = (s - lse[rows, None]).exp_().mul_(weight).mul_(grad_lse[rows, None]).where(keep, 0.0)
+        # the weight within the exponent: e^s alone overflows where a weight of 0 takes the largest logit out of lse
+        w = (s + weight.log() - lse[rows, None]).exp_().mul_(grad_lse[rows, None]).where(keep, 0.0)
         if du is not None:
             torch.mm(w, v, out=du[rows])
         if dv is not None:

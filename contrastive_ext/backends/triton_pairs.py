@@ -38,7 +38,7 @@ def sides(problem: Problem, u: Tensor, v: Tensor) -> tuple[Side, Side]:
     pairs, gate = problem.pairs, problem.pairs.gate
     ignored = None if pairs.ignored is None or pairs.ignored.numel() == 0 else pairs.ignored
     guides = (None,) * 4 if gate is None else (gate.scorers, gate.row_limit, gate.features, gate.col_limit)
-    scorers, row_limit, features, col_limit = (x if x is None else x.contiguous() for x in guides)
+    scorers, row_limit, features, col_limit = guides
     col_ignored = ignored if problem.one_set else None
     rows = Side(u, 0, pairs.row_ids, ignored, scorers, row_limit)
     return rows, Side(v, pairs.positive_offset, pairs.col_ids, col_ignored, features, col_limit)

@@ -228,9 +228,14 @@ def _dense(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tens
     kept = exists & ~own & ~(false_negative & (mode == "eliminate"))
     attracted = positive | false_negative if mode == "attract" else positive
     mean = logits.where(attracted, 0.0).sum(1) / attracted.sum(1)
-    losses = logits.masked_fill(~kept, -torch.inf).logsumexp(1) - mean
+    negative = kept & ~positive
+    # log(1 + negatives/positives), not the log of both: a converged row keeps its gradient
+    log_positives = logits.masked_fill(~positive, -torch.inf).logsumexp(1)
+    empty = ~negative.any(1)
+    log_negatives = logits.masked_fill(~negative & ~empty[:, None], -torch.inf).logsumexp(1)
+    losses = softplus(log_negatives.masked_fill(empty, -torch.inf) - log_positives) + (log_positives - mean)
     detected = Lists.split(torch.where(found, number, NO_COLUMN), batch.candidates)
-    return batch.by_view(losses), (kept & ~positive).sum(1), detected
+    return batch.by_view(losses), negative.sum(1), detected
 
 
 @torch.no_grad()

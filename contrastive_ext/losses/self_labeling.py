@@ -203,7 +203,7 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
     k, everything = keys[0].v, dense_keys(keys)
     own = torch.eye(len(k), len(everything), dtype=torch.bool, device=k.device)
     logits = scale * (x @ everything.T)
-    terms, labels = [cross_entropy(logits[: len(k)], own.to(k.dtype))], None
+    terms, labels = [_instance_loss(logits[: len(k)], own)], None
     if mixing is not None:
         similarities = label_scale * (k @ everything.T)
         p = similarities.softmax(1)
@@ -220,6 +220,14 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
         rounding = numerics.rounding_of_logits(scale, x[: k.shape[0]], k)
         wins = own_logit > logits[: len(k)].masked_fill(own, -torch.inf).amax(1) + rounding
         return terms, _stats(terms, wins, own_logit / scale, labels, k.new_full((), float(len(everything))))
+
+
+def _instance_loss(logits: Tensor, own: Tensor) -> Tensor:
+    """CE(q, e) [s] as log(1 + others/own): a converged row keeps its gradient."""
+    own_logit = logits.diagonal()
+    if logits.shape[1] == 1:
+        return 0.0 * own_logit
+    return softplus(logits.masked_fill(own, -torch.inf).logsumexp(1) - own_logit)
 
 
 def _stats(terms, wins, similarity, labels: Labels | None, num_keys) -> SelfLabelingStats:

@@ -1,0 +1,235 @@
+"""Factors and calls, as in cases.py, of losses that take no pairs: views (FNC), labels (SupCon), keys (SANE, SEED)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+import contrastive_ext as ce
+import truth
+import truth_of_sets
+from cases import (
+    COMMON,
+    DTYPES,
+    SCALE,
+    SCALE_WITHOUT_LOGIT_SCALE,
+    Factor,
+    Family,
+    common_rules,
+    how_called,
+    may_overwrite,
+    plain_arguments,
+    scale_of,
+)
+from draw import Draw
+from truth_check import Call
+
+SHAPES = ((9, 16), (2, 3), (4, 1), (17, 12), (33, 24))
+
+
+def _queue(draw: Draw, how: str, size: int, d: int, ids=None) -> tuple:
+    """(what the call takes, its rows, which are filled, their ids) for "none", "tensor", "held ..."."""
+    if how == "none":
+        return None, None, None, None
+    if how == "tensor":
+        queue = draw.tensor(draw.others(size, d), normalized=False)
+        return queue, queue.clone(), None, None
+    held, filled, of_rows = draw.queue(how, size, d, ids)
+    return held, held.data.clone(), filled, of_rows
+
+
+# FNC
+
+FNC = {"fnc": (ce.fused_false_negative_loss, ce.FalseNegativeLoss, {})}
+FNC_FACTORS = {
+    "number_of_views": Factor((2, 3)),
+    "shape": Factor(SHAPES),
+    "scale": SCALE,
+    "support": Factor((None, 1, 2), ("support",)),
+    "mode": Factor((None, "attract", "eliminate"), ("mode",)),
+    "top_k": Factor((10, None, 1, 3, 100), ("top_k",)),
+    "threshold": Factor((0.7, None, 0.2, -9.0, 9.0), ("threshold",)),
+    "aggregate": Factor((None, "max", "mean"), ("aggregate",)),
+    "keys": Factor((False, True), ("keys",)),
+    "queue": Factor(("none", "tensor", "held", "held part", "held part ids half", "held ids"), ("queue",)),
+    "labels": Factor((None, "few", "wide", "int32", "distinct"), ("labels",)),
+    **COMMON,
+}
+
+
+def fnc_rules(case: Mapping) -> bool:
+    get = case.get
+    mean_of_three = get("number_of_views") == 3 and get("support") is None and "support" in case
+    forbidden = [
+        "top_k" in case and "threshold" in case and get("top_k") is None and get("threshold") is None,
+        get("kind") == "lattice" and get("aggregate") == "mean" and mean_of_three,  # a mean of three is not exact
+    ]
+    return common_rules(case) and not any(forbidden)
+
+
+def fnc_call(case: Mapping, seed: int) -> Call:
+    dtype, (b, d), v = DTYPES[case["dtype"]], case["shape"], case["number_of_views"]
+    draw = Draw(case["kind"], case["memory"], dtype, dtype, case["normalize"], seed, identical=False)
+    inputs, constants, own = {}, plain_arguments(case), {}
+    inputs["views"] = draw.tensor(draw.views(v, b, d))
+    if case["support"] is not None:
+        constants["support"] = own["support"] = draw.tensor(draw.views(case["support"], b, d))
+    if case["keys"]:
+        constants["keys"] = own["keys"] = draw.tensor(draw.views(v, b, d))
+    for name in ("mode", "aggregate"):
+        if case[name] is not None:
+            constants[name] = own[name] = case[name]
+    for name in ("top_k", "threshold"):
+        if case[name] != FNC_FACTORS[name].levels[0]:
+            constants[name] = case[name]
+        own[name] = case[name]
+    size, labels, ids = draw.number(1, 12), None, None
+    if case["labels"] is not None:
+        labels, ids = draw.integers(case["labels"], b, size)
+        constants["labels"], own["labels"] = labels, labels.long()
+    if "ids" in case["queue"] and ids is None:
+        ids = draw.integers("few", size)[0]
+    queue, rows, filled, of_rows = _queue(draw, case["queue"], size, d, ids if "ids" in case["queue"] else None)
+    if queue is not None:
+        constants["queue"] = queue
+        own |= {"queue": rows, "queue_filled": filled, "queue_labels": of_rows if "ids" in case["queue"] else None}
+    wanted = {"views"}
+    scale = scale_of(case, 0.1, inputs, wanted, constants)
+
+    def true(how: truth.Arithmetic, x: dict) -> truth.Outcome:
+        return truth_of_sets.false_negative(how, x["views"], scale(x, how.compute), **own)
+
+    return Call(*FNC["fnc"][:2], inputs, wanted, constants, true, **how_called(case))
+
+
+# SupCon
+
+SUPCON = {"supcon": (ce.fused_supcon_loss, ce.SupConLoss, {})}
+SUPCON_FACTORS = {
+    "number_of_views": Factor((None, 1, 2, 3)),
+    "shape": Factor((*SHAPES, (1, 8))),
+    "scale": SCALE,
+    "labels": Factor(("few", "one", "distinct", "wide", "int32", "uint8")),
+    "positives": Factor((None, "out", "in"), ("positives",)),
+    "group": Factor((False, True), ("group",)),
+    **COMMON,
+}
+
+
+def supcon_call(case: Mapping, seed: int) -> Call:
+    dtype, (b, d), v = DTYPES[case["dtype"]], case["shape"], case["number_of_views"]
+    draw = Draw(case["kind"], case["memory"], dtype, dtype, case["normalize"], seed)
+    features = draw.views(v or 1, b, d)
+    inputs, constants, own = {}, plain_arguments(case), {}
+    inputs["features"] = draw.tensor(features[0] if v is None else features)
+    (labels,) = draw.integers(case["labels"], b)
+    constants["labels"] = labels
+    if case["positives"] is not None:
+        constants["positives"] = own["positives"] = case["positives"]
+    wanted = {"features"}
+    scale = scale_of(case, 0.1, inputs, wanted, constants)
+
+    def true(how: truth.Arithmetic, x: dict) -> truth.Outcome:
+        return truth_of_sets.supcon(how, x["features"], scale(x, how.compute), labels.long(), **own)
+
+    return Call(*SUPCON["supcon"][:2], inputs, wanted, constants, true, **how_called(case))
+
+
+# SANE
+
+SANE = {"sane": (ce.fused_self_labeling_loss, ce.SelfLabelingLoss, {})}
+SANE_FACTORS = {
+    "shape": Factor(SHAPES),
+    "scale": SCALE_WITHOUT_LOGIT_SCALE,
+    "queue": Factor(("none", "tensor", "held", "held part", "held part half")),
+    "mixed": Factor(("none", "vector", "number", "0-d"), ("q_mix", "perm", "theta")),
+    "label_temperature": Factor((None, 0.3, 1.0), ("label_temperature",)),
+    "mu": Factor((None, 0.0, 0.4, 6.0), ("mu",)),
+    "lam": Factor((None, 0.0, 0.8, 1.0), ("lam",)),
+    **COMMON,
+}
+
+
+def sane_call(case: Mapping, seed: int) -> Call:
+    dtype, (b, d) = DTYPES[case["dtype"]], case["shape"]
+    draw = Draw(case["kind"], case["memory"], dtype, dtype, case["normalize"], seed)
+    views = draw.views(3, b, d)
+    inputs, constants, own = {"q": draw.tensor(views[0])}, plain_arguments(case), {}
+    k = draw.tensor(views[1])
+    queue, rows, filled, _ = _queue(draw, case["queue"], draw.number(1, 12), d)
+    constants |= {"k": k, "queue": queue}
+    wanted = {"q"}
+    if case["mixed"] != "none":
+        inputs["q_mix"] = draw.tensor(views[2])
+        wanted |= {"q_mix"}
+        perm = torch.randperm(b, generator=draw.generator)
+        theta = torch.rand(b, generator=draw.generator)
+        theta[::4] = torch.tensor([0.0, 1.0])[torch.arange(len(theta[::4])) % 2]
+        theta = {"vector": theta, "number": theta[-1].item(), "0-d": theta[-1]}[case["mixed"]]
+        constants |= {"perm": perm, "theta": theta}
+        own |= {"perm": perm, "theta": theta}
+    for name in ("label_temperature", "mu", "lam"):
+        if case[name] is not None:
+            constants[name] = own[name] = case[name]
+    scale = scale_of(case, 0.2, inputs, wanted, constants)
+
+    def true(how: truth.Arithmetic, x: dict) -> truth.Outcome:
+        return truth_of_sets.self_labeling(
+            how, x["q"], scale(x, how.compute), k, rows, filled, q_mix=x.get("q_mix"), **own
+        )
+
+    held = queue.data if isinstance(queue, ce.NegativeQueue) else queue
+    overwrite = [] if held is None else [held]
+    return Call(
+        *SANE["sane"][:2], inputs, wanted, constants, true, overwrite=may_overwrite(case, overwrite), **how_called(case)
+    )
+
+
+# soft targets
+
+SOFT = {"soft": (ce.fused_soft_target_loss, ce.SoftTargetLoss, {})}
+SOFT_FACTORS = {
+    "shape": Factor((*SHAPES, (1, 8))),
+    "scale": SCALE_WITHOUT_LOGIT_SCALE,
+    "keys": Factor(("tensor", "held", "held part", "held part half")),
+    "queue": Factor(("none", "tensor", "held", "held part"), ("queue",)),
+    "teacher_temperature": Factor((0.1, 0.03, 1.0), ("teacher_temperature",)),
+    **COMMON,
+}
+
+
+def soft_call(case: Mapping, seed: int) -> Call:
+    dtype, (b, d) = DTYPES[case["dtype"]], case["shape"]
+    draw = Draw(case["kind"], case["memory"], dtype, dtype, case["normalize"], seed)
+    views = draw.views(2, b, d)
+    inputs, constants = {"queries": draw.tensor(views[0])}, plain_arguments(case)
+    teacher, given = draw.tensor(views[1]), case["keys"] != "tensor"
+    if given:
+        keys, key_rows, keys_filled, _ = _queue(draw, case["keys"], draw.number(1, 12), d)
+    else:
+        keys = draw.tensor(draw.others(draw.number(1, 30), d))
+        key_rows, keys_filled = keys.clone(), None
+    queue, rows, filled, _ = _queue(draw, case["queue"], draw.number(1, 12), d)
+    constants |= {"keys": keys, "teacher": teacher, "teacher_temperature": case["teacher_temperature"]}
+    if queue is not None:
+        constants["queue"] = queue
+    wanted = {"queries"}
+    scale = scale_of(case, 0.1, inputs, wanted, constants)
+
+    def true(how: truth.Arithmetic, x: dict) -> truth.Outcome:
+        return truth_of_sets.soft_target(
+            how, x["queries"], scale(x, how.compute), key_rows, keys_filled, teacher, keys_given=given,
+            teacher_temperature=case["teacher_temperature"], queue=rows, queue_filled=filled,
+        )  # fmt: skip
+
+    overwrite = [x.data if isinstance(x, ce.NegativeQueue) else x for x in (keys, queue) if x is not None]
+    return Call(
+        *SOFT["soft"][:2], inputs, wanted, constants, true, overwrite=may_overwrite(case, overwrite), **how_called(case)
+    )
+
+
+VIEWS = Family("views", FNC, ("views",), FNC_FACTORS, fnc_rules, fnc_call)
+LABELS = Family("labels", SUPCON, ("features", "labels"), SUPCON_FACTORS, common_rules, supcon_call)
+KEYS = Family("keys", SANE, ("q", "k", "queue"), SANE_FACTORS, common_rules, sane_call)
+TARGETS = Family("targets", SOFT, ("queries", "keys", "teacher"), SOFT_FACTORS, common_rules, soft_call)
