@@ -152,6 +152,7 @@ class _AddUp(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         _ = ctx.saved_tensors
         spread = grad.new_zeros(ctx.shape)
-        for images, columns, detected in ctx.limits.tiles(ctx.at):
-            spread[columns] += detected.to(grad.dtype).T @ grad[images]
+        with torch._C._DisableAutocast():  # a product in 16 bits would detect others than the forward did
+            for images, columns, detected in ctx.limits.tiles(ctx.at):
+                spread[columns] += detected.to(grad.dtype).T @ grad[images]
         return spread, None, None

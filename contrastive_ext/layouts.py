@@ -118,10 +118,7 @@ def _direction(
     group: dist.ProcessGroup | None,
 ) -> Arrangement:
     dtype = numerics.stats_dtype(z1.dtype)
-
-    def operand(z: Tensor) -> Tensor:
-        z = z.to(dtype)
-        return numerics.round_operand(numerics.normalize(z) if normalize else z, operand_dtype)
+    operand = partial(numerics.operand, unit=normalize, dtype=operand_dtype)
 
     def of_all_ranks(own: ColumnSet) -> ColumnSet:
         return own if group is None else _gathered(own, anchors, operand_dtype, group)
@@ -151,11 +148,13 @@ def _direction(
         row_negatives = operand(negatives)
 
     pos = (scale * (u1 * u2[:batch]).sum(-1)).repeat(views)
+    if keys is not None:
+        pos = numerics.spoil(pos, keys)
     correction = pos
     if positives is not None:
         anchors_by_view = torch.stack([u1, u2][:views])
-        logits = scale * torch.einsum("vbd,mbd->mvb", anchors_by_view, operand(positives))
-        correction = logits.flatten(1).logsumexp(0) - math.log(len(positives))
+        logits = scale * numerics.product(anchors_by_view.transpose(0, 1), operand(positives).permute(1, 2, 0))
+        correction = logits.logsumexp(2).T.flatten() - math.log(len(positives))
     return Arrangement(
         anchors=anchors,
         column_sets=tuple(column_sets),

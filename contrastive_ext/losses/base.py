@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import dispatch, numerics
 from ..cancellation import NOTHING, Cancellation
 from ..layouts import Arrangement, Layout, arrange, check_pairs, resolve_scale
-from ..numerics import logsumexp_pair
+from ..numerics import logsumexp_pair, own_products
 from ..problem import Formula, Statistics
 from ..queue import NegativeQueue
 from ..reference import DenseLogits, dense_logits
@@ -312,7 +312,7 @@ def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Te
 
 def _own_negatives(batch: Arrangement, exponents: tuple[float, ...], diagnostics: bool) -> tuple[Tensor, Tensor]:
     """Statistics over each anchor's own explicit negatives: [A, n] logits, no more memory than the negatives."""
-    logits = batch.scale * torch.einsum("ad,and->an", batch.anchors, batch.row_negatives)
+    logits = batch.scale * own_products(batch.anchors, batch.row_negatives)
     lse = torch.stack([(beta * logits).logsumexp(1) for beta in exponents])
     count = logits.new_full((len(logits),), float(logits.shape[1]))
     if not diagnostics:

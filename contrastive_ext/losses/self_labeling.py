@@ -37,7 +37,6 @@ from .soft_target import (
     cross_entropy,
     dense_keys,
     entropy,
-    operand,
     queue_set,
     reduced,
     sweep_keys,
@@ -133,14 +132,16 @@ def fused_self_labeling_loss(
         dtype = numerics.stats_dtype(q.dtype)
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
-        keys = [KeySet(operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
+        keys = [KeySet(numerics.operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
         if queue is not None:
             keys.append(queue_set(queue, q))
-        x, mixing = operand(q, normalize), None
+        x, mixing = numerics.operand(q, normalize), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
             mixing = Mixing(perm, weight.expand(len(q)))
-            x = torch.cat([x, operand(q_mix, normalize)])
+            x = torch.cat([x, numerics.operand(q_mix, normalize)])
+        if queue is not None:
+            x = numerics.spoil(x, keys[-1].v)
         path = _dense if backend == dispatch.REFERENCE else _streamed
         terms, stats = path(x, keys, mixing, scale, label_scale, mu, q.dtype, return_stats, backend)
         losses = terms[0] if mixing is None else torch.lerp(terms[0], terms[1], lam)
@@ -202,7 +203,7 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
     """The paper's formulas on whole matrices; twice differentiable."""
     k, everything = keys[0].v, dense_keys(keys)
     own = torch.eye(len(k), len(everything), dtype=torch.bool, device=k.device)
-    logits = scale * (x @ everything.T)
+    logits = scale * numerics.product(x, everything.T)
     terms, labels = [cross_entropy(logits[: len(k)], own.to(k.dtype))], None
     if mixing is not None:
         similarities = label_scale * (k @ everything.T)

@@ -90,7 +90,9 @@ def fused_soft_target_loss(
         if queue is not None:
             sets.append(queue_set(queue, queries))
         path = _dense if backend == dispatch.REFERENCE else _streamed
-        x, u = operand(queries, normalize), operand(teacher, normalize).detach()
+        x, u = numerics.operand(queries, normalize), numerics.operand(teacher, normalize).detach()
+        for one in sets:
+            x = numerics.spoil(x, one.v)
         losses, stats = path(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
         loss = reduced(losses, reduction)
     return loss if stats is None else (loss, stats)
@@ -121,7 +123,7 @@ def _dense(x, sets, teacher, scale, teacher_scale, operand_dtype, return_stats, 
         losses = 0.0 * x.sum(1)
         return losses, SoftTargetStats(*4 * [losses.detach().mean()]) if return_stats else None
     targets = (teacher_scale * (teacher @ keys.T)).softmax(1)
-    logits = scale * (x @ keys.T)
+    logits = scale * numerics.product(x, keys.T)
     losses = cross_entropy(logits, targets)
     if not return_stats:
         return losses, None
@@ -206,21 +208,15 @@ def queue_set(queue: Tensor | NegativeQueue, like: Tensor, name: str = "queue") 
     if not isinstance(keys, Tensor):
         raise TypeError(f"{name} must be a tensor or a NegativeQueue; got {type(keys).__name__}.")
     check_queue(keys, like.shape[1], like.device, name)
-    return KeySet(operand(keys.detach(), False, like.dtype), ids=ids)
+    keys = keys.detach().to(numerics.stats_dtype(like.dtype))
+    return KeySet(numerics.round_operand(keys, like.dtype), ids=ids)
 
 
 def _given_keys(keys: Tensor | NegativeQueue, queries: Tensor, normalize: bool) -> KeySet:
     if isinstance(keys, NegativeQueue):
         return queue_set(keys, queries, "keys")
     check_vectors({"queries": queries, "keys": keys})
-    return KeySet(operand(keys, normalize).detach(), unit=normalize)
-
-
-def operand(z: Tensor, normalize: bool, operand_dtype: torch.dtype | None = None) -> Tensor:
-    """z as the sweeps take it: in the statistics dtype, holding values of the operand dtype (its own by default)."""
-    operand_dtype = operand_dtype or z.dtype
-    z = z.to(numerics.stats_dtype(operand_dtype))
-    return numerics.round_operand(numerics.normalize(z) if normalize else z, operand_dtype)
+    return KeySet(numerics.operand(keys, normalize).detach(), unit=normalize)
 
 
 def reduced(losses: Tensor, reduction: str) -> Tensor:

@@ -84,8 +84,7 @@ def fused_supcon_loss(
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = resolve_scale(temperature, logit_scale, 0.1, features)
-        z = features.to(dtype)
-        z = numerics.round_operand(numerics.normalize(z) if normalize else z, features.dtype).flatten(0, -2)
+        z = numerics.operand(features, normalize).flatten(0, -2)
         row_labels = labels.long().repeat(len(z) // len(labels))
         columns, column_labels, own = z, row_labels, slice(0, len(z))
         if group is not None:
@@ -163,7 +162,7 @@ def _dense(
 
     Losses are finite, and of no consequence, in rows without positives.
     """
-    logits = scale * (z @ columns.T)
+    logits = scale * numerics.product(z, columns.T)
     index = torch.arange(len(columns), device=z.device)
     own = index[rows, None] == index
     positive = (labels[rows, None] == labels) & ~own
