@@ -86,9 +86,8 @@ class Bayesian(RowLoss):
     def weighted(self, logits: DenseLogits) -> DenseLogits:
         """Ranks by comparing every negative of a row with every other, then the weights as the paper writes them."""
         rank = _ranks_by_comparison(logits)
-        weight = Ranking(self.tau_plus, self.alpha, self.beta, self.eps, bins=0).weight(
-            rank / logits.count.clamp(min=1)[:, None]
-        )
+        ranking = Ranking(self.tau_plus, self.alpha, self.beta, self.eps, bins=0)
+        weight = ranking.weight_of_rank(rank, logits.count.clamp(min=1)[:, None])
         return replace(logits, log_weight=weight.log().masked_fill(~logits.negative, 0.0))
 
     def dense(self, logits: DenseLogits) -> Tensor:
