@@ -50,7 +50,10 @@ class Cancellation:
             raise ValueError(f"margin must be >= 0 and finite; got {self.margin}.")
 
     def check(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> None:
-        """Raise on shapes, dtypes and combinations that do not fit a batch z1, z2 with queue `keys`."""
+        """Raise on shapes, dtypes, ranges and combinations that do not fit a batch z1, z2 with queue `keys`."""
+        dtype = numerics.stats_dtype(z1.dtype)
+        if self.margin > torch.finfo(dtype).max:
+            raise ValueError(f"margin must be finite in {dtype}; got {self.margin}.")
         if self.ids is not None:
             check_integers("ids", self.ids, len(z2), z1.device)
         if self.queue_ids is not None:

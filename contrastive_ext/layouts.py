@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import distributed, numerics
 from .cancellation import Cancellation
-from .checks import can_read, check_number, check_tensor, describe
+from .checks import can_read, check_positive, check_tensor, describe
 from .pairs import Gate
 from .queue import NegativeQueue
 
@@ -198,17 +198,10 @@ def resolve_scale(
             )
         value = value.to(dtype)
         if can_read(value):
-            _check_range(name, value.item(), dtype)
+            check_positive(name, value.item(), dtype)
     else:
-        check_number(name, value)
-        _check_range(name, value, dtype)
+        check_positive(name, value, dtype)
     return value if name == "logit_scale" else 1.0 / value
-
-
-def _check_range(name: str, value: float, dtype: torch.dtype) -> None:
-    normal = torch.finfo(dtype)  # the inverse of a normal number is finite
-    if not normal.tiny <= value <= normal.max:
-        raise ValueError(f"{name} must be > 0 and finite in {dtype}; got {value}.")
 
 
 def check_pairs(z1: Tensor, z2: Tensor, layout: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import dispatch, numerics
 from ..cancellation import NOTHING, Cancellation
+from ..checks import check_exponents
 from ..layouts import Arrangement, Layout, arrange, check_pairs, resolve_scale
 from ..numerics import logsumexp_pair, own_products
 from ..problem import Formula, Statistics
@@ -192,6 +193,7 @@ def fused_row_loss(
             operators = operators_for(row_loss, z1, z2, layout, backend)
             if operators is not None:
                 scale = resolve_scale(temperature, logit_scale, row_loss.default_temperature, z1)
+                check_exponents(row_loss.exponents, scale, numerics.stats_dtype(z1.dtype))
                 return whole_loss(operators, row_loss, z1, z2, scale, layout, normalize, reduction)
         batches = arrange(
             z1, z2, temperature, logit_scale=logit_scale, default_temperature=row_loss.default_temperature,
@@ -199,6 +201,7 @@ def fused_row_loss(
             positives=positives, normalize=normalize, cancellation=cancellation, operand_dtype=operand_dtype,
             group=group,
         )  # fmt: skip
+        check_exponents(row_loss.exponents, batches[0].scale, batches[0].pos.dtype)
         path = _dense if backend == dispatch.REFERENCE else _streamed
         losses, stats, diagnostics = _end_to_end([path(row_loss, batch, return_stats, backend) for batch in batches])
         loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import can_read, describe
+from ..checks import can_read, check_number, check_positive, describe
 from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..queue import NegativeQueue
@@ -32,7 +32,6 @@ from ..stats import Record
 from .soft_target import (
     KeySet,
     check_options,
-    check_positive,
     check_vectors,
     cross_entropy,
     dense_keys,
@@ -132,6 +131,8 @@ def fused_self_labeling_loss(
         dtype = numerics.stats_dtype(q.dtype)
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
+        if not isinstance(label_scale, Tensor) or can_read(label_scale):
+            check_positive("1/(temperature * label_temperature)", float(label_scale), dtype)
         keys = [KeySet(numerics.operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
         if queue is not None:
             keys.append(queue_set(queue, q))
@@ -247,9 +248,11 @@ def _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, lam) -> None:
             raise ValueError(f"{name} must be [s, D] like q; got {list(z.shape)} and {list(q.shape)}.")
     if len(q) == 1 and _is_empty(queue):
         raise ValueError("one image and no filled queue leave no key to compare with; enqueue keys or use s >= 2.")
-    check_positive("label_temperature", label_temperature)
-    if not 0 <= mu < float("inf"):
-        raise ValueError(f"mu must be >= 0 and finite; got {mu}.")
+    dtype = numerics.stats_dtype(q.dtype)
+    check_positive("label_temperature", label_temperature, dtype)
+    check_number("mu", mu)
+    if not 0 <= 4 * mu <= torch.finfo(dtype).max:
+        raise ValueError(f"mu must be >= 0, and four times mu finite in {dtype}; got {mu}.")
     if not 0 <= lam <= 1:
         raise ValueError(f"lam, the share of the mixed term, must be in [0, 1]; got {lam}.")
     given = [x is not None for x in (q_mix, perm, theta)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import check_number, check_tensor
+from ..checks import check_positive, check_tensor
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair
 from ..pairs import UNFILLED
@@ -83,7 +83,7 @@ def fused_soft_target_loss(
     check_vectors({"queries": queries, "teacher": teacher})
     if teacher.shape != queries.shape:
         raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")
-    check_positive("teacher_temperature", teacher_temperature)
+    check_positive("teacher_temperature", teacher_temperature, numerics.stats_dtype(queries.dtype))
     with numerics.without_autocast(queries):
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, queries)
         sets = [_given_keys(keys, queries, normalize)]
@@ -244,13 +244,6 @@ def check_options(reduction: str, backend: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
     dispatch.check_backend_name(backend)
-
-
-def check_positive(name: str, value: float) -> None:
-    """TypeError or ValueError unless 0 < value < inf."""
-    check_number(name, value)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be > 0 and finite; got {value}.")
 
 
 def check_vectors(named: dict[str, Tensor]) -> None:
