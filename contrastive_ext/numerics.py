@@ -38,12 +38,26 @@ def without_autocast(z: object) -> AbstractContextManager:
 
 
 class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
+    """What torch.compile traces, which knows no Function with a jvp."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        with torch._C._DisableAutocast():
+        with without_autocast(a):
             return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        with without_autocast(grad):
+            return grad @ b.mT, a.mT @ grad
+
+
+class _EagerProduct(_Product):
+    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -57,19 +71,18 @@ class _Product(torch.autograd.Function):
         return product(grad, b.mT) if need_a else None, product(a.mT, grad) if need_b else None
 
     @staticmethod
-    def jvp(ctx, da: Tensor | None, db: Tensor | None) -> Tensor | None:
+    def jvp(ctx, da: Tensor | None, db: Tensor | None) -> Tensor:
         a, b = ctx.saved_tensors
-        parts = [product(da, b)] if da is not None else []
-        return sum(parts + ([product(a, db)] if db is not None else []))
+        return (0 if da is None else product(da, b)) + (0 if db is None else product(a, db))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for matrices, or batches [N, ., .] of them, in the dtype they have.
 
-    The losses leave autocast in their forward, but a gradient may be taken inside it: a plain `@` would then be rounded
-    to 16 bits in its backward. Differentiable in every mode and as often as one likes.
+    The losses leave autocast in their forward, but a gradient may be taken inside it: the backward of a plain `@` would
+    then be rounded to 16 bits. Differentiable in every mode and as often as one likes.
     """
-    return a @ b if torch.compiler.is_compiling() else _Product.apply(a, b)
+    return (_Product if torch.compiler.is_compiling() else _EagerProduct).apply(a, b)
 
 
 def own_products(anchors: Tensor, candidates: Tensor) -> Tensor:

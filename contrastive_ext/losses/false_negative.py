@@ -138,6 +138,10 @@ def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, n
     num_views, images, _ = views.shape
     scale = resolve_scale(temperature, logit_scale, 0.1, views)
     anchors = numerics.operand(views, normalize)
+    if queue is not None:
+        held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+        held = numerics.round_operand(held.detach().to(anchors.dtype), views.dtype)
+        anchors = numerics.spoil(anchors, held)
     shown = anchors if keys is None else numerics.operand(keys.detach(), normalize)
     scorers = numerics.operand(support.detach(), normalize) if support is not None else shown.detach()
     if aggregate == "mean":
@@ -150,10 +154,8 @@ def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, n
     columns = [shown.flatten(0, 1)]
     candidates = [Candidates(columns[0].detach(), num_images=images)]
     if queue is not None:
-        held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
-        columns.append(numerics.round_operand(held.detach().to(anchors.dtype), views.dtype))
-        positives = numerics.spoil(positives, columns[1])
-        candidates.append(Candidates(columns[1], ids=ids))
+        columns.append(held)
+        candidates.append(Candidates(held, ids=ids))
     return _Batch(
         anchors.flatten(0, 1), tuple(columns), keys is None, candidates, scorers, scale, positives.flatten(0, 1),
         normalize, views.dtype,
