@@ -29,12 +29,12 @@ def check_number(name: str, x: object) -> None:
     """TypeError unless x is a number; a tensor is none: what takes numbers only would drop its gradient."""
     if isinstance(x, (int, float)):
         return  # first, since torch.compile knows no hasattr of a symbolic number
-    if isinstance(x, Tensor) or not hasattr(x, "__float__") or getattr(x, "ndim", 0):
+    if isinstance(x, Tensor) or not hasattr(x, "__float__") or getattr(x, "shape", ()) != ():
         raise TypeError(f"{name} must be a number; got {describe(x)}.")
 
 
 def check_positive(name: str, x: float, dtype: torch.dtype) -> None:
-    """TypeError unless x is a number, ValueError unless it is > 0 in the dtype that computes, and its inverse finite."""
+    """TypeError unless x is a number, ValueError unless x > 0 and 1/x are finite in the dtype that computes."""
     check_number(name, x)
     normal = torch.finfo(dtype)  # the inverse of a normal number is finite
     if not normal.tiny <= x <= normal.max:
@@ -42,7 +42,7 @@ def check_positive(name: str, x: float, dtype: torch.dtype) -> None:
 
 
 def check_exponents(exponents: tuple[float, ...], scale: float | Tensor, dtype: torch.dtype) -> None:
-    """ValueError unless every beta > 0 and twice the largest beta/temperature are numbers of the dtype that computes."""
+    """ValueError unless every beta > 0, and 2 beta/temperature is finite in the dtype that computes."""
     known = scale.item() if isinstance(scale, Tensor) and can_read(scale) else scale
     reach = 1.0 if isinstance(known, Tensor) else max(1.0, known)
     normal = torch.finfo(dtype)

@@ -27,7 +27,7 @@ def in_torch_func() -> bool:
 
 
 def wants_plain_operations() -> bool:
-    """Whether torch.func or forward-mode differentiation is active: an autograd.Function of backward alone fails them."""
+    """Whether torch.func or forward-mode differentiation is active: a Function with a backward alone fails there."""
     return in_torch_func() or (not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0)
 
 
@@ -50,7 +50,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         with without_autocast(grad):
             return grad @ b.mT, a.mT @ grad
@@ -71,9 +71,10 @@ class _EagerProduct(_Product):
         return product(grad, b.mT) if need_a else None, product(a.mT, grad) if need_b else None
 
     @staticmethod
-    def jvp(ctx, da: Tensor | None, db: Tensor | None) -> Tensor:
+    def jvp(ctx, da: Tensor | None, db: Tensor | None) -> Tensor | None:
         a, b = ctx.saved_tensors
-        return (0 if da is None else product(da, b)) + (0 if db is None else product(a, db))
+        by_a, by_b = da if da is None else product(da, b), db if db is None else product(a, db)
+        return by_b if by_a is None else by_a if by_b is None else by_a + by_b
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _scaled_norm(z: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., 1] a power of two that keeps a row's squares finite, and the length of the row times it, inf for a zero row.
+    """[..., 1] a power of two that keeps a row's squares finite, and the length of the row times it, inf for zero rows.
 
     A row is divided by its length: multiplied by a reciprocal, rows of one feature would not be exactly 1 or -1.
     """
@@ -170,8 +171,8 @@ def round_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 def operand(z: Tensor, unit: bool, dtype: torch.dtype | None = None) -> Tensor:
     """z as the sweeps take it: in the statistics dtype, with `unit` normalised, holding values of `dtype` (its own).
 
-    An infinity becomes NaN, as it does where rows are normalised: an infinite positive, or a negative at minus infinity,
-    would give a finite loss.
+    An infinity becomes NaN, as it does where rows are normalised: an infinite positive, or a negative at minus
+    infinity, would give a finite loss.
     """
     dtype = dtype or z.dtype
     z = z.to(stats_dtype(dtype))

@@ -234,9 +234,8 @@ def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids
         )
     if v is not None and v.device != u.device:
         raise TypeError(f"u and v must be on one device; got {u.device} and {v.device}.")
-    if isinstance(scale, Tensor):
-        if scale.dim() != 0 or scale.dtype != u.dtype or scale.device != u.device:
-            raise ValueError(f"a scale tensor must be 0-d {u.dtype} on {u.device}; got {describe(scale)}.")
+    if isinstance(scale, Tensor) and (scale.dim() != 0 or scale.dtype != u.dtype or scale.device != u.device):
+        raise ValueError(f"a scale tensor must be 0-d {u.dtype} on {u.device}; got {describe(scale)}.")
     if not isinstance(scale, Tensor) or can_read(scale):
         check_positive("scale", scale.item() if isinstance(scale, Tensor) else scale, u.dtype)
     if len(exponents) not in (1, 2):

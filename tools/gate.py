@@ -287,7 +287,7 @@ def examine(case: Case) -> Outcome:
     instruction = min(found, key=("tcgen05.mma", "wgmma.mma_async", "mma.sync", "fma.rn").index, default="none")
     shared, faults = compiled.metadata.shared, []
     if case.direction == "prologue" and re.search(r"\b(div|rcp)\.(full|approx)", compiled.asm["ptx"]):
-        faults.append("rows are divided by their length approximately: div.rn is what makes one feature exactly 1 or -1")
+        faults.append("an approximate division: div.rn is what makes rows of one feature exactly 1 or -1")
     if shared > SHARED_LIMIT[case.architecture]:
         faults.append(f"{shared} bytes of shared memory > {SHARED_LIMIT[case.architecture]}")
     if case.products in TENSOR_CORES and stack:

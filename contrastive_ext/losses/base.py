@@ -315,6 +315,7 @@ def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Te
 
 def _own_negatives(batch: Arrangement, exponents: tuple[float, ...], diagnostics: bool) -> tuple[Tensor, Tensor]:
     """Statistics over each anchor's own explicit negatives: [A, n] logits, no more memory than the negatives."""
+    assert batch.row_negatives is not None
     logits = batch.scale * own_products(batch.anchors, batch.row_negatives)
     lse = torch.stack([(beta * logits).logsumexp(1) for beta in exponents])
     count = logits.new_full((len(logits),), float(logits.shape[1]))

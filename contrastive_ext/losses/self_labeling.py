@@ -133,7 +133,8 @@ def fused_self_labeling_loss(
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
         if not isinstance(label_scale, Tensor) or can_read(label_scale):
             check_positive("1/(temperature * label_temperature)", float(label_scale), dtype)
-        keys = [KeySet(numerics.operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
+        images = torch.arange(len(k), device=k.device)
+        keys = [KeySet(numerics.operand(k, normalize).detach(), ids=images, unit=normalize)]
         if queue is not None:
             keys.append(queue_set(queue, q))
         x, mixing = numerics.operand(q, normalize), None
