@@ -184,8 +184,8 @@ def operand(z: Tensor, unit: bool, dtype: torch.dtype | None = None) -> Tensor:
 
 def spoil(x: Tensor, keys: Tensor) -> Tensor:
     """x, but NaN throughout if `keys` hold a NaN or an infinity: for keys too many to copy, in place of `operand`."""
-    largest = torch.linalg.vector_norm(keys, torch.inf)
-    return x + (largest - largest)
+    least, largest = keys.amin(), keys.amax()  # a tenth of the time of an infinity norm
+    return x + ((least - least) + (largest - largest))
 
 
 def logsumexp_pair(a: Tensor, b: Tensor) -> Tensor:
