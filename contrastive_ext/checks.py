@@ -48,7 +48,7 @@ def check_exponents(exponents: tuple[float, ...], scale: float | Tensor, dtype: 
     normal = torch.finfo(dtype)
     if not all(normal.tiny <= beta and 2 * beta * reach <= normal.max for beta in exponents):
         raise ValueError(
-            f"exponents (of hard negatives beta and 1 + beta) must be positive, and finite in {dtype} when multiplied by "
+            f"exponents (of hard negatives beta, 1 + beta) must be positive, and finite in {dtype} when multiplied by "
             f"2/temperature; got {exponents} and 1/temperature = {known}."
         )
 
