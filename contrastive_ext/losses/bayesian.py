@@ -170,7 +170,7 @@ def fused_bayesian_loss(
                  1e-3 from exact (docs/math.md); ties spread over their bin. "auto": exact up to 32,768 candidates per
                  anchor, histogram beyond (`explain` says which)
     bins         from 2 to 65536, of a histogram; 4 bytes per anchor and bin
-    eps          the constant the released code adds to two denominators; 0 is the paper's formula
+    eps          in [0, 1], the constant the released code adds to two denominators; 0 is the paper's formula
     options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`; negatives [K, D] only
     Returns      0-d float32 ("mean", "sum") or one value per anchor ("none"); nats
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
