@@ -55,6 +55,9 @@ class Cancellation:
 
     def checked(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> Cancellation:
         """The same with ids as int64 vectors; raises where anything does not fit a batch z1, z2 with queue `keys`."""
+        dtype = numerics.stats_dtype(z1.dtype)
+        if self.margin > torch.finfo(dtype).max:
+            raise ValueError(f"margin must be finite in {dtype}; got {self.margin}.")
         ids = queue_ids = None
         if self.ids is not None:
             ids = integers(self.ids_name, self.ids, z2.shape[0], z1.device)

@@ -33,7 +33,7 @@ def check_number(name: str, x: object) -> None:
     """TypeError unless x is a number; a tensor is none: what takes numbers only would drop its gradient."""
     if isinstance(x, (int, float)):
         return  # first, since torch.compile knows no hasattr of a symbolic number
-    if isinstance(x, Tensor) or not hasattr(x, "__float__"):
+    if isinstance(x, Tensor) or not hasattr(x, "__float__") or getattr(x, "shape", ()) != ():
         raise TypeError(f"{name} must be a number; got {describe(x)}.")
 
 
@@ -48,6 +48,26 @@ def check_keywords(called: str, given: Iterable[str], known: Collection[str]) ->
     for name in given:
         if name not in known:
             raise TypeError(f"{called}() got an unexpected keyword argument {name!r}; known are {', '.join(known)}.")
+
+
+def check_positive(name: str, x: float, dtype: torch.dtype) -> None:
+    """TypeError unless x is a number, ValueError unless x > 0 and 1/x are finite in the dtype that computes."""
+    check_number(name, x)
+    normal = torch.finfo(dtype)  # the inverse of a normal number is finite
+    if not normal.tiny <= x <= normal.max:
+        raise ValueError(f"{name} must be > 0 and finite in {dtype}; got {x}.")
+
+
+def check_exponents(exponents: tuple[float, ...], scale: float | Tensor, dtype: torch.dtype) -> None:
+    """ValueError unless every beta > 0, and 2 beta/temperature is finite in the dtype that computes."""
+    known = scale.item() if isinstance(scale, Tensor) and can_read(scale) else scale
+    reach = 1.0 if isinstance(known, Tensor) else max(1.0, known)
+    normal = torch.finfo(dtype)
+    if not all(normal.tiny <= beta and 2 * beta * reach <= normal.max for beta in exponents):
+        raise ValueError(
+            f"exponents (of hard negatives beta, 1 + beta) must be positive, and finite in {dtype} when multiplied by "
+            f"2/temperature; got {exponents} and 1/temperature = {known}."
+        )
 
 
 def integers(name: str, x: Tensor, length: int, device: torch.device) -> Tensor:

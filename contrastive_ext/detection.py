@@ -141,7 +141,6 @@ class _AddUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, limits: Limits, at: int) -> Tensor:
         ctx.limits, ctx.at, ctx.shape = limits, at, values.shape
-        ctx.save_for_backward(limits.scorers, limits.sets[at].features)  # asked again: autograd must see a change
         total = values.new_zeros(limits.scorers.shape[1], values.shape[1])
         for images, columns, detected in limits.tiles(at):
             total[images] += detected.to(values.dtype) @ values[columns]
@@ -150,8 +149,8 @@ class _AddUp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        _ = ctx.saved_tensors
         spread = grad.new_zeros(ctx.shape)
-        for images, columns, detected in ctx.limits.tiles(ctx.at):
-            spread[columns] += detected.to(grad.dtype).T @ grad[images]
+        with torch._C._DisableAutocast():  # a product in 16 bits would detect others than the forward did
+            for images, columns, detected in ctx.limits.tiles(ctx.at):
+                spread[columns] += detected.to(grad.dtype).T @ grad[images]
         return spread, None, None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import distributed, numerics
 from .cancellation import Cancellation
-from .checks import can_read, check_choice, check_number, check_tensor, describe
+from .checks import can_read, check_choice, check_positive, check_tensor, describe
 from .pairs import Gate
 from .queue import NegativeQueue, check_lengths
 
@@ -124,10 +124,7 @@ def _direction(
     group: dist.ProcessGroup | None,
 ) -> Arrangement:
     dtype = numerics.stats_dtype(z1.dtype)
-
-    def operand(z: Tensor) -> Tensor:
-        z = z.to(dtype)
-        return numerics.round_operand(numerics.normalize(z) if normalize else z, operand_dtype)
+    operand = partial(numerics.operand, unit=normalize, dtype=operand_dtype)
 
     def of_all_ranks(own: ColumnSet) -> ColumnSet:
         return own if group is None else _gathered(own, anchors, operand_dtype, group)
@@ -158,11 +155,13 @@ def _direction(
 
     pos = scale * (u1 * u2[:batch]).sum(-1)
     pos = torch.cat([pos] * views) if views > 1 else pos
+    if keys is not None:
+        pos = numerics.spoil(pos, keys)
     correction = pos
     if positives is not None:
         anchors_by_view = torch.stack([u1, u2][:views])
-        logits = scale * torch.einsum("vbd,mbd->mvb", anchors_by_view, operand(positives))
-        correction = logits.flatten(1).logsumexp(0) - math.log(len(positives))
+        logits = scale * numerics.product(anchors_by_view.transpose(0, 1), operand(positives).permute(1, 2, 0))
+        correction = logits.logsumexp(2).T.flatten() - math.log(len(positives))
     return Arrangement(
         anchors=anchors,
         column_sets=tuple(column_sets),
@@ -206,17 +205,10 @@ def resolve_scale(
             )
         value = value.reshape(()).to(dtype)
         if can_read(value):
-            _check_range(name, value.item(), dtype)
+            check_positive(name, value.item(), dtype)
     else:
-        check_number(name, value)
-        _check_range(name, value, dtype)
+        check_positive(name, value, dtype)
     return value if name == "logit_scale" else 1.0 / value
-
-
-def _check_range(name: str, value: float, dtype: torch.dtype) -> None:
-    normal = torch.finfo(dtype)  # the inverse of a normal number is finite
-    if not normal.tiny <= value <= normal.max:
-        raise ValueError(f"{name} must be > 0 and finite in {dtype}; got {value}.")
 
 
 def check_pairs(z1: Tensor, z2: Tensor, layout: str) -> None:

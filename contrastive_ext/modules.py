@@ -33,9 +33,13 @@ from .stats import LossStats
 
 
 def _with_defaults(defaults: dict, call: dict) -> dict:
-    """Keywords of a call; one that a call gives replaces the default, also where it is the default's other name."""
+    """Keywords of a call; one that a call gives replaces the default, also where it is the default's other name.
+
+    None for either of the two is none given: the module's stays.
+    """
     scales = ("temperature", "logit_scale")
-    if any(call.get(name) is not None for name in scales):
+    call = {name: x for name, x in call.items() if x is not None or name not in scales}
+    if any(name in call for name in scales):
         defaults = {name: x for name, x in defaults.items() if name not in scales}
     return {**defaults, **call}
 

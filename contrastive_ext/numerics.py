@@ -7,6 +7,7 @@ are never themselves rounded in between.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -37,6 +38,11 @@ def in_torch_func() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def wants_plain_operations() -> bool:
+    """Whether torch.func or forward-mode differentiation is active: a Function with a backward alone fails there."""
+    return in_torch_func() or (not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0)
+
+
 def without_autocast(z: object) -> AbstractContextManager:
     """A context in which autocast is off for the device of z; the meta device has none."""
     device = z.device.type if isinstance(z, Tensor) else "cpu"
@@ -45,39 +51,106 @@ def without_autocast(z: object) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
+class _Product(torch.autograd.Function):
+    """What torch.compile traces, which knows no Function with a jvp."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with without_autocast(a):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        with without_autocast(grad):
+            return grad @ b.mT, a.mT @ grad
+
+
+class _EagerProduct(_Product):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        need_a, need_b = ctx.needs_input_grad
+        return product(grad, b.mT) if need_a else None, product(a.mT, grad) if need_b else None
+
+    @staticmethod
+    def jvp(ctx, da: Tensor | None, db: Tensor | None) -> Tensor | None:
+        a, b = ctx.saved_tensors
+        by_a, by_b = da if da is None else product(da, b), db if db is None else product(a, db)
+        return by_b if by_a is None else by_a if by_b is None else by_a + by_b
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for matrices, or batches [N, ., .] of them, in the dtype they have.
+
+    The losses leave autocast in their forward, but a gradient may be taken inside it: the backward of a plain `@` would
+    then be rounded to 16 bits. Differentiable in every mode and as often as one likes.
+    """
+    return (_Product if torch.compiler.is_compiling() else _EagerProduct).apply(a, b)
+
+
+def own_products(anchors: Tensor, candidates: Tensor) -> Tensor:
+    """[A, n] products of every anchor [A, D] with candidates of its own [A, n, D]."""
+    return product(anchors[:, None], candidates.mT)[:, 0]
+
+
 def normalize(z: Tensor) -> Tensor:
-    """Rows of z [..., D] scaled to unit length; a zero row stays zero and gets a zero gradient.
+    """Rows of z [..., D] divided by their length; a zero row stays zero and gets a zero gradient.
 
     Expects the statistics dtype. Rows shorter than sqrt(smallest normal number) count as zero: their squares underflow.
-    NaN and inf stay visible as NaN. Twice differentiable.
+    Any other finite row is scaled as need be before it is squared. NaN and inf stay visible as NaN. Twice
+    differentiable.
     """
-    return z * _inverse_norm(z) if in_torch_func() else _Normalize.apply(z)
+    if not wants_plain_operations():
+        return _Normalize.apply(z)[0]
+    shrink, norm = _scaled_norm(z)
+    return z * shrink / norm
 
 
 class _Normalize(torch.autograd.Function):
     # by hand: five tensor operations in the backward instead of twenty (docs/measurements.md, small batches)
     @staticmethod
-    def forward(z: Tensor) -> Tensor:
-        return z * _inverse_norm(z)
+    def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+        shrink, norm = _scaled_norm(z)
+        return (z * shrink).div_(norm), shrink / norm
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def setup_context(ctx, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *outputs)
+        ctx.mark_non_differentiable(outputs[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        z, unit = ctx.saved_tensors
-        along = unit * grad
-        radial = along.sum(-1, keepdim=True)
+    def backward(ctx, grad: Tensor, _) -> Tensor:
+        z, unit, inverse_norm = ctx.saved_tensors
+        radial = (unit * grad).sum(-1, keepdim=True)
+        tangent = torch.addcmul(grad, unit, radial, value=-1)
         if torch.is_grad_enabled():  # to be differentiated again: nothing may be overwritten
-            return torch.addcmul(grad, unit, radial, value=-1) * _inverse_norm(z)
-        return torch.addcmul(grad, unit, radial, value=-1, out=along).mul_(_inverse_norm(z))
+            shrink, norm = _scaled_norm(z)
+            return tangent * (shrink / norm)
+        return tangent.mul_(inverse_norm)
 
 
-def _inverse_norm(z: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    is_zero = norm <= torch.finfo(z.dtype).tiny ** 0.5
-    return norm.masked_fill(is_zero, torch.inf).reciprocal()
+def _scaled_norm(z: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 1] a power of two that keeps a row's squares finite, and the length of the row times it, inf for zero rows.
+
+    A row is divided by its length: multiplied by a reciprocal, rows of one feature would not be exactly 1 or -1.
+    """
+    norm = torch.linalg.vector_norm(z.detach(), dim=-1, keepdim=True)
+    finfo = torch.finfo(z.dtype)
+    shrink = torch.ones_like(norm).masked_fill(norm == torch.inf, 2.0 ** -(3 * math.frexp(finfo.max)[1] // 4))
+    norm = torch.linalg.vector_norm(z * shrink, dim=-1, keepdim=True)
+    return shrink, norm.masked_fill(norm <= finfo.tiny**0.5, torch.inf)
 
 
 def resolve_operand_dtype(dtype: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
@@ -106,7 +179,29 @@ def round_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x rounded to the values `dtype` can hold, kept in its own dtype; the gradient passes through unrounded."""
     if x.dtype == dtype:
         return x
-    return x + (x.to(dtype) - x).detach() if in_torch_func() else _RoundOperand.apply(x, dtype)
+    return x + (x.to(dtype) - x).detach() if wants_plain_operations() else _RoundOperand.apply(x, dtype)
+
+
+def operand(z: Tensor, unit: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """z as the sweeps take it: in the statistics dtype, with `unit` normalised, holding values of `dtype` (its own).
+
+    An infinity becomes NaN, as it does where rows are normalised: an infinite positive, or a negative at minus
+    infinity, would give a finite loss.
+    """
+    dtype = dtype or z.dtype
+    z = z.to(stats_dtype(dtype))
+    if unit:
+        return round_operand(normalize(z), dtype)
+    z = round_operand(z, dtype)
+    return z - (z - z).detach()
+
+
+def spoil(x: Tensor, keys: Tensor) -> Tensor:
+    """x, but NaN throughout if `keys` hold a NaN or an infinity: for keys too many to copy, in place of `operand`."""
+    if keys.shape[0] == 0:
+        return x
+    least, largest = keys.amin(), keys.amax()  # a tenth of the time of an infinity norm
+    return x + ((least - least) + (largest - largest))
 
 
 def logsumexp_pair(a: Tensor, b: Tensor) -> Tensor:

@@ -5,15 +5,19 @@
     omega = [2 alpha (1 - beta)(1 - Phi) + 2 (1 - alpha) beta Phi]
             / (alpha (1 - beta) + (1 - alpha) beta + eps) / [b (1 - Phi) + (2 - b) Phi]
 
-The root is written 2u / (b + sqrt(b^2 + 4au)), which stays finite where a vanishes (alpha = .5). Ranks are constants of
-the gradient, and so are the weights. They come exactly, from the sorted row, or from a histogram over the row's range:
+a + b = 1 + eps, so that with v = 1 - u and c = 2 - b the root and its complement need no difference of near-equal
+numbers: neither where a vanishes (alpha = .5) nor at the highest rank, where 1 - Phi is all that beta = 0 leaves.
+
+    r = sqrt((2v - c)^2 + 4u (v + eps)),   Phi = 2u / (b + r),   1 - Phi = 2 (v + eps) / (c + 2 eps + r)
+
+Ranks are constants of the gradient, and so are the weights. They come exactly, from the sorted row, or from a histogram
+over the row's range:
 
     u = (below + frac (count - 1) + 1) / N        below: negatives in lower bins, count: in this bin, frac: place in it
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -47,23 +51,28 @@ class Ranking:
     bins: int
 
     @property
-    def coefficients(self) -> tuple[float, float, float, float]:
-        """(a, b, low, high): omega = [low (1 - Phi) + high Phi] / [b (1 - Phi) + (2 - b) Phi]."""
+    def coefficients(self) -> tuple[float, float, float, float, float]:
+        """(b, c, eps, low, high): omega = [low (1 - Phi) + high Phi] / [b (1 - Phi) + c Phi]."""
         alpha, beta, tau = self.alpha, self.beta, self.tau_plus
         norm = alpha * (1 - beta) + (1 - alpha) * beta + self.eps
         return (
-            (1 - 2 * alpha) * (1 - 2 * tau) + self.eps,
             2 * (alpha * (1 - tau) + (1 - alpha) * tau),
+            2 * ((1 - alpha) * (1 - tau) + alpha * tau),
+            self.eps,
             2 * alpha * (1 - beta) / norm,
             2 * (1 - alpha) * beta / norm,
         )
 
-    def weight(self, u: Tensor) -> Tensor:
-        """omega(u) for u in [0, 1]."""
-        a, b, low, high = self.coefficients
-        # without eps the root of alpha = 1 vanishes at u = 1, up to rounding
-        phi = 2 * u / (b + (b * b + 4 * a * u).clamp(min=0).sqrt())
-        return (low * (1 - phi) + high * phi) / (b * (1 - phi) + (2 - b) * phi)
+    def weight(self, u: Tensor, v: Tensor) -> Tensor:
+        """omega(u) for u in [0, 1] and v = 1 - u, of ranks the share that is larger."""
+        b, c, eps, low, high = self.coefficients
+        root = ((2 * v - c).square() + 4 * u * (v + eps)).sqrt()
+        phi, rest = 2 * u / (b + root), 2 * (v + eps) / (c + 2 * eps + root)
+        return (low * rest + high * phi) / (b * rest + c * phi)
+
+    def weight_of_rank(self, rank: Tensor, count: Tensor) -> Tensor:
+        """omega of ranks from 1 to `count`."""
+        return self.weight(rank / count, (count - rank) / count)
 
 
 def check_ranking(tau_plus: float, alpha: float, beta: float, eps: float, ranks: str, bins: int) -> None:
@@ -81,8 +90,8 @@ def check_ranking(tau_plus: float, alpha: float, beta: float, eps: float, ranks:
         raise ValueError(f"beta, the concentration on hard negatives, must be in [0, 1]; got {beta}.")
     if alpha == 1 and beta == 1:
         raise ValueError("alpha = beta = 1 gives every negative weight 0; lower one of them.")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and >= 0; got {eps}.")
+    if not 0 <= eps <= 1:
+        raise ValueError(f"eps, a small number that denominators are kept from 0 with, must be in [0, 1]; got {eps}.")
     if alpha == 1 and tau_plus == 0 and eps == 0:
         raise ValueError("alpha = 1 with tau_plus = 0 divides by zero at the highest rank; give eps > 0.")
     if ranks not in RANKS:

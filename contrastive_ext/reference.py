@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .layouts import Arrangement, ColumnSet
+from .numerics import own_products, product
 from .pairs import UNFILLED
 
 
@@ -72,7 +73,7 @@ def dense_logits(batch: Arrangement) -> DenseLogits:
         logits.append(torch.cat([block, block.T]) if batch.symmetric else block)
         negative.append(torch.cat([kept, kept_reverse.T]) if batch.symmetric else kept)
     if batch.row_negatives is not None:
-        own = batch.scale * torch.einsum("ad,and->an", batch.anchors, batch.row_negatives)
+        own = batch.scale * own_products(batch.anchors, batch.row_negatives)
         logits.append(own)
         negative.append(torch.ones_like(own, dtype=torch.bool))
     return DenseLogits(torch.cat(logits, 1), torch.cat(negative, 1), batch.pos, batch.correction, batch.scale)
@@ -81,7 +82,7 @@ def dense_logits(batch: Arrangement) -> DenseLogits:
 def _block(batch: Arrangement, columns: ColumnSet) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, which columns are negatives of which rows, and which rows are negatives of which columns."""
     anchors, v = batch.anchors, batch.anchors if columns.v is None else columns.v
-    logits = batch.scale * (anchors @ v.T)
+    logits = batch.scale * product(anchors, v.T)
     kept = torch.ones_like(logits, dtype=torch.bool)
     if columns.num_images:
         image = torch.arange(len(anchors), device=anchors.device) % columns.num_images

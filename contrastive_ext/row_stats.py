@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .checks import can_read, check_number, check_tensor, describe
+from .checks import can_read, check_exponents, check_positive, check_tensor, describe
 from .numerics import SUPPORTED_DTYPES
 from .pairs import Gate, Pairs
 from .problem import Problem, Statistics, Upstream
@@ -278,15 +278,13 @@ def _check(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids
         )
     if v is not None and v.device != u.device:
         raise TypeError(f"u and v must be on one device; got {u.device} and {v.device}.")
-    if isinstance(scale, Tensor):
-        if scale.dim() != 0 or scale.dtype != u.dtype or scale.device != u.device:
-            raise ValueError(f"a scale tensor must be 0-d {u.dtype} on {u.device}; got {describe(scale)}.")
-    else:
-        check_number("scale", scale)
-    if (not isinstance(scale, Tensor) or can_read(scale)) and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be > 0 and finite; got {float(scale)}.")
-    if len(exponents) not in (1, 2) or not all(0 < beta < float("inf") for beta in exponents):
+    if isinstance(scale, Tensor) and (scale.dim() != 0 or scale.dtype != u.dtype or scale.device != u.device):
+        raise ValueError(f"a scale tensor must be 0-d {u.dtype} on {u.device}; got {describe(scale)}.")
+    if not isinstance(scale, Tensor) or can_read(scale):
+        check_positive("scale", scale.item() if isinstance(scale, Tensor) else scale, u.dtype)
+    if len(exponents) not in (1, 2):
         raise ValueError(f"exponents must be one or two positive numbers; got {exponents}.")
+    check_exponents(exponents, scale, u.dtype)
     n, m = u.shape[0], (u if v is None else v).shape[0]
     if num_images and (num_images < 0 or n % num_images or not 0 <= positive_offset <= m - n):
         raise ValueError(

@@ -14,43 +14,60 @@ namespace contrastive_ext {
 
 // Per anchor and exponent: coefficient and shift of W's terms, padded so that kernels may load whole vectors.
 template <class T>
-struct AnchorWeights {
-  Workspace<T> data;
-  int64_t stride, num_exponents;
-  bool wanted;
+class AnchorWeights {
+ public:
+  // lse null: these anchors are not wanted.
+  AnchorWeights(const Problem<T>& problem, const T* lse, const T* grad_lse, int64_t count)
+      : wanted(lse != nullptr),
+        problem_(problem),
+        lse_(lse),
+        grad_lse_(grad_lse),
+        count_(count),
+        stride_(count + kColumnPad),
+        data_(lse ? 2 * static_cast<int64_t>(problem.exponents.size()) * stride_ : 0) {}
 
-  AnchorWeights(const Problem<T>& problem, const T* lse, const T* grad_lse, int64_t count, bool shared)
-      : data(lse ? 2 * static_cast<int64_t>(problem.exponents.size()) * (count + kColumnPad) : 0),
-        stride(count + kColumnPad),
-        num_exponents(static_cast<int64_t>(problem.exponents.size())),
-        wanted(lse != nullptr) {
-    if (!wanted) return;
-    for (int64_t k = 0; k < num_exponents; ++k) {
+  // Makes the coefficients, with `shared` times exp(-lse). Whether all are numbers of full precision: an upstream
+  // gradient near the ends of the range of T may take such a product beyond them.
+  bool fill(bool shared) {
+    bool in_range = true;
+    for (size_t k = 0; wanted && k < problem_.exponents.size(); ++k) {
       T *coefs = coef(k), *shifts = shift(k);
-      const double factor = problem.scale * problem.exponents[static_cast<size_t>(k)];
-      for (int64_t i = 0; i < count; ++i) {
-        const T own = lse[k * count + i];
+      const double factor = problem_.scale * problem_.exponents[k];
+      for (int64_t i = 0; i < count_; ++i) {
+        const T own = lse_[static_cast<int64_t>(k) * count_ + i];
         const bool is_empty = own == -INFINITY;  // no negatives: exp(s - inf) = 0, not NaN
         const double scale = shared ? std::exp(-static_cast<double>(own)) : 1.0;
-        coefs[i] = is_empty ? T(0) : static_cast<T>(factor * static_cast<double>(grad_lse[k * count + i]) * scale);
+        const double value = factor * static_cast<double>(grad_lse_[static_cast<int64_t>(k) * count_ + i]) * scale;
+        coefs[i] = is_empty ? T(0) : static_cast<T>(value);
         shifts[i] = is_empty ? static_cast<T>(INFINITY) : own;
+        in_range &= is_empty || value == 0.0 || std::isnormal(coefs[i]);
       }
-      std::fill(coefs + count, coefs + stride, T(0));
-      std::fill(shifts + count, shifts + stride, T(0));
+      std::fill(coefs + count_, coefs + stride_, T(0));
+      std::fill(shifts + count_, shifts + stride_, T(0));
     }
+    return in_range;
   }
-  T* coef(int64_t k) const { return data.get() + 2 * k * stride; }
-  T* shift(int64_t k) const { return data.get() + (2 * k + 1) * stride; }
+  T* coef(size_t k) const { return data_.get() + 2 * static_cast<int64_t>(k) * stride_; }
+  T* shift(size_t k) const { return coef(k) + stride_; }
+
+  const bool wanted;
+
+ private:
+  const Problem<T>& problem_;
+  const T *lse_, *grad_lse_;
+  int64_t count_, stride_;
+  Workspace<T> data_;
 };
 
-// Whether one exponential may serve both directions: exp(beta s) and its coefficient, which holds exp(-lse), stay in
-// range.
+// Makes the weights of rows and of columns. True: one exponential may serve both directions, because exp(beta s) and
+// its coefficients, which then hold exp(-lse), stay in range.
 template <class T>
-bool can_share(const Problem<T>& problem, bool columns) {
-  if (!problem.unit || !columns) return false;
-  for (double beta : problem.exponents)
-    if (!(problem.reach(beta) <= ExponentRange<T>::kProduct)) return false;
-  return true;
+bool fill_weights(const Problem<T>& problem, AnchorWeights<T>& rows, AnchorWeights<T>& cols, bool columns) {
+  bool shared = problem.unit && columns;
+  for (double beta : problem.exponents) shared = shared && problem.reach(beta) <= ExponentRange<T>::kProduct;
+  if (shared && rows.fill(true) && cols.fill(true)) return true;
+  rows.fill(false), cols.fill(false);
+  return false;
 }
 
 // `weigh` puts the weights W in place of a tile's logits.

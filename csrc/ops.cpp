@@ -198,9 +198,9 @@ std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& 
 }
 
 RankRule rank_rule(const std::vector<double>& ranking, int64_t bins) {
-  STD_TORCH_CHECK(ranking.size() == 4, "ranking must hold the coefficients a, b, low, high.");
+  STD_TORCH_CHECK(ranking.size() == 5, "ranking must hold the coefficients b, c, eps, low, high.");
   STD_TORCH_CHECK(bins >= 0 && bins != 1, "bins must be 0 (exact ranks) or at least 2; got ", bins, ".");
-  return {ranking[0], ranking[1], ranking[2], ranking[3], bins};
+  return {ranking[0], ranking[1], ranking[2], ranking[3], ranking[4], bins};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ranked_forward_cpu(

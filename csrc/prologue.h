@@ -34,38 +34,48 @@ inline void for_each_row(int64_t rows, int64_t d, const Body& body) {
   });
 }
 
-// 1/|z|, 0 for a row so short that its squares underflow.
+// Divides a row by its length and returns that: infinite for a row so short that its squares underflow, so that it
+// becomes 0. A row of finite elements whose squares overflow is scaled before it is squared.
 template <class T>
-inline T inverse_norm(const T* z, int64_t d) {
-  const T norm = std::sqrt(dot(z, z, d));
-  return norm <= std::sqrt(std::numeric_limits<T>::min()) ? T(0) : T(1) / norm;
+inline T to_unit_length(T* z, int64_t d) {
+  constexpr T kInfinite = std::numeric_limits<T>::infinity();
+  T norm = std::sqrt(dot(z, z, d)), shrink = 1;
+  if (norm == kInfinite) {
+    shrink = std::ldexp(T(1), -3 * std::numeric_limits<T>::max_exponent / 4);
+    for (int64_t c = 0; c < d; ++c) z[c] *= shrink;
+    norm = std::sqrt(dot(z, z, d));
+  }
+  if (norm <= std::sqrt(std::numeric_limits<T>::min())) norm = kInfinite;
+  for (int64_t c = 0; c < d; ++c) z[c] /= norm;  // times a reciprocal a row of one feature would not be exactly 1 or -1
+  return norm / shrink;
 }
 
-// operand = z/|z| (z itself without `inverse`) rounded to In, kept as T; *inverse receives 1/|z|.
+// operand = z/|z| (z itself without `norm`, an infinity as NaN) rounded to In, kept as T; *norm receives |z|.
 template <class T, class In>
-inline void prepare_row(const In* z, int64_t d, T* operand, T* inverse) {
+inline void prepare_row(const In* z, int64_t d, T* operand, T* norm) {
   for (int64_t c = 0; c < d; ++c) operand[c] = static_cast<T>(z[c]);
-  if (!inverse) return;
-  *inverse = inverse_norm(operand, d);
-  for (int64_t c = 0; c < d; ++c) operand[c] = static_cast<T>(static_cast<In>(operand[c] * *inverse));
+  if (norm)
+    *norm = to_unit_length(operand, d);
+  else
+    for (int64_t c = 0; c < d; ++c) operand[c] -= operand[c] - operand[c];
+  for (int64_t c = 0; c < d; ++c) operand[c] = static_cast<T>(static_cast<In>(operand[c]));
 }
 
 // dz of a row from the gradient of its operand plus `by_cosine` times its partner (null: none). The gradient passes the
 // rounding unchanged. `gradient` is overwritten.
 template <class T, class In>
-inline void row_gradient(const In* z, const T* inverse, const T* partner, T by_cosine, int64_t d, T* gradient, In* dz) {
+inline void row_gradient(const In* z, const T* norm, const T* partner, T by_cosine, int64_t d, T* gradient, In* dz) {
   if (partner)
     for (int64_t c = 0; c < d; ++c) gradient[c] += by_cosine * partner[c];
-  if (inverse) {
+  if (norm) {
     T lanes[kLanes] = {};
     int64_t c = 0;
     for (; c + kLanes <= d; c += kLanes)
-      for (int l = 0; l < kLanes; ++l) lanes[l] += static_cast<T>(z[c + l]) * *inverse * gradient[c + l];
-    for (int l = 0; c < d; ++c, ++l) lanes[l] += static_cast<T>(z[c]) * *inverse * gradient[c];
+      for (int l = 0; l < kLanes; ++l) lanes[l] += static_cast<T>(z[c + l]) / *norm * gradient[c + l];
+    for (int l = 0; c < d; ++c, ++l) lanes[l] += static_cast<T>(z[c]) / *norm * gradient[c];
     T radial = 0;
     for (int l = 0; l < kLanes; ++l) radial += lanes[l];
-    for (c = 0; c < d; ++c)
-      dz[c] = static_cast<In>((gradient[c] - static_cast<T>(z[c]) * *inverse * radial) * *inverse);
+    for (c = 0; c < d; ++c) dz[c] = static_cast<In>((gradient[c] - static_cast<T>(z[c]) / *norm * radial) / *norm);
   } else {
     for (int64_t c = 0; c < d; ++c) dz[c] = static_cast<In>(gradient[c]);
   }

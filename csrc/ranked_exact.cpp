@@ -113,7 +113,8 @@ void exact_ranks_backward(const Problem<T>& problem, const RankRule& rule, const
   if (!begin_gradient(problem, grid, du, dv)) return;
   choose_row_blocks(grid);
   grid.triangle = false;  // a pair's ranks in its two rows have nothing in common
-  const AnchorWeights<T> rows(problem, in.lse, in.grad_lse, problem.n, /*shared=*/false);
+  AnchorWeights<T> rows(problem, in.lse, in.grad_lse, problem.n);
+  rows.fill(/*shared=*/false);
   sweep_tiles(grid, [&] {
     return GradientWorker<T, ExactGradient<T>>(problem, grid, ExactGradient<T>(problem, rule, rows), du, dv);
   });

@@ -164,9 +164,10 @@ void histogram_ranks_backward(const Problem<T>& problem, const RankRule& rule, c
   if (!begin_gradient(problem, grid, du, dv)) return;
   RankedWeights<T> common{};
   common.shape = rule.shape<T>();
-  common.shared = can_share(problem, problem.one_set);
+  AnchorWeights<T> anchors(problem, in.lse, in.grad_lse, problem.n);
+  AnchorWeights<T> no_columns(problem, nullptr, nullptr, 0);
+  common.shared = fill_weights(problem, anchors, no_columns, problem.one_set);
   split_factor(1.0, &common.factor, &common.factor_low);
-  const AnchorWeights<T> anchors(problem, in.lse, in.grad_lse, problem.n, common.shared);
   const HistogramTable<T> table(in.axis, in.below, problem.n, rule.bins);
   const HistogramGradient<T> weigh(common, table, anchors, problem.one_set);
   sweep_tiles(grid, [&] { return GradientWorker<T, HistogramGradient<T>>(problem, grid, weigh, du, dv); });

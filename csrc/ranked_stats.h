@@ -12,12 +12,12 @@ namespace contrastive_ext {
 
 // How negatives are weighted; bins = 0: exact ranks.
 struct RankRule {
-  double a, b, low, high;
+  double b, c, eps, low, high;
   int64_t bins;
 
   template <class T>
   RankShape<T> shape() const {
-    return {static_cast<T>(a), static_cast<T>(b), static_cast<T>(low), static_cast<T>(high)};
+    return {static_cast<T>(b), static_cast<T>(c), static_cast<T>(eps), static_cast<T>(low), static_cast<T>(high)};
   }
 };
 

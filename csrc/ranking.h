@@ -10,12 +10,13 @@
 
 namespace contrastive_ext {
 
-// omega(u) = [low (1 - Phi) + high Phi] / [b (1 - Phi) + (2 - b) Phi],  Phi = 2u / (b + sqrt(b^2 + 4au))
+// omega of u in [0, 1] and v = 1 - u:  [low (1 - Phi) + high Phi] / [b (1 - Phi) + c Phi]
 template <class T>
-inline T rank_weight(const RankShape<T>& shape, T u) {
-  const T twice = 2 * u, under = shape.b * shape.b + 2 * shape.a * twice;
-  const T q = shape.b + std::sqrt(under > 0 ? under : T(0)), rest = q - twice;  // Phi = twice / q
-  return (shape.low * rest + shape.high * twice) / (shape.b * rest + (2 - shape.b) * twice);
+inline T rank_weight(const RankShape<T>& shape, T u, T v) {
+  const T from_middle = 2 * v - shape.c, above = v + shape.eps;
+  const T root = std::sqrt(from_middle * from_middle + 4 * u * above);
+  const T phi = u / (shape.b + root), rest = above / (shape.c + 2 * shape.eps + root);  // halved, both
+  return (shape.low * rest + shape.high * phi) / (shape.b * rest + shape.c * phi);
 }
 
 // Unsigned integers in the order of the numbers. A NaN goes to one of the ends.
@@ -97,7 +98,8 @@ class LogWeights {
     if (static_cast<int64_t>(table.size()) != count) {
       table.resize(static_cast<size_t>(count));
       for (int64_t r = 0; r < count; ++r)
-        table[static_cast<size_t>(r)] = std::log(rank_weight(shape_, static_cast<T>(r + 1) / static_cast<T>(count)));
+        table[static_cast<size_t>(r)] = std::log(rank_weight(shape_, static_cast<T>(r + 1) / static_cast<T>(count),
+                                                             static_cast<T>(count - r - 1) / static_cast<T>(count)));
     }
     return table;
   }

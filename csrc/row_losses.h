@@ -16,8 +16,8 @@ enum class Formula { kInfoNCE, kDecoupled, kDebiased, kHardNegative };
 template <class T>
 struct RowLossParameters {
   Formula formula;
-  T tau_plus;
-  T log_tau_plus;
+  T log_tau_plus;   // -inf: nothing to correct
+  T one_minus_tau;  // from double precision: tau_plus may round to 1
   // dS/dlse_k: (1) or, with two exponents, (-1, 1); with weights held constant (0, 1 / (1 + beta)).
   T sum_by_lse[2];
 };
@@ -36,8 +36,8 @@ template <class T, class Name>
 inline bool make_parameters(const Name& name, const double* parameters, size_t count, RowLossParameters<T>* out) {
   const double tau_plus = count > 0 ? parameters[0] : 0.0, beta = count > 1 ? parameters[1] : 0.0;
   const bool detach = count > 2 && parameters[2] != 0.0;
-  out->tau_plus = static_cast<T>(tau_plus);
   out->log_tau_plus = static_cast<T>(std::log(tau_plus));
+  out->one_minus_tau = static_cast<T>(1.0 - tau_plus);
   out->sum_by_lse[0] = T(1), out->sum_by_lse[1] = T(0);
   if (name == "infonce") return out->formula = Formula::kInfoNCE, true;
   if (name == "decoupled") return out->formula = Formula::kDecoupled, true;
@@ -65,14 +65,14 @@ CE_HOST_DEVICE DebiasedSum<T> debias(const RowLossParameters<T>& parameters, T l
   const T shift = log_sum > log_floor ? log_sum : log_floor;
   const T sum = exp(log_sum - shift);
   T hidden = 0, raw = sum;
-  if (parameters.tau_plus > 0) {
+  if (parameters.log_tau_plus > -INFINITY) {
     const T exponent = pos + log_count + parameters.log_tau_plus - shift;
     hidden = exp(exponent > kOverwhelmed ? kOverwhelmed : exponent);
-    raw = (sum - hidden) / (T(1) - parameters.tau_plus);
+    raw = (sum - hidden) / parameters.one_minus_tau;
   }
   // written so that NaN is not "clamped": it must reach the loss
   if (raw < exp(log_floor - shift) || raw <= 0) return {log_floor, 0, 0, -1, true};
-  const T inverse = T(1) / ((T(1) - parameters.tau_plus) * raw);
+  const T inverse = T(1) / (parameters.one_minus_tau * raw);
   return {shift + log(raw), sum * inverse, -hidden * inverse, 0, false};
 }
 

@@ -35,18 +35,17 @@ void row_stats_backward(const Problem<T>& problem, const BackwardInputs<T>& in, 
   if (!begin_gradient(problem, grid, du, dv)) return;
 
   const bool columns = problem.one_set || in.grad_col_lse;
+  AnchorWeights<T> rows(problem, in.lse, in.grad_lse, problem.n);
+  AnchorWeights<T> own_cols(problem, columns && !problem.one_set ? in.col_lse : nullptr, in.grad_col_lse, problem.m);
   Weights<T> exponents{};
   exponents.num_exponents = static_cast<int>(problem.exponents.size());
-  exponents.shared = can_share(problem, columns);
+  exponents.shared = fill_weights(problem, rows, own_cols, columns);
   exponents.square = exponents.num_exponents == 2 && problem.exponents[1] == 2.0 * problem.exponents[0];
   for (int k = 0; k < exponents.num_exponents; ++k) {
     exponents.beta[k] = static_cast<T>(problem.exponents[static_cast<size_t>(k)]);
     split_factor(problem.exponents[static_cast<size_t>(k)], &exponents.factor[k], &exponents.factor_low[k]);
   }
 
-  const AnchorWeights<T> rows(problem, in.lse, in.grad_lse, problem.n, exponents.shared);
-  const AnchorWeights<T> own_cols(problem, columns && !problem.one_set ? in.col_lse : nullptr, in.grad_col_lse,
-                                  problem.m, exponents.shared);
   const AnchorWeights<T>& cols = problem.one_set ? rows : own_cols;
   const LseWeights<T> weigh(exponents, rows, cols);
   sweep_tiles(grid, [&] { return GradientWorker<T, LseWeights<T>>(problem, grid, weigh, du, dv); });

@@ -68,7 +68,7 @@ struct Weights {
 // The weight of a negative by its rank, see ranking.h.
 template <class T>
 struct RankShape {
-  T a, b, low, high;
+  T b, c, eps, low, high;
 };
 
 // Histograms of the logits of consecutive anchors: `bins` equal bins from `low` on, `per_logit` bins per unit of logit.

@@ -31,9 +31,11 @@ inline typename Simd<T>::V rank_weight(const RankShape<T>& shape, typename Simd<
   V u = (start + place * (end - start - T(1)) + T(1)) * inverse_count;
   u = u > 0 ? u : V{};  // a logit that rounds otherwise than the forward's may meet an empty bin
   u = u < 1 ? u : broadcast<T>(T(1));
-  const V twice = u + u, under = shape.b * shape.b + 2 * shape.a * twice;
-  const V q = square_root(under > 0 ? under : V{}) + shape.b, rest = q - twice;  // Phi = twice / q
-  return (shape.low * rest + shape.high * twice) / (shape.b * rest + (2 - shape.b) * twice);
+  const V v = T(1) - u, above = v + shape.eps, from_middle = v + v - shape.c;
+  const V root = square_root(from_middle * from_middle + 4 * u * above);
+  // Phi/2 = u / (b + root) and (1 - Phi)/2 = above / (c + 2 eps + root), over their common denominator
+  const V phi = u * (root + (shape.c + 2 * shape.eps)), rest = above * (root + shape.b);
+  return (shape.low * rest + shape.high * phi) / (shape.b * rest + shape.c * phi);
 }
 
 // The bins of one row of a tile, then the edges of those bins.

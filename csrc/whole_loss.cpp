@@ -13,7 +13,7 @@ void whole_loss_forward(const WholeLoss& whole, const RowLossParameters<T>& para
   const int64_t b = whole.b, m = whole.m, d = whole.d, n = whole.anchors(), k = whole.k();
   for_each_row(b + m, d, [&](int64_t r) {
     prepare_row<T, In>(r < b ? z1 + r * d : z2 + (r - b) * d, d, state.operands + r * d,
-                       whole.normalize ? state.inverse_norm + r : nullptr);
+                       whole.normalize ? state.norm + r : nullptr);
   });
   std::vector<T> pos(static_cast<size_t>(b)), count(static_cast<size_t>(n * whole.sides()));
   for_each_row(b, d, [&](int64_t i) {
@@ -83,8 +83,8 @@ void whole_loss_backward(const WholeLoss& whole, const In* z1, const In* z2, con
   for_each_row(b + m, d, [&](int64_t r) {
     const int64_t image = whole.image(r);
     const T* partner = image < b ? state.operands + (r < b ? b + r : image) * d : nullptr;
-    row_gradient<T, In>(r < b ? z1 + r * d : z2 + (r - b) * d, whole.normalize ? state.inverse_norm + r : nullptr,
-                        partner, partner ? static_cast<T>(whole.scale) * by_cosine[image] : T(0), d, du + r * d,
+    row_gradient<T, In>(r < b ? z1 + r * d : z2 + (r - b) * d, whole.normalize ? state.norm + r : nullptr, partner,
+                        partner ? static_cast<T>(whole.scale) * by_cosine[image] : T(0), d, du + r * d,
                         r < b ? dz1 + r * d : dz2 + (r - b) * d);
   });
 }

@@ -52,7 +52,7 @@ struct WholeLoss {
 template <class T>
 struct WholeLossState {
   T* operands;      // [b + m, d]
-  T* inverse_norm;  // [b + m]; not written without normalisation
+  T* norm;          // [b + m]; not written without normalisation
   T* lse;           // [sides, K, anchors]
   T* coefficients;  // [sides, K + 2, anchors]: dL/dlse_k, dL/dpos, dL/dscale
 };

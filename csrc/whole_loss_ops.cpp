@@ -65,9 +65,8 @@ WholeLoss checked(const Tensor& z1, const Tensor& z2, double scale, const std::s
 }
 
 template <class T>
-WholeLossState<T> state_of(const Tensor& operands, const Tensor& inverse_norm, const Tensor& lse,
-                           const Tensor& coefficients) {
-  return {data<T>(operands), data<T>(inverse_norm), data<T>(lse), data<T>(coefficients)};
+WholeLossState<T> state_of(const Tensor& operands, const Tensor& norm, const Tensor& lse, const Tensor& coefficients) {
+  return {data<T>(operands), data<T>(norm), data<T>(lse), data<T>(coefficients)};
 }
 
 using ForwardTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -79,7 +78,7 @@ ForwardTuple forward_cpu(const Tensor& z1, const Tensor& z2, std::optional<Tenso
   const WholeLoss whole = checked(z1, z2, scale_of(scale_tensor, scale), layout, normalize, exponents, reduction);
   const int64_t k = whole.k(), n = whole.anchors(), sides = whole.sides(), rows = whole.b + whole.m;
   const Tensor loss = whole.reduction == Reduction::kNone ? empty_as(z1, {sides * n}, dtype) : empty_as(z1, {}, dtype);
-  const Tensor operands = empty_as(z1, {rows, whole.d}, dtype), inverse_norm = empty_as(z1, {rows}, dtype);
+  const Tensor operands = empty_as(z1, {rows, whole.d}, dtype), norm = empty_as(z1, {rows}, dtype);
   const Tensor lse = empty_as(z1, {sides, k, n}, dtype), coefficients = empty_as(z1, {sides, k + 2, n}, dtype);
   const Tensor clamped = empty_as(z1, {}, dtype);
   for_dtype(z1.scalar_type(), [&](auto t, auto in) {
@@ -89,22 +88,22 @@ ForwardTuple forward_cpu(const Tensor& z1, const Tensor& z2, std::optional<Tenso
     STD_TORCH_CHECK(make_parameters(formula, parameters.data(), parameters.size(), &row) &&
                         (k == 2) == (row.formula == Formula::kHardNegative),
                     "no row loss ", formula, " with ", k, " exponents.");
-    whole_loss_forward<T, In>(whole, row, data<In>(z1), data<In>(z2),
-                              state_of<T>(operands, inverse_norm, lse, coefficients), data<T>(loss), data<T>(clamped));
+    whole_loss_forward<T, In>(whole, row, data<In>(z1), data<In>(z2), state_of<T>(operands, norm, lse, coefficients),
+                              data<T>(loss), data<T>(clamped));
   });
-  return {loss, operands, inverse_norm, lse, coefficients, clamped};
+  return {loss, operands, norm, lse, coefficients, clamped};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& z1, const Tensor& z2, std::optional<Tensor> scale_tensor,
                                                 double scale, std::string layout, bool normalize,
                                                 std::vector<double> exponents, std::string reduction,
-                                                const Tensor& operands, const Tensor& inverse_norm, const Tensor& lse,
+                                                const Tensor& operands, const Tensor& norm, const Tensor& lse,
                                                 const Tensor& coefficients, const Tensor& grad_loss, bool need_scale) {
   const ScalarType dtype = stats_dtype(z1);
   const WholeLoss whole = checked(z1, z2, scale_of(scale_tensor, scale), layout, normalize, exponents, reduction);
   const int64_t k = whole.k(), n = whole.anchors(), sides = whole.sides(), rows = whole.b + whole.m;
   check_tensor(operands, "operands", dtype, {rows, whole.d});
-  check_tensor(inverse_norm, "inverse_norm", dtype, {rows});
+  check_tensor(norm, "norm", dtype, {rows});
   check_tensor(lse, "lse", dtype, {sides, k, n});
   check_tensor(coefficients, "coefficients", dtype, {sides, k + 2, n});
   if (whole.reduction == Reduction::kNone)
@@ -116,9 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& z1, const Tensor& 
   for_dtype(z1.scalar_type(), [&](auto t, auto in) {
     using T = decltype(t);
     using In = decltype(in);
-    whole_loss_backward<T, In>(whole, data<In>(z1), data<In>(z2),
-                               state_of<T>(operands, inverse_norm, lse, coefficients), data<T>(grad_loss),
-                               data<In>(dz1), data<In>(dz2), data_if<T>(dscale, need_scale));
+    whole_loss_backward<T, In>(whole, data<In>(z1), data<In>(z2), state_of<T>(operands, norm, lse, coefficients),
+                               data<T>(grad_loss), data<In>(dz1), data<In>(dz2), data_if<T>(dscale, need_scale));
   });
   return {dz1, dz2, dscale};
 }
@@ -129,10 +127,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
   m.def(
       "whole_loss_forward_cpu(Tensor z1, Tensor z2, Tensor? scale, float scale_value, str layout, bool normalize, "
       "str formula, float[] parameters, float[] exponents, str reduction) -> (Tensor loss, Tensor operands, Tensor "
-      "inverse_norm, Tensor lse, Tensor coefficients, Tensor clamped)");
+      "norm, Tensor lse, Tensor coefficients, Tensor clamped)");
   m.def(
       "whole_loss_backward_cpu(Tensor z1, Tensor z2, Tensor? scale, float scale_value, str layout, bool normalize, "
-      "float[] exponents, str reduction, Tensor operands, Tensor inverse_norm, Tensor lse, Tensor coefficients, Tensor "
+      "float[] exponents, str reduction, Tensor operands, Tensor norm, Tensor lse, Tensor coefficients, Tensor "
       "grad_loss, bool need_scale) -> (Tensor dz1, Tensor dz2, Tensor dscale)");
 }
 

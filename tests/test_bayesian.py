@@ -64,7 +64,7 @@ def _dense(u, v, keep, scale, weight_of):
 
 
 def _exact_weight(x):
-    return RANKING.weight((x[None, :] <= x[:, None]).sum(1).to(x.dtype) / len(x))
+    return RANKING.weight_of_rank((x[None, :] <= x[:, None]).sum(1).to(x.dtype), torch.tensor(len(x)))
 
 
 def _histogram_weight(bins):
@@ -74,7 +74,8 @@ def _histogram_weight(bins):
         bin_of = position.long().clamp(max=bins - 1)
         count = torch.bincount(bin_of, minlength=bins).to(x.dtype)
         below = count.cumsum(0) - count
-        return RANKING.weight((below[bin_of] + (position - bin_of) * (count[bin_of] - 1) + 1) * inverse)
+        u = (below[bin_of] + (position - bin_of) * (count[bin_of] - 1) + 1) * inverse
+        return RANKING.weight(u, 1 - u)
 
     return weight
 
@@ -172,7 +173,7 @@ def test_one_negative_has_the_weight_of_the_highest_rank(run):
     backend, device = run
     z1, z2 = random_pairs(2, 6, torch.float64, device)
     u1, u2 = (torch.nn.functional.normalize(z) for z in (z1, z2))
-    top = RANKING.weight(torch.ones((), dtype=torch.float64)).to(device)
+    top = RANKING.weight_of_rank(*torch.ones(2, dtype=torch.float64)).to(device)
     pos, negative = 2 * (u1 * u2).sum(1), 2 * (u1 * u2.flip(0)).sum(1)
     expected = torch.log1p(top * torch.exp(negative - pos)).mean()
     for ranks in ("exact", "histogram"):

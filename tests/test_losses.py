@@ -168,7 +168,7 @@ def test_floor_far_below_the_largest_logit(run, function, dtype):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("usage", [u for u in USAGES if u.name != "moco"], ids=lambda u: u.name)
+@pytest.mark.parametrize("usage", USAGES, ids=lambda u: u.name)
 @pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
 def test_bad_numbers_reach_the_loss(run, loss, usage, bad):
     backend, device = run

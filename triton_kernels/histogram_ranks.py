@@ -49,11 +49,13 @@ def rank_weights(
     b_inverse = tl.expand_dims(tl.load(p_axis + o_inverse, mask=o_anchors < num_anchors, other=0.0), AXIS)
     b_u = (b_start + b_place * (b_end - b_start - 1.0) + 1.0) * b_inverse
     b_u = tl.minimum(tl.maximum(b_u, 0.0), 1.0)
-    a, b, low, high = tl.load(p_shape), tl.load(p_shape + 1), tl.load(p_shape + 2), tl.load(p_shape + 3)
-    b_twice = 2.0 * b_u
-    b_q = b + tl.sqrt(tl.maximum(b * b + 2.0 * a * b_twice, 0.0))  # Phi = twice / q
-    b_rest = b_q - b_twice
-    return (low * b_rest + high * b_twice) / (b * b_rest + (2.0 - b) * b_twice)
+    b, c, eps = tl.load(p_shape), tl.load(p_shape + 1), tl.load(p_shape + 2)
+    low, high = tl.load(p_shape + 3), tl.load(p_shape + 4)
+    b_above, b_from_middle = 1.0 - b_u + eps, 2.0 - 2.0 * b_u - c
+    b_root = tl.sqrt(b_from_middle * b_from_middle + 4.0 * b_u * b_above)
+    # Phi/2 = u / (b + root) and (1 - Phi)/2 = above / (c + 2 eps + root), over their common denominator
+    b_phi, b_rest = b_u * (b_root + (c + 2.0 * eps)), b_above * (b_root + b)
+    return (low * b_rest + high * b_phi) / (b * b_rest + c * b_phi)
 
 
 @triton.jit(do_not_specialize=[*SIZES])

@@ -1,6 +1,6 @@
 """What happens to a batch before and after the sweeps, one kernel each way (csrc/prologue.h is the same for the CPU).
 
-    forward   z1, z2 -> unit rows in the operand dtype, their 1/|z|, cosines of the positives
+    forward   z1, z2 -> unit rows in the operand dtype, their lengths, cosines of the positives
     backward  gradients of the unit rows and of the positives' logits -> dz1, dz2 in the dtype of the input
 
 A program owns a block of images: the rows of both views, as whole rows, so norms and cosines need no second pass. The
@@ -17,32 +17,43 @@ from .scores import load_rows, load_scale, round_to
 # rows of at most this length count as zero: their squares underflow (numerics.normalize)
 SHORTEST_FP32 = tl.constexpr(2.0**-63)
 SHORTEST_FP64 = tl.constexpr(2.0**-511)
+# what a row whose squares overflow is multiplied by before it is squared
+SHRINK_FP32 = tl.constexpr(2.0**-96)
+SHRINK_FP64 = tl.constexpr(2.0**-768)
 
 
 @triton.jit
-def inverse_norm(b_z):
-    """1/|z| of rows, 0 for zero rows."""
+def divide(b_x, b_y):
+    """b_x / b_y, correctly rounded: times a reciprocal, a row of one feature would not be exactly 1 or -1."""
+    return b_x / b_y if b_x.dtype == tl.float64 else tl.div_rn(b_x, b_y)
+
+
+@triton.jit
+def to_unit_length(b_z):
+    """Rows divided by their lengths, and these, infinite for a row that counts as zero."""
+    IS_FP64: tl.constexpr = b_z.dtype == tl.float64
     b_square = tl.sum(b_z * b_z, 1)
-    if b_z.dtype == tl.float64:
-        b_norm = tl.sqrt(b_square)
-        return tl.where(b_norm <= SHORTEST_FP64, 0.0, 1.0 / b_norm)
-    else:
-        b_norm = tl.sqrt_rn(b_square)
-        return tl.where(b_norm <= SHORTEST_FP32, 0.0, tl.div_rn(tl.full(b_norm.shape, 1.0, tl.float32), b_norm))
+    b_shrink = tl.where(b_square == float("inf"), SHRINK_FP64 if IS_FP64 else SHRINK_FP32, 1.0).to(b_z.dtype)
+    b_z = b_z * b_shrink[:, None]
+    b_square = tl.sum(b_z * b_z, 1)
+    b_norm = tl.sqrt(b_square) if IS_FP64 else tl.sqrt_rn(b_square)
+    b_norm = tl.where(b_norm <= (SHORTEST_FP64 if IS_FP64 else SHORTEST_FP32), float("inf"), b_norm)
+    return divide(b_z, tl.broadcast_to(b_norm[:, None], b_z.shape)), divide(b_norm, b_shrink)
 
 
 @triton.jit
 def prepare(
-    p_z, stride, p_operands, p_inverse, o_i, o_d, rows,
+    p_z, stride, p_operands, p_norm, o_i, o_d, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Operands of a block of rows, stored and returned in the dtype that computes."""
-    DTYPE: tl.constexpr = p_inverse.dtype.element_ty
+    DTYPE: tl.constexpr = p_norm.dtype.element_ty
     b_z = load_rows(p_z, o_i, o_d, rows, stride, D, BLOCK_D).to(DTYPE)
     if NORMALIZE:
-        b_inverse = inverse_norm(b_z)
-        tl.store(p_inverse + o_i, b_inverse, mask=o_i < rows)
-        b_z = b_z * b_inverse[:, None]
+        b_z, b_norm = to_unit_length(b_z)
+        tl.store(p_norm + o_i, b_norm, mask=o_i < rows)
+    else:
+        b_z = b_z - (b_z - b_z)  # an infinity is NaN (numerics.operand)
     b_operand = b_z.to(p_operands.dtype.element_ty)
     m_row = (o_i < rows)[:, None] & (o_d < D)[None, :]
     p_rows = p_operands + o_i.to(tl.int64)[:, None] * D + o_d[None, :]
@@ -52,30 +63,33 @@ def prepare(
 
 @triton.jit(do_not_specialize=["num_images", "num_columns"])
 def prologue_kernel(
-    p_z1, p_z2, p_operands, p_inverse, p_cosine, num_images, num_columns, stride_1, stride_2,
+    p_z1, p_z2, p_operands, p_norm, p_cosine, num_images, num_columns, stride_1, stride_2,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program i: rows i * BLOCK .. of z1 [num_images, D] and of z2 [num_columns, D], num_columns >= num_images."""
     o_i, o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    b_u = prepare(p_z1, stride_1, p_operands, p_inverse, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE, PRECISION)
+    b_u = prepare(p_z1, stride_1, p_operands, p_norm, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE, PRECISION)
     p_second = p_operands + num_images.to(tl.int64) * D
-    b_v = prepare(p_z2, stride_2, p_second, p_inverse + num_images, o_i, o_d, num_columns, D, BLOCK_D, NORMALIZE,
+    b_v = prepare(p_z2, stride_2, p_second, p_norm + num_images, o_i, o_d, num_columns, D, BLOCK_D, NORMALIZE,
                   PRECISION)  # fmt: skip
     tl.store(p_cosine + o_i, tl.sum(b_u * b_v, 1), mask=o_i < num_images)
 
 
 @triton.jit
 def load_operand(
-    p_operands, p_z, stride, p_inverse, o_i, o_d, rows,
+    p_operands, p_z, stride, p_norm, o_i, o_d, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What `prepare` returned of a block of rows."""
-    DTYPE: tl.constexpr = p_inverse.dtype.element_ty
+    DTYPE: tl.constexpr = p_norm.dtype.element_ty
     if PRECISION != "tf32":
         return load_rows(p_operands, o_i, o_d, rows, D, D, BLOCK_D).to(DTYPE)
     else:
         b_z = load_rows(p_z, o_i, o_d, rows, stride, D, BLOCK_D).to(DTYPE)
-        return b_z * tl.load(p_inverse + o_i, mask=o_i < rows, other=0.0)[:, None] if NORMALIZE else b_z
+        if NORMALIZE:
+            b_norm = tl.load(p_norm + o_i, mask=o_i < rows, other=1.0)[:, None]
+            b_z = divide(b_z, tl.broadcast_to(b_norm, b_z.shape))
+        return b_z
 
 
 @triton.jit
@@ -92,14 +106,15 @@ def add_splits(
 
 @triton.jit
 def through_normalisation(
-    p_z, stride, p_inverse, p_dz, b_gradient, o_i, o_d, rows,
+    p_z, stride, p_norm, p_dz, b_gradient, o_i, o_d, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Store dz of a block of rows; the gradient passed the rounding unchanged."""
     if NORMALIZE:
-        b_inverse = tl.load(p_inverse + o_i, mask=o_i < rows, other=0.0)[:, None]
-        b_unit = load_rows(p_z, o_i, o_d, rows, stride, D, BLOCK_D).to(b_gradient.dtype) * b_inverse
-        b_gradient = (b_gradient - b_unit * tl.sum(b_unit * b_gradient, 1)[:, None]) * b_inverse
+        b_norm = tl.load(p_norm + o_i, mask=o_i < rows, other=1.0)[:, None]
+        b_norm = tl.broadcast_to(b_norm, b_gradient.shape)
+        b_unit = divide(load_rows(p_z, o_i, o_d, rows, stride, D, BLOCK_D).to(b_gradient.dtype), b_norm)
+        b_gradient = divide(b_gradient - b_unit * tl.sum(b_unit * b_gradient, 1)[:, None], b_norm)
     m_row = (o_i < rows)[:, None] & (o_d < D)[None, :]
     tl.store(p_dz + o_i.to(tl.int64)[:, None] * D + o_d[None, :], b_gradient.to(p_dz.dtype.element_ty), mask=m_row)
 
@@ -119,7 +134,7 @@ def load_of_image(p_coefficient, o_i, num_images, second):
     do_not_specialize_on_alignment=["p_by_pos", "p_by_scale", "p_du", "p_dv"],
 )  # fmt: skip
 def prologue_backward_kernel(
-    p_z1, p_z2, p_operands, p_inverse, p_by_pos, p_by_scale, p_du, p_dv, p_upstream, scale, p_dz1, p_dz2, p_dscale,
+    p_z1, p_z2, p_operands, p_norm, p_by_pos, p_by_scale, p_du, p_dv, p_upstream, scale, p_dz1, p_dz2, p_dscale,
     splits_1, splits_2, step_1, step_2, num_images, num_columns, second, stride_1, stride_2, num_rows,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, ONE_SET: tl.constexpr,
     SCALE_IS_TENSOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -129,13 +144,14 @@ def prologue_backward_kernel(
     p_upstream  dL/dloss, the mean over `num_rows` losses (1: a sum); None: the coefficients carry it
     second      from an image's first anchor to its second in p_by_pos and p_by_scale, 0 if it has one
     """
+    DTYPE: tl.constexpr = p_norm.dtype.element_ty
     o_i, o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     scale = load_scale(scale, SCALE_IS_TENSOR)
-    upstream = tl.load(p_upstream) / num_rows if p_upstream is not None else 1.0
+    upstream = divide(tl.load(p_upstream), num_rows.to(DTYPE)) if p_upstream is not None else 1.0
     b_by_pos = load_of_image(p_by_pos, o_i, num_images, second)
     p_second = p_operands + num_images.to(tl.int64) * D
-    b_u = load_operand(p_operands, p_z1, stride_1, p_inverse, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE, PRECISION)
-    b_v = load_operand(p_second, p_z2, stride_2, p_inverse + num_images, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE,
+    b_u = load_operand(p_operands, p_z1, stride_1, p_norm, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE, PRECISION)
+    b_v = load_operand(p_second, p_z2, stride_2, p_norm + num_images, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE,
                        PRECISION)  # fmt: skip
     b_du = add_splits(p_du, splits_1, step_1, o_i, o_d, num_images, D, BLOCK, BLOCK_D)
     b_dv = add_splits(p_dv, splits_2, step_2, o_i, o_d, num_columns, D, BLOCK, BLOCK_D)
@@ -144,10 +160,11 @@ def prologue_backward_kernel(
         if ONE_SET:
             b_swept = 0.5 * (b_swept + tl.sum(b_v * b_dv, 1))
         b_scale = b_by_pos * tl.sum(b_u * b_v, 1) + load_of_image(p_by_scale, o_i, num_images, second)
-        tl.store(p_dscale + tl.program_id(0), tl.sum(b_scale + b_swept / scale, 0) * upstream)
+        b_scale += divide(b_swept, tl.zeros_like(b_swept) + scale)
+        tl.store(p_dscale + tl.program_id(0), tl.sum(b_scale, 0) * upstream)
     b_by_cosine = (b_by_pos * scale)[:, None]
     b_du, b_dv = (b_du + b_by_cosine * b_v) * upstream, (b_dv + b_by_cosine * b_u) * upstream
-    through_normalisation(p_z1, stride_1, p_inverse, p_dz1, b_du, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE)
+    through_normalisation(p_z1, stride_1, p_norm, p_dz1, b_du, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE)
     through_normalisation(
-        p_z2, stride_2, p_inverse + num_images, p_dz2, b_dv, o_i, o_d, num_columns, D, BLOCK_D, NORMALIZE
+        p_z2, stride_2, p_norm + num_images, p_dz2, b_dv, o_i, o_d, num_columns, D, BLOCK_D, NORMALIZE
     )

@@ -4,7 +4,7 @@
     whole_loss_backward_<backend>    the same call, that state, dL/dloss -> dz1, dz2, dscale
 
 operands      [B + M, D] rows of z1, then of z2: of unit length with `normalize`, rounded to the dtype of the inputs
-inverse_norm  [B + M]
+norm          [B + M] lengths of the rows of z1 and z2, infinite for a row that counts as zero
 lse           [sides, K, anchors]; "symmetric" has two sides, rows and columns, the other layouts one
 coefficients  [sides, K + 2, anchors] derivatives of every row's unreduced loss by lse_k, pos and scale
 clamped       [] share of the rows on the debiasing floor
@@ -25,10 +25,10 @@ from ..numerics import stats_dtype
 _CALL = "Tensor z1, Tensor z2, Tensor? scale, float scale_value, str layout, bool normalize"
 FORWARD_SCHEMA = (
     f"({_CALL}, str formula, float[] parameters, float[] exponents, str reduction) -> "
-    "(Tensor loss, Tensor operands, Tensor inverse_norm, Tensor lse, Tensor coefficients, Tensor clamped)"
+    "(Tensor loss, Tensor operands, Tensor norm, Tensor lse, Tensor coefficients, Tensor clamped)"
 )
 BACKWARD_SCHEMA = (
-    f"({_CALL}, float[] exponents, str reduction, Tensor operands, Tensor inverse_norm, Tensor lse, "
+    f"({_CALL}, float[] exponents, str reduction, Tensor operands, Tensor norm, Tensor lse, "
     "Tensor coefficients, Tensor grad_loss, bool need_scale) -> (Tensor dz1, Tensor dz2, Tensor dscale)"
 )
 

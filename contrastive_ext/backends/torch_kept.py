@@ -55,9 +55,8 @@ def ranked_forward(problem: Problem, ranking: Ranking) -> Kept | None:
         return None
     ((_, s, keep),) = torch_ranked.blocks(problem, problem.pairs.num_rows)
     count = keep.sum(1, dtype=s.dtype)
-    terms = torch_ranked.log_terms(
-        s, keep, ranking.weight(torch_ranked.ranks_of(s, keep) / count.clamp(min=1)[:, None])
-    )
+    weight = ranking.weight_of_rank(torch_ranked.ranks_of(s, keep), count.clamp(min=1)[:, None])
+    terms = torch_ranked.log_terms(s, keep, weight)
     lse, _, blocks, sums = _exponentials(terms, (1.0,), dim=1)
     return Kept(RankedStatistics(lse[0], count[None], s.new_empty(0), s.new_empty(0)), blocks, sums)
 

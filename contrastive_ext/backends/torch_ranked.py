@@ -111,11 +111,12 @@ class _Table(NamedTuple):
 def _weight(ranking: Ranking, s: Tensor, keep: Tensor, count: Tensor, table: _Table | None) -> Tensor:
     """[rows, columns] omega, finite everywhere and meaningless outside `keep`."""
     if table is None:
-        return ranking.weight(ranks_of(s, keep).to(s.dtype) / count.clamp(min=1)[:, None])
+        return ranking.weight_of_rank(ranks_of(s, keep).to(s.dtype), count.clamp(min=1)[:, None])
     bin_of, place = _bin(s, table.axis, ranking.bins)
     start = table.below.gather(1, bin_of)
     inside = table.below.gather(1, bin_of + 1) - start
-    return ranking.weight(((start + place * (inside - 1) + 1) * table.axis[2, :, None]).clamp(0, 1))
+    u = ((start + place * (inside - 1) + 1) * table.axis[2, :, None]).clamp(0, 1)
+    return ranking.weight(u, 1 - u)
 
 
 def _bin(s: Tensor, axis: Tensor, bins: int) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     images, columns, features = len(z1), len(z2), z1.shape[1]
     like = z1.new_empty(0, dtype=stats_dtype(z1.dtype))
-    operands, inverse_norm = z1.new_empty(images + columns, features), like.new_empty(images + columns)
+    operands, norm = z1.new_empty(images + columns, features), like.new_empty(images + columns)
     problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
     cosine, clamped = like.new_empty(images), like.new_empty(())
     sides, anchors, k = 2 if layout == "symmetric" else 1, problem.pairs.num_rows, len(exponents)
@@ -46,7 +46,7 @@ def _forward(
     with launch.on_device(z1.device):
         block, block_d = _prologue_block(features)
         launch.kernels().prologue.prologue_kernel[(launch.cdiv(columns, block),)](
-            z1, z2, operands, inverse_norm, cosine, images, columns, z1.stride(0), z2.stride(0), D=features,
+            z1, z2, operands, norm, cosine, images, columns, z1.stride(0), z2.stride(0), D=features,
             BLOCK=block, BLOCK_D=block_d, NORMALIZE=normalize, PRECISION=launch.precision(operands),
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -70,12 +70,12 @@ def _forward(
             launch.kernels().row_losses.add_parts_kernel[(1,)](
                 sums, shares, loss, clamped, parts, BLOCK=1024, enable_fp_fusion=True
             )
-    return (loss if losses is None else losses), operands, inverse_norm, lse, saved, clamped
+    return (loss if losses is None else losses), operands, norm, lse, saved, clamped
 
 
 def _backward(
     z1, z2, scale, scale_value, layout, normalize, exponents, reduction,
-    operands, inverse_norm, lse, saved, grad_loss, need_scale,
+    operands, norm, lse, saved, grad_loss, need_scale,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     images, columns, features, k = len(z1), len(z2), z1.shape[1], len(exponents)
     problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
@@ -94,18 +94,18 @@ def _backward(
         dv = du[:, images:] if dv is None else dv
         block, block_d = _prologue_block(features)
         programs = launch.cdiv(columns, block)
-        dscale = inverse_norm.new_empty(programs) if need_scale else None
+        dscale = norm.new_empty(programs) if need_scale else None
         scale_argument, scale_is_tensor = launch.scale_argument(problem)
         second = {"two_view": images, "one_way": 0, "symmetric": (k + 2) * anchors}[layout]
         launch.kernels().prologue.prologue_backward_kernel[(programs,)](
-            z1, z2, operands, inverse_norm, coefficients[0, k], coefficients[0, k + 1], du, dv,
+            z1, z2, operands, norm, coefficients[0, k], coefficients[0, k + 1], du, dv,
             None if reduction == "none" else grad_loss, scale_argument, dz1, dz2, dscale, len(du), len(dv),
             du.stride(0), dv.stride(0), images, columns, second, z1.stride(0), z2.stride(0),
             sides * anchors if reduction == "mean" else 1, D=features, BLOCK=block, BLOCK_D=block_d,
             NORMALIZE=normalize, ONE_SET=problem.one_set, SCALE_IS_TENSOR=scale_is_tensor,
             PRECISION=launch.precision(operands), enable_fp_fusion=True,
         )  # fmt: skip
-        return dz1, dz2, inverse_norm.new_empty(0) if dscale is None else dscale.sum()
+        return dz1, dz2, norm.new_empty(0) if dscale is None else dscale.sum()
 
 
 def _saved(sides: int, k: int, anchors: int) -> tuple[int, int, int]:
@@ -125,8 +125,8 @@ def _coefficients_and_terms(saved: Tensor, sides: int, k: int, anchors: int) -> 
 def _forward_shapes(z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction):
     """Those of short_road.py, but for what is kept beside lse."""
     call = (z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction)
-    loss, operands, inverse_norm, lse, _, clamped = forward_shapes(*call)
-    return loss, operands, inverse_norm, lse, lse.new_empty(_saved(*lse.shape)[0]), clamped
+    loss, operands, norm, lse, _, clamped = forward_shapes(*call)
+    return loss, operands, norm, lse, lse.new_empty(_saved(*lse.shape)[0]), clamped
 
 
 def _problem(operands: Tensor, scale, scale_value, layout: str, normalize: bool, exponents, images: int) -> Problem:

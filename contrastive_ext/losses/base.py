@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .. import dispatch, distributed, numerics
 from ..cancellation import NOTHING, Cancellation
-from ..checks import check_choice, check_keywords
+from ..checks import check_choice, check_exponents, check_keywords
 from ..layouts import LAYOUTS, Arrangement, Layout, arrange, check_pairs, resolve_scale
-from ..numerics import logsumexp_pair
+from ..numerics import logsumexp_pair, own_products
 from ..problem import Formula, Statistics
 from ..queue import NegativeQueue
 from ..reference import DenseLogits, dense_logits
@@ -200,6 +200,7 @@ def fused_row_loss(
             operators = operators_for(row_loss, z1, z2, layout, backend)
             if operators is not None:
                 scale = resolve_scale(temperature, logit_scale, row_loss.default_temperature, z1)
+                check_exponents(row_loss.exponents, scale, numerics.stats_dtype(z1.dtype))
                 return whole_loss(operators, row_loss, z1, z2, scale, layout, normalize, reduction)
         if group is not None and backend != dispatch.REFERENCE:  # it may be missing on one rank
             check_pairs(z1, z2, layout)
@@ -211,6 +212,7 @@ def fused_row_loss(
             positives=positives, normalize=normalize, cancellation=cancellation, operand_dtype=operand_dtype,
             group=group,
         )  # fmt: skip
+        check_exponents(row_loss.exponents, batches[0].scale, batches[0].pos.dtype)
         path = _dense if backend == dispatch.REFERENCE else _streamed
         losses, stats, diagnostics = _end_to_end([path(row_loss, batch, return_stats, backend) for batch in batches])
         loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
@@ -336,7 +338,8 @@ def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Te
 
 def _own_negatives(batch: Arrangement, exponents: tuple[float, ...], diagnostics: bool) -> tuple[Tensor, Tensor]:
     """Statistics over each anchor's own explicit negatives: [A, n] logits, no more memory than the negatives."""
-    logits = batch.scale * torch.einsum("ad,and->an", batch.anchors, batch.row_negatives)
+    assert batch.row_negatives is not None
+    logits = batch.scale * own_products(batch.anchors, batch.row_negatives)
     lse = torch.stack([(beta * logits).logsumexp(1) for beta in exponents])
     count = logits.new_full((len(logits),), float(logits.shape[1]))
     if not diagnostics:

@@ -86,9 +86,8 @@ class Bayesian(RowLoss):
     def weighted(self, logits: DenseLogits) -> DenseLogits:
         """Ranks by comparing every negative of a row with every other, then the weights as the paper writes them."""
         rank = _ranks_by_comparison(logits)
-        weight = Ranking(self.tau_plus, self.alpha, self.beta, self.eps, bins=0).weight(
-            rank / logits.count.clamp(min=1)[:, None]
-        )
+        ranking = Ranking(self.tau_plus, self.alpha, self.beta, self.eps, bins=0)
+        weight = ranking.weight_of_rank(rank, logits.count.clamp(min=1)[:, None])
         return replace(logits, log_weight=weight.log().masked_fill(~logits.negative, 0.0))
 
     def dense(self, logits: DenseLogits) -> Tensor:
@@ -171,7 +170,7 @@ def fused_bayesian_loss(
                  1e-3 from exact (docs/math.md); ties spread over their bin. "auto": exact up to 32,768 candidates per
                  anchor, histogram beyond (`explain` says which)
     bins         from 2 to 65536, of a histogram; 4 bytes per anchor and bin
-    eps          the constant the released code adds to two denominators; 0 is the paper's formula
+    eps          in [0, 1], the constant the released code adds to two denominators; 0 is the paper's formula
     options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`; negatives [K, D] only
     Returns      0-d float32 ("mean", "sum") or one value per anchor ("none"); nats
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason

@@ -45,8 +45,10 @@ def dense_debias(sum_exp: Tensor, logits: DenseLogits, shift: Tensor, tau_plus: 
     """[R] log(1 + Ng / e^p) with Ng as in the paper, every exponential taken relative to e^shift."""
     tiny = torch.finfo(shift.dtype).tiny  # log 0 has no gradient
     floor = logits.count * torch.exp(-logits.scale - shift)
-    hidden_positives = tau_plus * logits.count * torch.exp(logits.correction - shift)
-    corrected = (sum_exp - hidden_positives) / (1 - tau_plus)
+    corrected = sum_exp
+    if tau_plus > 0:  # `positives` may lie far above everything else in the row
+        share = torch.exp((logits.correction + math.log(tau_plus) - shift).clamp(max=_OVERWHELMED))
+        corrected = (sum_exp - logits.count * share) / (1 - tau_plus)
     # the floor by its logarithm: far below e^shift it underflows
     log_negatives = torch.where(
         corrected <= floor.clamp(min=tiny), logits.count.log() - logits.scale, corrected.clamp(min=tiny).log() + shift

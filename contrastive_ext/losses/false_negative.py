@@ -138,29 +138,26 @@ class _Batch(NamedTuple):
 
 def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize) -> _Batch:
     num_views, images, _ = views.shape
-    dtype = numerics.stats_dtype(views.dtype)
     scale = resolve_scale(temperature, logit_scale, 0.1, views)
-
-    def operand(z: Tensor) -> Tensor:
-        z = z.to(dtype)
-        return numerics.round_operand(numerics.normalize(z) if normalize else z, views.dtype)
-
-    anchors = operand(views)
-    shown = anchors if keys is None else operand(keys.detach())
-    scorers = operand(support.detach()) if support is not None else shown.detach()
+    anchors = numerics.operand(views, normalize)
+    if queue is not None:
+        held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
+        held = numerics.round_operand(held.detach().to(anchors.dtype), views.dtype)
+        anchors = numerics.spoil(anchors, held)
+    shown = anchors if keys is None else numerics.operand(keys.detach(), normalize)
+    scorers = numerics.operand(support.detach(), normalize) if support is not None else shown.detach()
     if aggregate == "mean":
         scorers = scorers.mean(0, keepdim=True)
-    logits = scale * torch.einsum("vbd,wbd->vbw", anchors, shown)
+    logits = scale * numerics.product(anchors.transpose(0, 1), shown.permute(1, 2, 0)).transpose(0, 1)
     view = torch.arange(num_views, device=views.device)
     others = (view[:, None] + view[1:]) % num_views  # indices, not a mask: its size would have to be waited for
     positives = logits.gather(2, others[:, None].expand(-1, images, -1))
 
     columns = [shown.flatten(0, 1)]
     candidates = [Candidates(columns[0].detach(), num_images=images)]
-    held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
-    if held is not None and held.shape[0] > 0:
-        columns.append(numerics.round_operand(held.detach().to(dtype), views.dtype))
-        candidates.append(Candidates(columns[1], ids=ids))
+    if queue is not None and held.shape[0] > 0:
+        columns.append(held)
+        candidates.append(Candidates(held, ids=ids))
     return _Batch(
         anchors.flatten(0, 1), tuple(columns), keys is None, candidates, scorers, scale, positives.flatten(0, 1),
         normalize, views.dtype,
@@ -221,7 +218,7 @@ def _dense(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tens
     if threshold is not None:
         found = found & (scores > threshold)
 
-    logits = batch.scale * (batch.anchors @ columns.T)
+    logits = batch.scale * numerics.product(batch.anchors, columns.T)
     own = number == torch.arange(len(batch.anchors), device=device)[:, None]
     positive = (image_of_column == image[:, None]) & ~own
     false_negative = found[image]

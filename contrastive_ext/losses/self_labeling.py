@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import can_read, check_choice, check_number, describe
+from ..checks import can_read, check_choice, check_number, check_positive, describe
 from ..layouts import resolve_scale
 from ..numerics import softplus
 from ..queue import NegativeQueue
@@ -32,12 +32,10 @@ from ..stats import Record
 from .base import REDUCTIONS
 from .soft_target import (
     KeySet,
-    check_positive,
     check_vectors,
     cross_entropy,
     dense_keys,
     entropy,
-    operand,
     queue_sets,
     reduced,
     sweep_keys,
@@ -128,18 +126,23 @@ def fused_self_labeling_loss(
     Paper        arXiv:2106.14749. CIFAR-10: these defaults, K = 4096, mu 0 -> 1; ImageNet: t' 1, mu .5 -> 10, K = 65536
     """
     check_values(label_temperature, mu, lam, reduction, backend)
-    _check(q, k, queue, q_mix, perm, theta)
+    _check(q, k, queue, q_mix, perm, theta, label_temperature, mu)
     with numerics.without_autocast(q):
         dtype = numerics.stats_dtype(q.dtype)
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
-        keys = [KeySet(operand(k, normalize).detach(), ids=torch.arange(len(k), device=k.device), unit=normalize)]
+        if not isinstance(label_scale, Tensor) or can_read(label_scale):
+            check_positive("1/(temperature * label_temperature)", float(label_scale), dtype)
+        images = torch.arange(len(k), device=k.device)
+        keys = [KeySet(numerics.operand(k, normalize).detach(), ids=images, unit=normalize)]
         keys += queue_sets(queue, q, normalize)
-        x, mixing = operand(q, normalize), None
+        x, mixing = numerics.operand(q, normalize), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
             mixing = Mixing(perm, weight.expand(len(q)))
-            x = torch.cat([x, operand(q_mix, normalize)])
+            x = torch.cat([x, numerics.operand(q_mix, normalize)])
+        if queue is not None:
+            x = numerics.spoil(x, keys[-1].v)
         path = _dense if backend == dispatch.REFERENCE else _streamed
         terms, stats = path(x, keys, mixing, scale, label_scale, mu, q.dtype, return_stats, backend)
         losses = terms[0] if mixing is None else torch.lerp(terms[0], terms[1], lam)
@@ -202,7 +205,7 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
     """The paper's formulas on whole matrices; twice differentiable."""
     k, everything = keys[0].v, dense_keys(keys)
     own = torch.eye(len(k), len(everything), dtype=torch.bool, device=k.device)
-    logits = scale * (x @ everything.T)
+    logits = scale * numerics.product(x, everything.T)
     terms, labels = [_instance_loss(logits[: len(k)], own)], None
     if mixing is not None:
         similarities = label_scale * (k @ everything.T)
@@ -250,7 +253,7 @@ def _stats(terms, wins, similarity, labels: Labels | None, num_keys) -> SelfLabe
 
 def check_values(label_temperature: float, mu: float, lam: float, reduction: str, backend: str) -> None:
     """TypeError or ValueError for what no batch could make right."""
-    check_positive("label_temperature", label_temperature)
+    check_positive("label_temperature", label_temperature, torch.float64)  # and, with a batch, in its dtype
     check_number("mu", mu)
     if not 0 <= mu < float("inf"):
         raise ValueError(f"mu must be >= 0 and finite; got {mu}.")
@@ -261,13 +264,17 @@ def check_values(label_temperature: float, mu: float, lam: float, reduction: str
     dispatch.check_backend_name(backend)
 
 
-def _check(q, k, queue, q_mix, perm, theta) -> None:
+def _check(q, k, queue, q_mix, perm, theta, label_temperature, mu) -> None:
     check_vectors({"q": q, "k": k} | ({} if q_mix is None else {"q_mix": q_mix}))
     for name, z in (("k", k), ("q_mix", q_mix)):
         if z is not None and z.shape != q.shape:
             raise ValueError(f"{name} must be [s, D] like q; got {list(z.shape)} and {list(q.shape)}.")
     if len(q) == 1 and _is_empty(queue):
         raise ValueError("one image and no filled queue leave no key to compare with; enqueue keys or use s >= 2.")
+    dtype = numerics.stats_dtype(q.dtype)
+    check_positive("label_temperature", label_temperature, dtype)
+    if 4 * mu > torch.finfo(dtype).max:
+        raise ValueError(f"mu must be >= 0, and four times mu finite in {dtype}; got {mu}.")
     given = [x is not None for x in (q_mix, perm, theta)]
     if any(given) and not all(given):
         raise ValueError("q_mix, perm and theta belong together (momentum_mixup makes them); give all or none.")

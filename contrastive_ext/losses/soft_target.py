@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, numerics
-from ..checks import check_choice, check_number, check_tensor
+from ..checks import check_choice, check_positive, check_tensor
 from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair
 from ..pairs import UNFILLED
@@ -83,11 +83,14 @@ def fused_soft_target_loss(
     check_vectors({"queries": queries, "teacher": teacher})
     if teacher.shape != queries.shape:
         raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")
+    check_positive("teacher_temperature", teacher_temperature, numerics.stats_dtype(queries.dtype))
     with numerics.without_autocast(queries):
         scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, queries)
         sets = [_given_keys(keys, queries, normalize), *queue_sets(queue, queries, normalize)]
         path = _dense if backend == dispatch.REFERENCE else _streamed
-        x, u = operand(queries, normalize), operand(teacher, normalize).detach()
+        x, u = numerics.operand(queries, normalize), numerics.operand(teacher, normalize).detach()
+        for one in sets:
+            x = numerics.spoil(x, one.v)
         losses, stats = path(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
         loss = reduced(losses, reduction)
     return loss if stats is None else (loss, stats)
@@ -119,7 +122,7 @@ def _dense(x, sets, teacher, scale, teacher_scale, operand_dtype, return_stats, 
         losses = 0.0 * x.sum(1)
         return losses, SoftTargetStats(*4 * [losses.detach().mean()]) if return_stats else None
     targets = (teacher_scale * (teacher @ keys.T)).softmax(1)
-    logits = scale * (x @ keys.T)
+    logits = scale * numerics.product(x, keys.T)
     losses = cross_entropy(logits, targets)
     if not return_stats:
         return losses, None
@@ -212,21 +215,15 @@ def queue_set(queue: Tensor | NegativeQueue, like: Tensor, normalize: bool, name
         raise TypeError(f"{name} must be a tensor or a NegativeQueue; got {type(keys).__name__}.")
     check_queue(keys, like.shape[1], like.device, name)
     check_lengths(queue, normalize, name)
-    return KeySet(operand(keys.detach(), False, like.dtype), ids=ids)
+    keys = keys.detach().to(numerics.stats_dtype(like.dtype))
+    return KeySet(numerics.round_operand(keys, like.dtype), ids=ids)
 
 
 def _given_keys(keys: Tensor | NegativeQueue, queries: Tensor, normalize: bool) -> KeySet:
     if isinstance(keys, NegativeQueue):
         return queue_set(keys, queries, normalize, "keys")
     check_vectors({"queries": queries, "keys": keys})
-    return KeySet(operand(keys, normalize).detach(), unit=normalize)
-
-
-def operand(z: Tensor, normalize: bool, operand_dtype: torch.dtype | None = None) -> Tensor:
-    """z as the sweeps take it: in the statistics dtype, holding values of the operand dtype (its own by default)."""
-    operand_dtype = operand_dtype or z.dtype
-    z = z.to(numerics.stats_dtype(operand_dtype))
-    return numerics.round_operand(numerics.normalize(z) if normalize else z, operand_dtype)
+    return KeySet(numerics.operand(keys, normalize).detach(), unit=normalize)
 
 
 def reduced(losses: Tensor, reduction: str) -> Tensor:
@@ -251,16 +248,9 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 def check_values(teacher_temperature: float, reduction: str, backend: str) -> None:
     """TypeError or ValueError for what no batch could make right."""
-    check_positive("teacher_temperature", teacher_temperature)
+    check_positive("teacher_temperature", teacher_temperature, torch.float64)  # and, with a batch, in its dtype
     check_choice("reduction", reduction, REDUCTIONS)
     dispatch.check_backend_name(backend)
-
-
-def check_positive(name: str, value: float) -> None:
-    """TypeError or ValueError unless 0 < value < inf."""
-    check_number(name, value)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be > 0 and finite; got {value}.")
 
 
 def check_vectors(named: dict[str, Tensor]) -> None:

@@ -89,8 +89,7 @@ def fused_supcon_loss(
         if group is not None and backend != dispatch.REFERENCE:  # it may be missing on one rank
             dispatch.select(backend, features.device, dtype, features.dtype, features.shape[-1])
         process_group = distributed.agree(group)  # the checks are done
-        z = features.to(dtype)
-        z = numerics.round_operand(numerics.normalize(z) if normalize else z, features.dtype).flatten(0, -2)
+        z = numerics.operand(features, normalize).flatten(0, -2)
         row_labels = labels.repeat(z.shape[0] // labels.shape[0])
         columns, column_labels, own = z, row_labels, slice(0, len(z))
         if process_group is not None:
@@ -173,7 +172,7 @@ def _dense(
 
     Losses are finite, and of no consequence, in rows without positives.
     """
-    logits = scale * (z @ columns.T)
+    logits = scale * numerics.product(z, columns.T)
     index = torch.arange(len(columns), device=z.device)
     own = index[rows, None] == index
     positive = (labels[rows, None] == labels) & ~own

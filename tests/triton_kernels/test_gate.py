@@ -26,6 +26,7 @@ FEW = [
     gate.Case("backward", "plain", "tf32", 128, 100),
     gate.Case("backward", "hard", "16-bit", 1024, 90),
     gate.Case("backward", "plain", "fp64", 64, 86),
+    gate.Case("prologue", "plain", "ieee", 128, 90),
     gate.Case("prologue", "hard", "bf16", 128, 90),
     gate.Case("row_losses", "small", "16-bit", 128, 90),
     gate.Case("backward", "lists", "16-bit", 128, 90),
