@@ -49,17 +49,24 @@ class Cancellation:
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin must be >= 0 and finite; got {self.margin}.")
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the call says nothing about false negatives."""
+        # not == of the dataclass: that compares tensors, which torch.compile before torch 2.13 does not trace
+        tensors = (self.ids, self.queue_ids, self.guide, self.guide_queue)
+        return all(x is None for x in tensors) and self.margin == 0.0 and self.margin_strategy == "absolute"
+
     def check(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> None:
         """Raise on shapes, dtypes and combinations that do not fit a batch z1, z2 with queue `keys`."""
         if self.ids is not None:
-            check_integers("ids", self.ids, len(z2), z1.device)
+            check_integers("ids", self.ids, z2.shape[0], z1.device)
         if self.queue_ids is not None:
             if keys is None or queue_has_ids or self.ids is None:
                 raise ValueError(
                     "queue_ids belong to a queue given as a tensor, compared with the batch's ids; "
                     "a NegativeQueue holds its own: queue.enqueue(keys, ids)."
                 )
-            check_integers("queue_ids", self.queue_ids, len(keys), z1.device)
+            check_integers("queue_ids", self.queue_ids, keys.shape[0], z1.device)
         if self.margin_strategy not in MARGIN_STRATEGIES:
             raise ValueError(
                 f"margin_strategy must be one of {', '.join(MARGIN_STRATEGIES)}; got {self.margin_strategy!r}."
@@ -70,19 +77,19 @@ class Cancellation:
             return
         g1, g2 = self.guide
         dim = g1.shape[-1] if g1.dim() else 0
-        _check_features("guide[0]", g1, len(z1), dim, z1.device)
-        _check_features("guide[1]", g2, len(z2), dim, z1.device)
+        _check_features("guide[0]", g1, z1.shape[0], dim, z1.device)
+        _check_features("guide[1]", g2, z2.shape[0], dim, z1.device)
         if (keys is None) != (self.guide_queue is None):
             raise ValueError("guide_queue and queue go together: the guide scores every column, the queue's too.")
         if keys is not None and self.guide_queue is not None:
-            _check_features("guide_queue", self.guide_queue, len(keys), dim, z1.device)
+            _check_features("guide_queue", self.guide_queue, keys.shape[0], dim, z1.device)
 
     def gates(self, two_view: bool, dtype: torch.dtype, both_ways: bool) -> tuple[Gate | None, Gate | None]:
         """The gates of the batch's own columns and of the queue's."""
         if self.guide is None:
             return None, None
         g1, g2 = (numerics.normalize(g.detach().to(dtype)) for g in self.guide)
-        positive = (g1 * g2[: len(g1)]).sum(1)
+        positive = (g1 * g2[: g1.shape[0]]).sum(1)
         limit = positive - self.margin if self.margin_strategy == "absolute" else positive * (1 - self.margin)
         rows, columns = (torch.cat([g1, g2]),) * 2 if two_view else (g1, g2)
         limit = torch.cat([limit, limit]) if two_view else limit
@@ -90,9 +97,6 @@ class Cancellation:
         if self.guide_queue is None:
             return batch, None
         return batch, Gate(rows[None], numerics.normalize(self.guide_queue.detach().to(dtype)), limit)
-
-
-NOTHING = Cancellation()
 
 
 def _check_features(name: str, x: Tensor, length: int, dim: int, device: torch.device) -> None:
