@@ -128,7 +128,7 @@ def _direction(
 
     if layout == "two_view":
         anchors = operand(torch.cat([z1, z2]))
-        u1, u2 = anchors.chunk(2)
+        u1, u2 = anchors[: z1.shape[0]], anchors[z1.shape[0] :]
     else:
         anchors = u1 = operand(z1)
         u2 = operand(z2)
@@ -155,7 +155,7 @@ def _direction(
     if positives is not None:
         anchors_by_view = torch.stack([u1, u2][:views])
         logits = scale * torch.einsum("vbd,mbd->mvb", anchors_by_view, operand(positives))
-        correction = logits.flatten(1).logsumexp(0) - math.log(len(positives))
+        correction = logits.flatten(1).logsumexp(0) - math.log(positives.shape[0])
     return Arrangement(
         anchors=anchors,
         column_sets=tuple(column_sets),
@@ -165,7 +165,7 @@ def _direction(
         correction=correction,
         symmetric=layout == "symmetric",
         operand_dtype=operand_dtype,
-        anchor_ids=None if column_ids is None else column_ids[: len(anchors)],
+        anchor_ids=None if column_ids is None else column_ids[: anchors.shape[0]],
     )
 
 
@@ -262,7 +262,7 @@ def _check_extras(
             )
         _check_like(negatives, z1, "negatives")
     if positives is not None:
-        if positives.dim() != 3 or positives.shape[1:] != z1.shape or not len(positives):
+        if positives.dim() != 3 or positives.shape[1:] != z1.shape or positives.shape[0] == 0:
             raise ValueError(f"positives must be [M, {batch}, {dim}] with M >= 1; got {describe(positives)}.")
         _check_like(positives, z1, "positives")
     if not in_batch_negatives:
@@ -275,7 +275,7 @@ def _check_extras(
 def check_queue(keys: Tensor, dim: int, device: torch.device, name: str = "queue") -> None:
     """TypeError or ValueError unless keys are floating-point [K, dim] on `device`."""
     check_tensor(name, keys)
-    is_matrix = keys.dim() == 2 and keys.shape[1] == dim and len(keys) > 0
+    is_matrix = keys.dim() == 2 and keys.shape[1] == dim and keys.shape[0] > 0
     if not is_matrix or not keys.is_floating_point() or keys.device != device:
         raise ValueError(f"{name} must be floating-point [K, {dim}], K >= 1, on {device}; got {describe(keys)}.")
 

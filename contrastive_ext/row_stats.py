@@ -269,7 +269,12 @@ def _check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, colu
         raise ValueError("only_equal_ids=True compares ids: give row_ids, and col_ids where there is a second set.")
     if ignored is not None:
         check_tensor("ignored", ignored)
-        if ignored.dtype != torch.int64 or ignored.dim() != 2 or ignored.device != u.device or n % max(1, len(ignored)):
+        if (
+            ignored.dtype != torch.int64
+            or ignored.dim() != 2
+            or ignored.device != u.device
+            or n % max(1, ignored.shape[0])
+        ):
             raise ValueError(
                 f"ignored must be int64 [G, k] on {u.device}, G a divisor of {n} rows; "
                 f"got {ignored.dtype} {list(ignored.shape)} on {ignored.device}."

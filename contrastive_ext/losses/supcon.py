@@ -86,8 +86,8 @@ def fused_supcon_loss(
         scale = resolve_scale(temperature, logit_scale, 0.1, features)
         z = features.to(dtype)
         z = numerics.round_operand(numerics.normalize(z) if normalize else z, features.dtype).flatten(0, -2)
-        row_labels = labels.long().repeat(len(z) // len(labels))
-        columns, column_labels, own = z, row_labels, slice(0, len(z))
+        row_labels = labels.long().repeat(z.shape[0] // labels.shape[0])
+        columns, column_labels, own = z, row_labels, slice(0, z.shape[0])
         if group is not None:
             distributed.agree(group, features=features.flatten(0, -2))
             columns = distributed.gather(z, group, features.dtype)
@@ -100,7 +100,7 @@ def fused_supcon_loss(
             pos = scale * (z * positive_mean).sum(1)
             v, col_ids = (None, None) if group is None else (columns, column_labels)
             how = {
-                "v": v, "num_images": len(z), "positive_offset": own.start, "scale": scale, "unit": normalize,
+                "v": v, "num_images": z.shape[0], "positive_offset": own.start, "scale": scale, "unit": normalize,
                 "operand_dtype": features.dtype, "backend": backend,
             }  # fmt: skip
             ids = {"row_ids": row_labels, "col_ids": col_ids}
@@ -164,7 +164,7 @@ def _dense(
     Losses are finite, and of no consequence, in rows without positives.
     """
     logits = scale * (z @ columns.T)
-    index = torch.arange(len(columns), device=z.device)
+    index = torch.arange(columns.shape[0], device=z.device)
     own = index[rows, None] == index
     positive = (labels[rows, None] == labels) & ~own
     number = positive.sum(1)
