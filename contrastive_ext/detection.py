@@ -156,7 +156,8 @@ class _DetectedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         scorers, features, col_ids = ctx.saved_tensors
-        spread = _detected_sum(grad, scorers, features, *ctx.rule, col_ids, of_images=True)
+        limit, num_images = ctx.rule
+        spread = _detected_sum(grad, scorers, features, limit, num_images, col_ids, of_images=True)
         return spread, None, None, None, None, None
 
 
