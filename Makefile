@@ -47,6 +47,7 @@ test: $(BUILT) ## run the tests; ARGS="..." are pytest's arguments
 	$(RUN) -m pytest -q $(or $(ARGS),-m "not interpreter" $(ON_ALL_CORES))
 
 test-torch: ## the tests under another torch, which .venv-torch-TORCH keeps (some GB): make test-torch TORCH=2.11.0
+	$(if $(filter file,$(origin TORCH)),$(error which torch? make test-torch TORCH=2.11.0))
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=torch==$(TORCH)
 
 lint: $(BUILT) ## ruff, clang-format, mypy on the public API
