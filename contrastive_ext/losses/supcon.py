@@ -96,7 +96,9 @@ def fused_supcon_loss(
         if backend == dispatch.REFERENCE:
             losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
-            positive_mean, number = (x[own] for x in _class_means(columns, column_labels))
+            positive_mean, number = _class_means(columns, column_labels)
+            if group is not None:
+                positive_mean, number = positive_mean[own], number[own]
             pos = scale * (z * positive_mean).sum(1)
             v, col_ids = (None, None) if group is None else (columns, column_labels)
             how = {
