@@ -4,6 +4,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 # Another torch: make setup TORCH="torch==2.12.1", or any pip arguments that install one. Given once, .venv remembers it.
+# Beside it, in an environment of its own: make test-torch TORCH=2.12.1.
 DEFAULT_TORCH := torch==2.13.0
 
 BIN       := $(VENV)/bin
@@ -13,11 +14,11 @@ BUILT     := $(VENV)/.built
 CSRC      := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/native/*.cpp tests/cuda_kernels/*.cu)
 
-.PHONY: help setup test lint format bench sanitize gate launches interpret fuzz gpu gpu-files clean FORCE
+.PHONY: help setup test test-torch lint format bench sanitize gate launches interpret fuzz gpu gpu-files clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(BUILT) ## make .venv: torch, tools, this package (editable), the native library
 
@@ -44,6 +45,10 @@ ON_ALL_CORES := -n auto --maxprocesses=8 --dist worksteal
 
 test: $(BUILT) ## run the tests; ARGS="..." are pytest's arguments
 	$(RUN) -m pytest -q $(or $(ARGS),-m "not interpreter" $(ON_ALL_CORES))
+
+test-torch: ## the tests under another torch, which .venv-torch-TORCH keeps (some GB): make test-torch TORCH=2.11.0
+	$(if $(filter file,$(origin TORCH)),$(error which torch? make test-torch TORCH=2.11.0))
+	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=torch==$(TORCH)
 
 lint: $(BUILT) ## ruff, clang-format, mypy on the public API
 	$(BIN)/ruff check .

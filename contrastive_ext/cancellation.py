@@ -53,6 +53,13 @@ class Cancellation:
             raise ValueError(f"margin must be >= 0 and finite; got {self.margin}.")
         check_choice("margin_strategy", self.margin_strategy, MARGIN_STRATEGIES)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the call says nothing about false negatives."""
+        # not == of the dataclass: that compares tensors, which torch.compile before torch 2.13 does not trace
+        tensors = (self.ids, self.queue_ids, self.guide, self.guide_queue)
+        return all(x is None for x in tensors) and self.margin == 0.0 and self.margin_strategy == "absolute"
+
     def checked(self, z1: Tensor, z2: Tensor, keys: Tensor | None, queue_has_ids: bool) -> Cancellation:
         """The same with ids as int64 vectors; raises where anything does not fit a batch z1, z2 with queue `keys`."""
         dtype = numerics.stats_dtype(z1.dtype)
@@ -78,20 +85,20 @@ class Cancellation:
             return
         g1, g2 = self.guide
         dim = g1.shape[-1] if g1.dim() else 0
-        _check_features("guide[0]", g1, len(z1), dim, z1.device)
-        _check_features("guide[1]", g2, len(z2), dim, z1.device)
+        _check_features("guide[0]", g1, z1.shape[0], dim, z1.device)
+        _check_features("guide[1]", g2, z2.shape[0], dim, z1.device)
         unscored = keys is not None and keys.shape[0] > 0 and self.guide_queue is None
         if unscored or (keys is None and self.guide_queue is not None):
             raise ValueError("guide_queue and queue go together: the guide scores every column, the queue's too.")
         if keys is not None and self.guide_queue is not None:
-            _check_features("guide_queue", self.guide_queue, len(keys), dim, z1.device)
+            _check_features("guide_queue", self.guide_queue, keys.shape[0], dim, z1.device)
 
     def gates(self, two_view: bool, dtype: torch.dtype, both_ways: bool) -> tuple[Gate | None, Gate | None]:
         """The gates of the batch's own columns and of the queue's."""
         if self.guide is None:
             return None, None
         g1, g2 = (numerics.normalize(g.detach().to(dtype)) for g in self.guide)
-        positive = (g1 * g2[: len(g1)]).sum(1)
+        positive = (g1 * g2[: g1.shape[0]]).sum(1)
         below = self.margin if self.margin_strategy == "absolute" else positive.abs() * self.margin
         limit = positive - below + numerics.rounding_of_products(dtype, g1.shape[1])
         rows, columns = (torch.cat([g1, g2]),) * 2 if two_view else (g1, g2)
@@ -100,9 +107,6 @@ class Cancellation:
         if self.guide_queue is None:
             return batch, None
         return batch, Gate(rows[None], numerics.normalize(self.guide_queue.detach().to(dtype)), limit)
-
-
-NOTHING = Cancellation()
 
 
 def _check_features(name: str, x: Tensor, length: int, dim: int, device: torch.device) -> None:

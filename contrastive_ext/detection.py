@@ -9,8 +9,8 @@ columns, so nothing is stored: a `Gate` asks again wherever a tile is visited. B
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -20,6 +20,13 @@ from .pairs import NO_COLUMN, Gate, Pairs
 from .top_columns import merge, top_columns
 
 BLOCK = 1024  # images and columns of a tile where a threshold is asked again
+
+_library = torch.library.Library("contrastive_ext", "FRAGMENT")
+_library.define(
+    "detected_sum(Tensor values, Tensor scorers, Tensor features, float limit, SymInt num_images, Tensor? col_ids, "
+    "Tensor? row_labels, Tensor? col_labels, bool of_images) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 @dataclass(frozen=True)
@@ -48,15 +55,16 @@ def detect(
     scorers: Tensor, sets: list[Candidates], top_k: int | None, threshold: float | None, views: int, backend: str
 ) -> Detected:
     """Find the false negatives of the images that scorers [S, G, E] show; `views` anchors will share each image's."""
-    candidates = sum(len(s.features) for s in sets)
-    if top_k is None or top_k >= candidates:
+    candidates = sum(s.features.shape[0] for s in sets)
+    # lists longer than the columns are right as well: no reason to bind a graph to the size of its batch
+    if top_k is None or (not torch.compiler.is_compiling() and top_k >= candidates):
         limit = -torch.inf if threshold is None else threshold
         return Limits(tuple(sets), scorers, limit, views)
     found, before = None, 0
     for one in sets:
         best = top_columns(scorers, one.features, top_k, num_images=one.num_images, col_ids=one.ids, backend=backend)
         found = best if found is None else merge(found, best, before)
-        before += len(one.features)
+        before += one.features.shape[0]
     assert found is not None
     columns = found.columns if threshold is None else found.columns.where(found.scores > threshold, NO_COLUMN)
     return Lists.split(columns, sets)
@@ -73,7 +81,7 @@ class Lists:
         """From columns [G, k] numbered through all sets."""
         lists, begin = [], 0
         for one in sets:
-            end = begin + len(one.features)
+            end = begin + one.features.shape[0]
             lists.append((columns - begin).where((columns >= begin) & (columns < end), NO_COLUMN))
             begin = end
         return Lists(tuple(lists))
@@ -114,43 +122,72 @@ class Limits:
         }
 
     def add_up(self, at: int, values: Tensor) -> Tensor:
-        return _AddUp.apply(values, self, at)
+        return _DetectedSum.apply(values, *self._asked(at))
 
     def count(self, at: int, row_labels: Tensor | None = None, col_labels: Tensor | None = None) -> Tensor:
-        total = torch.zeros(self.scorers.shape[1], dtype=torch.int64, device=self.scorers.device)
-        for images, columns, detected in self.tiles(at):
-            if row_labels is not None and col_labels is not None:
-                detected = detected & (row_labels[images, None] == col_labels[None, columns])
-            total[images] += detected.sum(1)
-        return total
+        ones = self.scorers.new_ones(self.sets[at].features.shape[0], 1)
+        return _detected_sum(ones, *self._asked(at), row_labels, col_labels)[:, 0].long()
 
-    def tiles(self, at: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Images, columns and which of these are false negatives of those, tile by tile."""
-        one, images = self.sets[at], self.scorers.shape[1]
-        m = len(one.features)
-        gate: Gate = self.rules(at)["gate"]
-        others = Pairs(m, m, one.num_images, col_ids=one.ids, device=self.scorers.device)
-        for i in range(0, images, BLOCK):
-            for j in range(0, m, BLOCK):
-                rows, cols = slice(i, min(i + BLOCK, images)), slice(j, min(j + BLOCK, m))
-                detected, other = gate.cancels(rows, cols), others.keep(rows, cols)
-                yield rows, cols, detected if other is None else detected & other
+    def _asked(self, at: int) -> tuple[Tensor, Tensor, float, int, Tensor | None]:
+        one = self.sets[at]
+        return self.scorers, one.features, self.limit, one.num_images, one.ids
 
 
-class _AddUp(torch.autograd.Function):
+def _detected_sum(
+    values: Tensor, scorers, features, limit, num_images, col_ids, row_labels=None, col_labels=None, of_images=False
+) -> Tensor:
+    """[G, D] sum over every image's false negatives of values [M, D]; `of_images`: the transpose, [M, D] of [G, D].
+
+    One operator, so that a graph does not unroll the tiles and with them the size of its batch.
+    """
+    return torch.ops.contrastive_ext.detected_sum.default(
+        values, scorers, features, limit, num_images, col_ids, row_labels, col_labels, of_images
+    )
+
+
+class _DetectedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, limits: Limits, at: int) -> Tensor:
-        ctx.limits, ctx.at, ctx.shape = limits, at, values.shape
-        total = values.new_zeros(limits.scorers.shape[1], values.shape[1])
-        for images, columns, detected in limits.tiles(at):
-            total[images] += detected.to(values.dtype) @ values[columns]
-        return total
+    def forward(ctx, values: Tensor, scorers: Tensor, features: Tensor, limit: float, num_images: int, col_ids):
+        ctx.save_for_backward(scorers, features, col_ids)  # asked again: autograd must see a change
+        ctx.rule = limit, num_images
+        return _detected_sum(values, scorers, features, limit, num_images, col_ids)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        spread = grad.new_zeros(ctx.shape)
-        with torch._C._DisableAutocast():  # a product in 16 bits would detect others than the forward did
-            for images, columns, detected in ctx.limits.tiles(ctx.at):
-                spread[columns] += detected.to(grad.dtype).T @ grad[images]
-        return spread, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        scorers, features, col_ids = ctx.saved_tensors
+        limit, num_images = ctx.rule
+        spread = _detected_sum(grad, scorers, features, limit, num_images, col_ids, of_images=True)
+        return spread, None, None, None, None, None
+
+
+def _sum_tiles(values, scorers, features, limit, num_images, col_ids, row_labels, col_labels, of_images) -> Tensor:
+    images, m = scorers.shape[1], features.shape[0]
+    gate = Gate(scorers, features, scorers.new_full((images,), limit))
+    others = Pairs(m, m, num_images, col_ids=col_ids, device=scorers.device)
+    total = values.new_zeros(m if of_images else images, values.shape[1])
+    with torch._C._DisableAutocast():  # a backward may be called inside it
+        for rows, cols in product(_blocks(images), _blocks(m)):
+            detected, other = gate.cancels(rows, cols), others.keep(rows, cols)
+            if other is not None:
+                detected &= other
+            if row_labels is not None:
+                detected &= row_labels[rows, None] == col_labels[None, cols]
+            weight = detected.to(values.dtype)
+            if of_images:
+                total[cols] += weight.T @ values[rows]
+            else:
+                total[rows] += weight @ values[cols]
+    return total
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(begin, min(begin + BLOCK, size)) for begin in range(0, size, BLOCK)]
+
+
+def _shape_of_sum(values, scorers, features, limit, num_images, col_ids, row_labels, col_labels, of_images) -> Tensor:
+    return values.new_empty(features.shape[0] if of_images else scorers.shape[1], values.shape[1])
+
+
+_library.impl("detected_sum", _sum_tiles, "CompositeExplicitAutograd")
+torch.library.register_fake("contrastive_ext::detected_sum", _shape_of_sum, lib=_library)

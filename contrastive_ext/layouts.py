@@ -131,7 +131,7 @@ def _direction(
 
     if layout == "two_view":
         anchors = operand(torch.cat([z1, z2]))
-        u1, u2 = anchors.chunk(2)
+        u1, u2 = anchors[: z1.shape[0]], anchors[z1.shape[0] :]
     else:
         anchors = u1 = operand(z1)
         u2 = operand(z2)
@@ -161,7 +161,7 @@ def _direction(
     if positives is not None:
         anchors_by_view = torch.stack([u1, u2][:views])
         logits = scale * numerics.product(anchors_by_view.transpose(0, 1), operand(positives).permute(1, 2, 0))
-        correction = logits.logsumexp(2).T.flatten() - math.log(len(positives))
+        correction = logits.logsumexp(2).T.flatten() - math.log(positives.shape[0])
     return Arrangement(
         anchors=anchors,
         column_sets=tuple(column_sets),
@@ -172,7 +172,7 @@ def _direction(
         correction=correction,
         symmetric=layout == "symmetric",
         operand_dtype=operand_dtype,
-        anchor_ids=None if column_ids is None else column_ids[: len(anchors)],
+        anchor_ids=None if column_ids is None else column_ids[: anchors.shape[0]],
     )
 
 
@@ -260,7 +260,7 @@ def _check_extras(
             )
         _check_like(negatives, z1, "negatives")
     if positives is not None:
-        if positives.dim() != 3 or positives.shape[1:] != z1.shape or not len(positives):
+        if positives.dim() != 3 or positives.shape[1:] != z1.shape or positives.shape[0] == 0:
             raise ValueError(f"positives must be [M, {batch}, {dim}] with M >= 1; got {describe(positives)}.")
         _check_like(positives, z1, "positives")
     if not in_batch_negatives:

@@ -85,9 +85,9 @@ def _block(batch: Arrangement, columns: ColumnSet) -> tuple[Tensor, Tensor, Tens
     logits = batch.scale * product(anchors, v.T)
     kept = torch.ones_like(logits, dtype=torch.bool)
     if columns.num_images:
-        image = torch.arange(len(anchors), device=anchors.device) % columns.num_images
-        image_of_column = torch.full((len(v),), -1, device=anchors.device)
-        image_of_column[columns.positive_offset : columns.positive_offset + len(anchors)] = image
+        image = torch.arange(anchors.shape[0], device=anchors.device) % columns.num_images
+        image_of_column = torch.full(v.shape[:1], -1, device=anchors.device)
+        image_of_column[columns.positive_offset : columns.positive_offset + anchors.shape[0]] = image
         kept &= image[:, None] != image_of_column[None, :]
     if columns.ids is not None:
         kept &= columns.ids[None, :] != UNFILLED

@@ -108,7 +108,7 @@ def summarize(
         effective_negatives=mean(torch.exp(2 * stats.lse[0].detach() - rows.lse_squared)),
         mean_weight=mean(torch.ones_like(pos) if rows.mean_weight is None else rows.mean_weight),
         max_weight=mean(torch.ones_like(pos) if rows.max_weight is None else rows.max_weight),
-        clamped_fraction=mean(pos.new_zeros(len(pos)) if clamped is None else clamped.to(pos.dtype)),
+        clamped_fraction=mean(torch.zeros_like(pos) if clamped is None else clamped.to(pos.dtype)),
         cancelled_fraction=1 - rows.negatives.mean() / max(1, rows.candidates),
         empty_rows=(~has_negatives).sum(),
         normalized=normalized,

@@ -72,7 +72,7 @@ inline T shift_in_use(T shift) {
 // dominates a row, its weight is exact only if both compute the same bits.
 inline void choose_tile_sizes(TileGrid& grid) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t blocks = 2 * threads > 8 ? 2 * threads : 8;  // the same for 1 to 4 threads, and so are the results
+  const int64_t blocks = 2 * threads > 8 ? 2 * threads : 8;  // the same for 1 to 4 threads, and so is the order of sums
   grid.tile_cols = 512;
   while (grid.tile_cols > 256 && grid.tile_cols >= 2 * grid.cols) grid.tile_cols /= 2;
   grid.block_rows = 256;

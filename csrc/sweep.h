@@ -5,7 +5,8 @@
 // is not. What a tile adds to its rows stays with the thread that owns the block. What it adds to its columns waits for
 // its turn: column tile J takes block b only after block b - 1. Every block sweeps its tiles from left to right and
 // blocks start in order, so a thread follows the previous block one tile behind and rarely waits, column results need
-// no private copies, and the sums are bitwise the same for any number of threads.
+// no private copies, and the order of the sums is the same for any number of threads. The products are the library's,
+// which may choose its kernels, and with them last bits, by the number of threads that torch has set.
 #pragma once
 
 #include <atomic>

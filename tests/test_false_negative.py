@@ -10,9 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import opcheck
 
 import contrastive_ext as ce
 from accuracy import assert_as_accurate_as_dense, evaluate
+from contrastive_ext import detection
+from contrastive_ext.pairs import NO_COLUMN_ID, UNFILLED
 from rows import INPUTS
 
 FOLDER = Path(__file__).parent / "golden"
@@ -284,3 +287,22 @@ def test_vectors_that_change_before_the_backward(run, mode):
 def test_bad_input_says_what_to_do(views, arguments, error, says):
     with pytest.raises(error, match=says):
         fused(views, **arguments)
+
+
+@pytest.mark.parametrize("of_images", [False, True], ids=["of_columns", "of_images"])
+def test_sums_over_what_a_threshold_detects(monkeypatch, of_images):
+    monkeypatch.setattr(detection, "BLOCK", 4)  # several tiles each way
+    scorers, features = torch.randn(2, 6, 3), torch.randn(14, 3)
+    ids = torch.where(torch.arange(14) % 5 == 1, UNFILLED, NO_COLUMN_ID)
+    row_labels, col_labels = torch.arange(6) % 2, torch.arange(14) % 3
+    own = torch.arange(14) % 6 == torch.arange(6)[:, None]
+    found = ((scorers @ features.T).amax(0) > 0.3) & ~own & (ids != UNFILLED) & (row_labels[:, None] == col_labels)
+    values = torch.randn(6 if of_images else 14, 2)
+    arguments = values, scorers, features, 0.3, 6, ids, row_labels, col_labels, of_images
+    operator = torch.ops.contrastive_ext.detected_sum.default
+    expected = (found.T if of_images else found).float() @ values
+    assert found.any()
+    torch.testing.assert_close(operator(*arguments), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(operator(*arguments), expected)
+    opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import dispatch, distributed, numerics
-from ..cancellation import NOTHING, Cancellation
+from ..cancellation import Cancellation
 from ..checks import check_choice, check_exponents, check_keywords
 from ..layouts import LAYOUTS, Arrangement, Layout, arrange, check_pairs, resolve_scale
 from ..numerics import logsumexp_pair, own_products
@@ -194,7 +194,7 @@ def fused_row_loss(
     )  # fmt: skip
     with numerics.without_autocast(z1):
         more = (queue, negatives, positives, guide_queue, operand_dtype, group)
-        plain = all(x is None for x in more) and cancellation == NOTHING and in_batch_negatives
+        plain = all(x is None for x in more) and cancellation.is_empty and in_batch_negatives
         if plain and not return_stats and row_loss.formula is not None:
             check_pairs(z1, z2, layout)
             operators = operators_for(row_loss, z1, z2, layout, backend)
@@ -341,7 +341,7 @@ def _own_negatives(batch: Arrangement, exponents: tuple[float, ...], diagnostics
     assert batch.row_negatives is not None
     logits = batch.scale * own_products(batch.anchors, batch.row_negatives)
     lse = torch.stack([(beta * logits).logsumexp(1) for beta in exponents])
-    count = logits.new_full((len(logits),), float(logits.shape[1]))
+    count = logits.new_full(logits.shape[:1], logits.shape[1])
     if not diagnostics:
         return lse, count[None]
     fixed = logits.detach()
@@ -350,9 +350,9 @@ def _own_negatives(batch: Arrangement, exponents: tuple[float, ...], diagnostics
 
 def candidates_of(batch: Arrangement) -> int:
     """Negatives every anchor would have if none were cancelled."""
-    anchors, candidates = len(batch.anchors), 0
+    anchors, candidates = batch.anchors.shape[0], 0
     for columns in batch.column_sets:
-        candidates += anchors if columns.v is None else len(columns.v)
+        candidates += anchors if columns.v is None else columns.v.shape[0]
         candidates -= anchors // columns.num_images if columns.num_images else 0
     return candidates + (0 if batch.row_negatives is None else batch.row_negatives.shape[1])
 

@@ -61,7 +61,7 @@ class Bayesian(RowLoss):
             sides.append((v, batch.anchors, columns.ids, batch.anchor_ids, reverse))
         swept = [
             ranked_stats(
-                u, v, ranking=self.ranking(len(u if v is None else v)), scale=batch.scale,
+                u, v, ranking=self.ranking((u if v is None else v).shape[0]), scale=batch.scale,
                 num_images=columns.num_images, positive_offset=columns.positive_offset, row_ids=row_ids,
                 col_ids=col_ids, gate=gate, diagnostics=diagnostics, unit=columns.unit,
                 operand_dtype=batch.operand_dtype, backend=backend,
@@ -108,7 +108,7 @@ def _one_set_of_columns(batch: Arrangement) -> ColumnSet:
     if any(s.ids is not None for s in batch.column_sets):
         ids = torch.cat(
             [
-                torch.full((len(v),), NO_COLUMN_ID, dtype=torch.int64, device=v.device) if s.ids is None else s.ids
+                torch.full(v.shape[:1], NO_COLUMN_ID, dtype=torch.int64, device=v.device) if s.ids is None else s.ids
                 for s, v in zip(batch.column_sets, vectors, strict=True)
             ]
         )
@@ -168,7 +168,8 @@ def fused_bayesian_loss(
     ranks        "exact": every row is sorted, ties share the largest rank. "histogram": ranks interpolated in `bins`
                  bins over the row's range; with 256 bins and 1,024 anchors or more the loss is 4e-5 and the gradient
                  1e-3 from exact (docs/math.md); ties spread over their bin. "auto": exact up to 32,768 candidates per
-                 anchor, histogram beyond (`explain` says which)
+                 anchor, histogram beyond (`explain` says which); torch.export with a dynamic batch wants ranks that are
+                 named, or a `Dim` whose range lies on one side of that
     bins         from 2 to 65536, of a histogram; 4 bytes per anchor and bin
     eps          in [0, 1], the constant the released code adds to two denominators; 0 is the paper's formula
     options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`; negatives [K, D] only

@@ -43,7 +43,7 @@ class Decoupled(RowLoss):
         if self.positive_weight is None:
             return pos
         weight = self.positive_weight.detach().to(pos.dtype)
-        return pos * weight.repeat(len(pos) // len(weight))
+        return pos * weight.repeat(pos.shape[0] // weight.shape[0])
 
 
 @loss_function

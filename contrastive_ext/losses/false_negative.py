@@ -12,10 +12,9 @@ Huynh et al., WACV 2022, arXiv:2011.11765.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -120,8 +119,9 @@ def fused_false_negative_loss(
         return loss, _summarize(batch, detected, count, labels)
 
 
-class _Batch(NamedTuple):
-    anchors: Tensor  # [V B, D]
+@dataclass(frozen=True)
+class _Batch:
+    views: Tensor  # [V, B, D]
     columns: tuple[Tensor, ...]  # [M, D] each; the first shows the images
     own_columns: bool  # the first are the anchors themselves
     candidates: list[Candidates]  # what is scored: the same columns without gradient
@@ -131,9 +131,14 @@ class _Batch(NamedTuple):
     unit: bool
     operand_dtype: torch.dtype
 
+    @property
+    def anchors(self) -> Tensor:
+        """[V B, D]."""
+        return self.views.flatten(0, 1)
+
     def by_view(self, x: Tensor) -> Tensor:
-        """[V B, ...] as [V, B, ...]."""
-        return x.unflatten(0, (-1, self.scorers.shape[1]))
+        """[V B] as [V, B]."""
+        return x.view(self.views.shape[:2])
 
 
 def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize) -> _Batch:
@@ -159,14 +164,13 @@ def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, n
         columns.append(held)
         candidates.append(Candidates(held, ids=ids))
     return _Batch(
-        anchors.flatten(0, 1), tuple(columns), keys is None, candidates, scorers, scale, positives.flatten(0, 1),
+        anchors, tuple(columns), keys is None, candidates, scorers, scale, positives.flatten(0, 1),
         normalize, views.dtype,
     )  # fmt: skip
 
 
 def _streamed(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tensor, Detected]:
-    images = batch.scorers.shape[1]
-    detected = detect(batch.scorers, batch.candidates, top_k, threshold, len(batch.anchors) // images, backend)
+    detected = detect(batch.scorers, batch.candidates, top_k, threshold, batch.views.shape[0], backend)
     lses, counts = [], []
     for at, (columns, candidates) in enumerate(zip(batch.columns, batch.candidates, strict=True)):
         rules = detected.rules(at) if mode == "eliminate" else {}
@@ -182,9 +186,8 @@ def _streamed(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, T
     attracted: Tensor = batch.positives.mean(1)
     if mode == "attract":
         found = torch.stack([detected.add_up(at, columns) for at, columns in enumerate(batch.columns)]).sum(0)
-        views = batch.by_view(batch.anchors)
-        more = (batch.scale * (views * found).sum(2)).flatten()
-        number = _count(batch, detected).repeat(len(views))
+        more = (batch.scale * (batch.views * found).sum(2)).flatten()
+        number = _count(batch, detected).repeat(batch.views.shape[0])
         others = batch.positives.shape[1]
         attracted = (batch.positives.sum(1) + more) / (others + number)
     lse, lse_positives = reduce(logsumexp_pair, lses), batch.positives.logsumexp(1)
@@ -201,12 +204,12 @@ def _dense(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tens
     """The paper's steps on whole matrices."""
     images, device = batch.scorers.shape[1], batch.anchors.device
     columns = torch.cat(batch.columns)
-    number = torch.arange(len(columns), device=device)
-    image_of_column = torch.where(number < len(batch.anchors), number % images, -1)
-    image = torch.arange(len(batch.anchors), device=device) % images
-    exists = torch.ones(len(columns), dtype=torch.bool, device=device)
+    number = torch.arange(columns.shape[0], device=device)
+    image_of_column = torch.where(number < batch.anchors.shape[0], number % images, -1)
+    image = torch.arange(batch.anchors.shape[0], device=device) % images
+    exists = torch.ones(columns.shape[0], dtype=torch.bool, device=device)
     if batch.candidates[-1].ids is not None:
-        exists[len(batch.anchors) :] = batch.candidates[-1].ids != UNFILLED
+        exists[batch.anchors.shape[0] :] = batch.candidates[-1].ids != UNFILLED
 
     candidate = (image_of_column != torch.arange(images, device=device)[:, None]) & exists
     scores = (batch.scorers @ columns.detach().T).amax(0)
@@ -219,7 +222,7 @@ def _dense(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tens
         found = found & (scores > threshold)
 
     logits = batch.scale * numerics.product(batch.anchors, columns.T)
-    own = number == torch.arange(len(batch.anchors), device=device)[:, None]
+    own = number == torch.arange(batch.anchors.shape[0], device=device)[:, None]
     positive = (image_of_column == image[:, None]) & ~own
     false_negative = found[image]
     kept = exists & ~own & ~(false_negative & (mode == "eliminate"))
@@ -241,13 +244,13 @@ def _summarize(batch: _Batch, detected: Detected, negatives: Tensor, labels: Ten
     number = _count(batch, detected).to(batch.anchors.dtype)
     candidates = torch.zeros_like(number)
     for one in batch.candidates:
-        exists = len(one.features) if one.ids is None else (one.ids != UNFILLED).sum()
-        candidates += exists - (len(one.features) // images if one.num_images else 0)
+        exists = one.features.shape[0] if one.ids is None else (one.ids != UNFILLED).sum()
+        candidates += exists - (one.features.shape[0] // images if one.num_images else 0)
     precision = recall = None
     if labels is not None:
         right, known, there = torch.zeros(3, images, dtype=torch.int64, device=labels.device)
         for at, one in enumerate(batch.candidates):
-            own = len(one.features) // images if one.num_images else 0
+            own = one.features.shape[0] // images if one.num_images else 0
             column_labels = labels.repeat(own) if own else one.ids
             if column_labels is None:
                 continue  # a queue given as a tensor: its labels are not known
@@ -281,7 +284,7 @@ def check_values(
         raise ValueError(f"top_k must be an integer >= 1, or None for the threshold alone; got {top_k!r}.")
     if threshold is not None:
         check_number("threshold", threshold)
-        if math.isnan(threshold):
+        if threshold != threshold:  # math.isnan refuses the symbolic numbers of torch.compile
             raise ValueError("threshold must be a number, or None for top_k alone; got nan.")
 
 
@@ -289,15 +292,15 @@ def _check(views, support, keys, queue, labels) -> Tensor | None:
     """The labels, int64 [B]."""
     if not isinstance(views, Tensor) or views.dtype not in numerics.SUPPORTED_DTYPES:
         raise TypeError(f"views must be a tensor of float16, bfloat16, float32 or float64; got {describe(views)}.")
-    if views.dim() != 3 or len(views) < 2 or 0 in views.shape:
+    if views.dim() != 3 or views.shape[0] < 2 or 0 in views.shape:
         raise ValueError(f"views must be [V, B, D] with V >= 2 and B, D >= 1; got {list(views.shape)}.")
     _, images, dim = views.shape
     for name, x, shape in (("support", support, (images, dim)), ("keys", keys, (images, dim))):
         if x is None:
             continue
         check_tensor(name, x)
-        if x.dim() != 3 or x.shape[1:] != shape or not len(x) or (name == "keys" and len(x) != len(views)):
-            first = len(views) if name == "keys" else "S"
+        if x.dim() != 3 or x.shape[1:] != shape or x.shape[0] == 0 or (name == "keys" and x.shape[0] != views.shape[0]):
+            first = views.shape[0] if name == "keys" else "S"
             raise ValueError(f"{name} must be [{first}, {images}, {dim}]; got {list(x.shape)}.")
         if x.dtype != views.dtype or x.device != views.device:
             raise TypeError(f"{name} must be {views.dtype} on {views.device} like views; got {x.dtype} on {x.device}.")

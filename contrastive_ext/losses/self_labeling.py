@@ -133,13 +133,13 @@ def fused_self_labeling_loss(
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
         if not isinstance(label_scale, Tensor) or can_read(label_scale):
             check_positive("1/(temperature * label_temperature)", float(label_scale), dtype)
-        images = torch.arange(len(k), device=k.device)
+        images = torch.arange(k.shape[0], device=k.device)
         keys = [KeySet(numerics.operand(k, normalize).detach(), ids=images, unit=normalize)]
         keys += queue_sets(queue, q, normalize)
         x, mixing = numerics.operand(q, normalize), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
-            mixing = Mixing(perm, weight.expand(len(q)))
+            mixing = Mixing(perm, weight.expand(q.shape[0]))
             x = torch.cat([x, numerics.operand(q_mix, normalize)])
         if queue is not None:
             x = numerics.spoil(x, keys[-1].v)
@@ -164,15 +164,16 @@ def _streamed(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_sta
         positive = torch.cat([images, heavier])
     swept = sweep_keys(x, keys, scale, operand_dtype, backend, leave_out=positive, maximum=return_stats)
     pos = scale * (x * k[positive]).sum(1)
-    terms = list(softplus(swept.lse - pos).split(len(k)))
+    losses, s = softplus(swept.lse - pos), k.shape[0]
+    terms = [losses[:s]]
     if pull is not None:
-        terms[1] = terms[1] - scale * (x[len(k) :] * pull).sum(1)
+        terms.append(losses[s:] - scale * (x[s:] * pull).sum(1))
     if not return_stats:
         return terms, None
     with torch.no_grad():
-        rounding = numerics.rounding_of_logits(scale, x[: k.shape[0]], k)
-        wins = pos[: len(k)] > swept.largest[: len(k)] + rounding
-        return terms, _stats(terms, wins, pos[: len(k)] / scale, labels, swept.number[0] + 1)
+        rounding = numerics.rounding_of_logits(scale, x[:s], k)
+        wins = pos[:s] > swept.largest[:s] + rounding
+        return terms, _stats(terms, wins, pos[:s] / scale, labels, swept.number[0] + 1)
 
 
 def _by_weight(mixing: Mixing, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,25 +205,26 @@ def _weights(max_p: Tensor, max_q: Tensor, mu: float) -> tuple[Tensor, Tensor]:
 def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats, backend):
     """The paper's formulas on whole matrices; twice differentiable."""
     k, everything = keys[0].v, dense_keys(keys)
-    own = torch.eye(len(k), len(everything), dtype=torch.bool, device=k.device)
+    s, num_keys = k.shape[0], everything.shape[0]
+    own = torch.eye(s, num_keys, dtype=torch.bool, device=k.device)
     logits = scale * numerics.product(x, everything.T)
-    terms, labels = [_instance_loss(logits[: len(k)], own)], None
+    terms, labels = [_instance_loss(logits[:s], own)], None
     if mixing is not None:
         similarities = label_scale * (k @ everything.T)
         p = similarities.softmax(1)
-        q = similarities.masked_fill(own, -torch.inf).softmax(1) if len(everything) > 1 else torch.zeros_like(p)
+        q = similarities.masked_fill(own, -torch.inf).softmax(1) if num_keys > 1 else torch.zeros_like(p)
         alpha, beta = _weights(p.amax(1), q.amax(1), mu)
         y = (1 - alpha - beta)[:, None] * own + alpha[:, None] * p + beta[:, None] * q
         theta = mixing.theta[:, None]
-        terms.append(cross_entropy(logits[len(k) :], theta * y + (1 - theta) * y[mixing.perm]))
+        terms.append(cross_entropy(logits[s:], theta * y + (1 - theta) * y[mixing.perm]))
         labels = Labels(1 - y.diagonal(), alpha, beta, entropy(y))
     if not return_stats:
         return terms, None
     with torch.no_grad():
-        own_logit = logits[: len(k)].diagonal()
-        rounding = numerics.rounding_of_logits(scale, x[: k.shape[0]], k)
-        wins = own_logit > logits[: len(k)].masked_fill(own, -torch.inf).amax(1) + rounding
-        return terms, _stats(terms, wins, own_logit / scale, labels, k.new_full((), float(len(everything))))
+        own_logit = logits[:s].diagonal()
+        rounding = numerics.rounding_of_logits(scale, x[:s], k)
+        wins = own_logit > logits[:s].masked_fill(own, -torch.inf).amax(1) + rounding
+        return terms, _stats(terms, wins, own_logit / scale, labels, k.new_full((), float(num_keys)))
 
 
 def _instance_loss(logits: Tensor, own: Tensor) -> Tensor:
@@ -269,7 +271,7 @@ def _check(q, k, queue, q_mix, perm, theta, label_temperature, mu) -> None:
     for name, z in (("k", k), ("q_mix", q_mix)):
         if z is not None and z.shape != q.shape:
             raise ValueError(f"{name} must be [s, D] like q; got {list(z.shape)} and {list(q.shape)}.")
-    if len(q) == 1 and _is_empty(queue):
+    if q.shape[0] == 1 and _is_empty(queue):
         raise ValueError("one image and no filled queue leave no key to compare with; enqueue keys or use s >= 2.")
     dtype = numerics.stats_dtype(q.dtype)
     check_positive("label_temperature", label_temperature, dtype)
@@ -279,7 +281,7 @@ def _check(q, k, queue, q_mix, perm, theta, label_temperature, mu) -> None:
     if any(given) and not all(given):
         raise ValueError("q_mix, perm and theta belong together (momentum_mixup makes them); give all or none.")
     if q_mix is not None:
-        _check_mixing(len(q), q.device, perm, theta)
+        _check_mixing(q.shape[0], q.device, perm, theta)
 
 
 def _check_mixing(size: int, device: torch.device, perm, theta) -> None:

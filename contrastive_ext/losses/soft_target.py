@@ -118,7 +118,7 @@ def _streamed(x, sets, teacher, scale, teacher_scale, operand_dtype, return_stat
 
 def _dense(x, sets, teacher, scale, teacher_scale, operand_dtype, return_stats, backend):
     keys = dense_keys(sets)
-    if len(keys) == 0:
+    if keys.shape[0] == 0:
         losses = 0.0 * x.sum(1)
         return losses, SoftTargetStats(*4 * [losses.detach().mean()]) if return_stats else None
     targets = (teacher_scale * (teacher @ keys.T)).softmax(1)
@@ -196,7 +196,7 @@ def sweep_keys(
 
 def _union(one: KeyStatistics, other: KeyStatistics) -> KeyStatistics:
     lse, mean = logsumexp_pair(one.lse, other.lse), one.mean
-    if len(mean):
+    if mean.dim() == 2:
         share = torch.sigmoid(one.lse - other.lse).masked_fill(lse == -torch.inf, 0.0).detach()
         mean = torch.lerp(other.mean, one.mean, share[:, None])
     return KeyStatistics(lse, one.number + other.number, torch.maximum(one.largest, other.largest), mean)

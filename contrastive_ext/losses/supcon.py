@@ -91,22 +91,24 @@ def fused_supcon_loss(
         process_group = distributed.agree(group)  # the checks are done
         z = numerics.operand(features, normalize).flatten(0, -2)
         row_labels = labels.repeat(z.shape[0] // labels.shape[0])
-        columns, column_labels, own = z, row_labels, slice(0, len(z))
+        columns, column_labels, own = z, row_labels, slice(0, z.shape[0])
         if process_group is not None:
             columns = distributed.gather(z, process_group, features.dtype)
             column_labels = distributed.gather(row_labels, process_group)
             rank = dist.get_rank(process_group)
-            own = slice(rank * len(z), (rank + 1) * len(z))
+            own = slice(rank * z.shape[0], (rank + 1) * z.shape[0])
         if backend == dispatch.REFERENCE:
             losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
             positive_mean, number, pairs = _class_means(columns, column_labels)
-            positive_mean, number, ids = positive_mean[own], number[own], pairs if positives == "out" else column_labels
+            ids = row_ids = pairs if positives == "out" else column_labels
+            if process_group is not None:
+                positive_mean, number, row_ids = positive_mean[own], number[own], ids[own]
             pos = scale * (z * positive_mean).sum(1)
             how = {
-                "v": None if process_group is None else columns, "num_images": len(z), "positive_offset": own.start,
-                "row_ids": ids[own], "col_ids": None if process_group is None else ids, "scale": scale,
-                "unit": normalize,
+                "v": None if process_group is None else columns, "num_images": z.shape[0],
+                "positive_offset": own.start, "row_ids": row_ids, "col_ids": None if process_group is None else ids,
+                "scale": scale, "unit": normalize,
                 "operand_dtype": features.dtype, "backend": backend,
             }  # fmt: skip
             losses = _out(z, pos, number, how) if positives == "out" else _in(z, how)
@@ -173,7 +175,7 @@ def _dense(
     Losses are finite, and of no consequence, in rows without positives.
     """
     logits = scale * numerics.product(z, columns.T)
-    index = torch.arange(len(columns), device=z.device)
+    index = torch.arange(columns.shape[0], device=z.device)
     own = index[rows, None] == index
     positive = (labels[rows, None] == labels) & ~own
     number = positive.sum(1)
