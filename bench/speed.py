@@ -41,6 +41,7 @@ def speed(device: Device, out: Path, limit: float, cases: Sequence[Case]) -> int
         timed.append(case)
         results.seconds = round(time.monotonic() - began, 1)
         results.write(out / "speed.json")
+    results.write(out / "speed.json")
     kernels = {case.name: kernel_times(device, case) for case in timed}
     (out / "kernels.json").write_text(json.dumps(kernels, indent=1) + "\n")
     return 0 if results.is_green else 1

@@ -245,7 +245,9 @@ def test_rounds_interleave_methods_and_rotate_inputs():
         return loss
 
     inputs = timing.rotation(CPU, lambda seed: SMALL.inputs(CPU.torch, seed), most=3)
-    timings = timing.interleave(CPU, {"a": call("a"), "b": call("b")}, inputs, seconds=0.0)
+    timings = timing.interleave(
+        CPU, {"a": call("a"), "b": call("b")}, inputs, seconds=0.0, least=timing.LEAST_ROUNDS["cpu"]
+    )
     assert len(timings["a"].forward) == len(timings["b"].backward) == timing.LEAST_ROUNDS["cpu"]
     names = [name for name, _ in order]
     assert names[:6] == ["b", "a", "a", "b", "b", "a"]  # the first round, uncounted, warms up

@@ -66,9 +66,14 @@ ELEMENTWISE = {
 KNOWN_STACKS = {
     ("forward", "clip", 128): 160,
     ("backward", "plain", 256): 16,
-    ("backward", "plain", 1024): 16,
+    ("backward", "plain", 1024): 56,
 }
-MOST_INSTRUCTIONS = {("backward", "plain", "16-bit", 128): 560, ("backward", "plain", "16-bit", 256): 900}
+# fp16 ("16-bit") multiplies by the scaling of its weights too
+MOST_INSTRUCTIONS = {
+    ("backward", "plain", "bf16", 128): 560,
+    ("backward", "plain", "16-bit", 128): 640,
+    ("backward", "plain", "16-bit", 256): 900,
+}
 MASKS_FROM = 60  # instructions that a branch must skip to count as the block of masks
 TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
 GUIDE = 256  # features of a gate
