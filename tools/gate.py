@@ -65,6 +65,7 @@ ELEMENTWISE = {
 # registers.
 KNOWN_STACKS = {
     ("forward", "clip", 128): 160,
+    ("forward", "triangle", 128): 16,
     ("backward", "plain", 256): 16,
     ("backward", "plain", 1024): 56,
 }

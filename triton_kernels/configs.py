@@ -89,7 +89,7 @@ _TABLE = {
     ("forward", "16-bit"): _table(
         #        sm_80                        sm_86                        sm_90                        sm_100
         # sm_90: of programs with 4 warps two share a processor, one multiplies while the other takes exponentials
-        (tile("128x128", 8, 3),    tile("128x128", 8, 2),    tile("256x64", 4, 2),     tile("128x64", 8, 3)),
+        (tile("128x128", 8, 3),    tile("128x128", 8, 2),    tile("256x64", 4, 2),     tile("64x64", 4, 3)),
         (tile("128x128", 8, 3),    tile("128x128", 8, 2),    tile("256x64", 4, 2),     tile("128x64", 8, 3)),
         # two stages: three do not fit beside 128 resident rows
         (tile("128x128", 8, 2),    tile("64x64", 8, 2),      tile("128x64", 4, 2),     tile("128x64", 8, 2)),
@@ -99,9 +99,9 @@ _TABLE = {
     ("backward", "16-bit"): _table(
         # 128 columns leave no register for a second exponent
         (tile("128x64", 8, 3),     tile("128x64", 8, 2),     tile("64x64", 4, 3),      tile("128x64", 8, 3)),
-        (tile("128x64", 8, 3),     tile("128x64", 8, 2),     tile("64x64", 4, 2),      tile("128x64", 8, 3)),
+        (tile("64x64", 4, 3),      tile("64x64", 4, 2),      tile("64x64", 4, 2),      tile("128x64", 8, 3)),
         # the accumulator alone takes 128 registers
-        (tile("128x32", 8, 3),     tile("64x32", 8, 2),      tile("64x64", 4, 2),      tile("128x32", 8, 3)),
+        (tile("64x64", 8, 2),      tile("64x32", 8, 2),      tile("64x64", 4, 2),      tile("128x32", 8, 3)),
         # weights are stored, not summed: 128 columns spill 500 bytes
         (tile("128x64x64", 8, 3),  tile("128x64x32", 8, 3),  tile("256x64x64", 8, 4),  tile("128x64x32", 8, 4)),
     ),
@@ -114,7 +114,7 @@ _TABLE = {
     ),
     ("backward", "tf32"): _table(
         (tile("64x32", 8, 2),      tile("64x32", 8, 2),      tile("128x64", 8, 2),     tile("64x64", 8, 2)),
-        (tile("64x64", 8, 2),      tile("64x32", 8, 1),      tile("64x64", 8, 2),      tile("64x32", 8, 2)),
+        (tile("64x32", 8, 2),      tile("64x32", 8, 1),      tile("64x64", 8, 2),      tile("64x32", 8, 2)),
         (tile("64x32", 8, 1),      tile("32x32", 8, 1),      tile("64x32", 8, 1),      tile("64x32", 8, 1)),
         (tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3)),
     ),
