@@ -69,7 +69,8 @@ interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, g
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:warnings $(ON_ALL_CORES) -m interpreter tests/test_row_stats.py \
 	  tests/test_top_columns.py tests/test_golden.py tests/test_losses.py tests/test_whole_loss.py \
 	  tests/test_self_labeling.py tests/test_bayesian.py tests/test_false_negative.py tests/test_supcon.py \
-	  tests/test_cancellation.py tests/test_tuning.py tests/test_truth.py tests/triton_kernels \
+	  tests/test_cancellation.py tests/test_tuning.py tests/test_truth.py tests/test_extremes.py tests/test_guide_limits.py \
+	  tests/test_ids.py tests/test_zero_losses.py tests/test_collapsed_encoder.py tests/triton_kernels \
 	  -k "not (many_tiles or every_kind_of_input or composed_one_gives or every_temperature or every_shape or reductions \
 	  or hard_detached or dclw or debiased_positives or compiles or any_numbers or every_usage)"
 
