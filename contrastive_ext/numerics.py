@@ -113,7 +113,7 @@ def normalize(z: Tensor) -> Tensor:
     differentiable.
     """
     if not wants_plain_operations():
-        return _Normalize.apply(z)[0]
+        return _Normalize.apply(z)
     shrink, norm = _scaled_norm(z)
     return z * shrink / norm
 
@@ -121,24 +121,23 @@ def normalize(z: Tensor) -> Tensor:
 class _Normalize(torch.autograd.Function):
     # by hand: five tensor operations in the backward instead of twenty (docs/measurements.md, small batches)
     @staticmethod
-    def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(z: Tensor) -> Tensor:
         shrink, norm = _scaled_norm(z)
-        return (z * shrink).div_(norm), shrink / norm
+        return z * shrink / norm  # not div_: torch 2.11 compiles an operation in place here into a gradient of zero
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *outputs)
-        ctx.mark_non_differentiable(outputs[1])
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _) -> Tensor:
-        z, unit, inverse_norm = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> Tensor:
+        z, unit = ctx.saved_tensors
+        shrink, norm = _scaled_norm(z)
         radial = (unit * grad).sum(-1, keepdim=True)
         tangent = torch.addcmul(grad, unit, radial, value=-1)
         if torch.is_grad_enabled():  # to be differentiated again: nothing may be overwritten
-            shrink, norm = _scaled_norm(z)
             return tangent * (shrink / norm)
-        return tangent.mul_(inverse_norm)
+        return tangent.mul_(shrink / norm)
 
 
 def _scaled_norm(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ assert SPEC is not None and SPEC.loader is not None
 gpu_results = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(gpu_results)
 
+
+def _release(package: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, version(package).split(".")[:2]))
+    except PackageNotFoundError:
+        return (0, 0)
+
+
+# Triton 3.6's interpreter and numpy 2.4 do not go together
+INTERPRETER_FAILS = _release("triton") < (3, 7) and _release("numpy") >= (2, 4)
 CASE = cases.tiny(next(case for case in cases.proof_cases() if case.learned))
 FILES = {"facts.json", "kernels.json", "logs.tar.gz", "proof.jsonl", "speed.json", "summary.txt", "tests.xml"}
 
@@ -34,10 +45,14 @@ def test_every_step_is_rehearsed_without_a_gpu(tmp_path):
     environment = os.environ | {
         "PYTHON": sys.executable, "DEVICE": "cpu", "OUT": str(tmp_path), "JOBS": "2"
     }  # fmt: skip
-    done = subprocess.run(["bash", ROOT / "tools" / "gpu.sh"], env=environment, capture_output=True, text=True)
+    steps = ["facts", "import", "ladder", "tiles", "proof", "speed", "smoke", "tests"]
+    if INTERPRETER_FAILS:
+        steps.remove("tiles")
+    command = ["bash", str(ROOT / "tools" / "gpu.sh"), *steps]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     ended = dict(line.split(maxsplit=1) for line in (tmp_path / "summary.txt").read_text().splitlines()[1:])
-    assert list(ended) == ["facts", "import", "ladder", "tiles", "proof", "speed", "smoke", "tests"]
+    assert list(ended) == steps
     assert all(result.startswith("ok") for result in ended.values()), ended
     brought = {path.name for path in tmp_path.iterdir() if not path.name.startswith("tiles-")}
     assert brought == FILES

@@ -165,7 +165,8 @@ without=()
 export WITHOUT="${without[*]}" TINY="${tiny[*]}" FEW="${few[*]}" FASTEST=""
 step tiles 200 bash -c tiles
 # what follows takes the fastest tiles that were found
-[[ $STEPS == *" tiles "* ]] && export FASTEST="--tiles $(ls "$OUT"/tiles-*.json)"
+[[ $STEPS == *" tiles "* ]] && fastest=$(ls "$OUT"/tiles-*.json 2> /dev/null | head -n 1)
+[[ -n ${fastest:-} ]] && export FASTEST="--tiles $fastest"
 step proof 150 bash -c proof
 step speed 110 bash -c speed
 step smoke 60 bash -c smoke
