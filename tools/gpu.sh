@@ -150,8 +150,7 @@ export PYTHON OUT DEVICE JOBS LOGS
 
 date -u > "$OUT/summary.txt"
 # the package is not installed there
-[[ -e contrastive_ext/triton_kernels || -n $("$PYTHON" -c 'import contrastive_ext.triton_kernels' 2>&1) ]] &&
-  ln -sfn ../triton_kernels contrastive_ext/triton_kernels
+"$PYTHON" -c 'import contrastive_ext.triton_kernels' 2> /dev/null || ln -sfn ../triton_kernels contrastive_ext/triton_kernels
 step facts 30 bash -c facts
 if [[ $DEVICE == cuda ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "make gpu needs a GPU that $PYTHON's torch can use; torch.cuda.is_available() is False." >&2
