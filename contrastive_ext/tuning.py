@@ -41,7 +41,7 @@ def autotune(step: Callable[[], object]) -> list[Trial]:
     Returns  a line for every tile tried. What was kept serves every later call on this device with the same kind of
              products and number of features (in the table's groups: 64, 128, 256, more), until the process ends.
     Raises   RuntimeError if `step` launches no Triton kernel: there is nothing to tune
-    Cost     about twenty compilations of a few seconds for each kernel
+    Cost     eight to seventy compilations of a few seconds for each kernel
 
     Kernels are compiled for their tiles: tune before a CUDA graph is captured.
     """
