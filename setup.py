@@ -2,7 +2,7 @@
 
 The library (`contrastive_ext/_C.abi3.so`) is compiled from csrc/ against the LibTorch stable ABI, so one build serves
 every torch >= 2.10 and every CPython >= 3.10 but the free-threaded ones, which need their own.
-contrastive_ext/native.py loads it by `torch.ops.load_library`.
+contrastive_ext/backends/native.py loads it by `torch.ops.load_library`.
 
 What is missing (torch in the build environment, a C++ compiler) is said in one line and yields a working pure-Python
 package; a compile ERROR with the tools present fails the build. Read from the environment, at build time only:
@@ -34,7 +34,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 SWITCH = os.environ.get("CONTRASTIVE_EXT_NATIVE", "auto")
-HOW_TO = (  # contrastive_ext/native.py says the same
+HOW_TO = (  # contrastive_ext/backends/native.py says the same
     "with torch>=2.10 and a C++ compiler installed, run in the source folder: "
     'pip install "setuptools>=77" && pip install --no-build-isolation --no-cache-dir .'
 )

@@ -223,8 +223,9 @@ def executed_flops(method: str, case: Case, processors: int | None = None) -> tu
 
 
 def _as_laid_out(case: Case, processors: int, forward: float, backward: float) -> tuple[float, float]:
-    """One set as contrastive_ext.backends.triton_sweeps lays it out: squares where triangles do not pay."""
-    from contrastive_ext.backends import triton_launch, triton_sweeps
+    """One set as contrastive_ext.backends.triton.sweeps lays it out: squares where triangles do not pay."""
+    from contrastive_ext.backends.triton import launch as triton_launch
+    from contrastive_ext.backends.triton import sweeps as triton_sweeps
 
     products = {"float32": "ieee", "tf32": "tf32", "float64": "fp64"}.get(case.dtype, "16-bit")
     config = triton_launch.kernels().configs.choose(

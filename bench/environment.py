@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import contrastive_ext
-from contrastive_ext import dispatch
+from contrastive_ext.backends import dispatch
 
 from .device import Device
 

@@ -25,12 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_ext.theory import (
-    SupervisedBound,
-    collision_probability,
-    coverage_probability,
-    expected_log_collisions,
-)
+from contrastive_ext.theory import SupervisedBound, collision_probability, coverage_probability, expected_log_collisions
 
 from . import digits, report
 from .cases import LOSSES, PAIR_LOSSES, short_name

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import contrastive_ext as ce
-from contrastive_ext.backends import triton_launch
+from contrastive_ext.backends.triton import launch as triton_launch
 
 from . import environment, timing
 from .device import Device

@@ -13,21 +13,23 @@ from types import ModuleType
 
 from . import theory
 from ._version import __version__
-from .alpha import estimate_alpha, linear_alpha
-from .dispatch import available_backends
-from .distributed import AllRanks
-from .explain import Explanation, explain
-from .losses.base import RowLoss, RowStatistics, fused_row_loss
+from .backends.dispatch import available_backends
+from .batch.distributed import AllRanks
+from .batch.queue import NegativeQueue
+from .diagnostics.explain import Explanation, explain
+from .diagnostics.memory import MemoryEstimate, estimate_memory
+from .diagnostics.tuning import Trial, autotune
 from .losses.bayesian import Bayesian, fused_bayesian_loss
 from .losses.debiased import Debiased, fused_debiased_loss
 from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
+from .losses.pair_loss import RowLoss, RowStatistics, fused_row_loss
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
 from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
+from .losses.stats import LossStats
 from .losses.supcon import SupConStats, fused_supcon_loss
-from .memory import MemoryEstimate, estimate_memory
 from .modules import (
     BayesianLoss,
     DebiasedLoss,
@@ -41,11 +43,9 @@ from .modules import (
     SoftTargetLoss,
     SupConLoss,
 )
-from .momentum import momentum_mixup, momentum_update, mu_schedule
-from .queue import NegativeQueue
-from .row_stats import row_stats
-from .stats import LossStats
-from .tuning import Trial, autotune
+from .operators.row_stats import row_stats
+from .training.alpha import estimate_alpha, linear_alpha
+from .training.momentum import momentum_mixup, momentum_update, mu_schedule
 
 __all__ = [
     "AllRanks",

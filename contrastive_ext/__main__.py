@@ -15,8 +15,9 @@ from typing import NoReturn
 
 import torch
 
-from . import __version__, dispatch, native
-from .explain import explain_for
+from . import __version__
+from .backends import dispatch, native
+from .diagnostics.explain import explain_for
 from .theory import report
 
 MOST_CLASSES = 10**8

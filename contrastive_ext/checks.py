@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .pairs import LARGEST_RESERVED_ID
+from .problem.pairs import LARGEST_RESERVED_ID
 
 
 def describe(x: object) -> str:

@@ -12,24 +12,25 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .batch.arrangement import resolve_scale
+from .batch.queue import NegativeQueue
 from .checks import check_keywords, check_number, check_tensor
-from .layouts import resolve_scale
-from .losses import base, false_negative, self_labeling, soft_target, supcon
-from .losses.base import LossOptions, RowLoss, check_row_loss, fused_row_loss
+from .losses import false_negative, self_labeling, soft_target, supcon
+from .losses import pair_loss as base
 from .losses.bayesian import Bayesian
 from .losses.debiased import Debiased
 from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
+from .losses.pair_loss import LossOptions, RowLoss, check_row_loss, fused_row_loss
 from .losses.self_labeling import DEFAULT_TEMPERATURE as SELF_LABELING_TEMPERATURE
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
 from .losses.soft_target import DEFAULT_TEMPERATURE as SOFT_TARGET_TEMPERATURE
 from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
+from .losses.stats import LossStats
 from .losses.supcon import SupConStats, fused_supcon_loss
-from .queue import NegativeQueue
-from .ranking import Ranks
-from .stats import LossStats
+from .problem.ranking import Ranks
 
 
 def _with_defaults(defaults: dict, call: dict) -> dict:

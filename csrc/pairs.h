@@ -1,4 +1,4 @@
-// The pair rules: which column is a negative of which row, asked in both directions (contrastive_ext/pairs.py).
+// The pair rules: which column is a negative of which row, asked in both directions (contrastive_ext/problem/pairs.py).
 //
 // Row i shows image i % num_images; column j with 0 <= j - positive_offset < num_rows shows image
 // (j - positive_offset) % num_images. A pair of one image (self, positives) is never a negative. Integer ids

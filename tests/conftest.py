@@ -10,7 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from contrastive_ext import dispatch, queue, stats
+from contrastive_ext.backends import dispatch
+from contrastive_ext.batch import queue
+from contrastive_ext.losses import stats
 
 DEVICES = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import contrastive_ext as ce
-from contrastive_ext.ranked_stats import ranked_stats
-from contrastive_ext.ranking import AUTO_EXACT_CANDIDATES, Ranking, histogram_axis
+from contrastive_ext.operators.ranked_stats import ranked_stats
+from contrastive_ext.problem.ranking import AUTO_EXACT_CANDIDATES, Ranking, histogram_axis
 from rows import INPUTS, RANKED, RANKED_USAGES, SHAPES, crowded_pairs, peaked_pairs, random_pairs
 from test_compile_and_autocast import test_autocast_changes_nothing as autocast_changes_nothing
 from test_compile_and_autocast import test_compiles_into_one_graph as compiles_into_one_graph
@@ -492,7 +492,7 @@ def test_alpha_of_the_schedule_runs_in_a_line_and_stays():
 
 @pytest.mark.parametrize("block", [1, 100, 10**6])
 def test_estimated_alpha_is_the_macro_auc(block, monkeypatch):
-    monkeypatch.setattr("contrastive_ext.alpha._BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("contrastive_ext.training.alpha._BLOCK_ELEMENTS", block)
     labels = torch.randint(0, 4, (30,))
     labels[7] = 9  # alone in its class: no positives, not counted
     features = torch.randn(30, 3) + torch.nn.functional.one_hot(labels % 3, 3)

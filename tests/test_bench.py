@@ -21,9 +21,10 @@ from bench.memory import HostMemory
 from bench.methods import CHUNKED, EAGER, Method, backends_for, methods_for
 from bench.results import OK, OUT_OF_MEMORY, RED, Results, Row
 from bench.smoke import smoke
-from contrastive_ext.backends import torch_blocks, triton_launch
-from contrastive_ext.pairs import Pairs
-from contrastive_ext.problem import Problem, Upstream
+from contrastive_ext.backends.torch import row_stats as torch_blocks
+from contrastive_ext.backends.triton import launch as triton_launch
+from contrastive_ext.problem.pairs import Pairs
+from contrastive_ext.problem.problem import Problem, Upstream
 
 CPU = Device("cpu")
 RESULTS = Path(__file__).parents[1] / "bench" / "results"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import contrastive_ext as ce
-from contrastive_ext import dispatch
+from contrastive_ext.backends import dispatch
 
 CPU, F32 = torch.device("cpu"), torch.float32
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import contrastive_ext as ce
-from contrastive_ext import distributed
+from contrastive_ext.batch import distributed
 from rows import random_pairs
 from two_ranks import WORLD, assert_same, on_both_ranks
 

@@ -13,8 +13,8 @@ import torch
 import contrastive_ext as ce
 from accuracy import assert_as_accurate_as_dense, evaluate, on_rounded_operands
 from contrastive_ext import numerics
-from contrastive_ext.ranking import Ranking
-from contrastive_ext.row_stats import row_stats
+from contrastive_ext.operators.row_stats import row_stats
+from contrastive_ext.problem.ranking import Ranking
 from rows import LOSSES, peaked_pairs, random_pairs
 
 B, D = 6, 4

@@ -14,8 +14,8 @@ from torch.library import opcheck
 
 import contrastive_ext as ce
 from accuracy import assert_as_accurate_as_dense, evaluate
-from contrastive_ext import detection
-from contrastive_ext.pairs import NO_COLUMN_ID, UNFILLED
+from contrastive_ext.batch import detection
+from contrastive_ext.problem.pairs import NO_COLUMN_ID, UNFILLED
 from rows import INPUTS
 
 FOLDER = Path(__file__).parent / "golden"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import contrastive_ext as ce
-from contrastive_ext import dispatch
+from contrastive_ext.backends import dispatch
 from rows import random_pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import contrastive_ext as ce
-from contrastive_ext.pairs import LARGEST_RESERVED_ID, NO_COLUMN_ID, NO_ROW_ID, UNFILLED
+from contrastive_ext.problem.pairs import LARGEST_RESERVED_ID, NO_COLUMN_ID, NO_ROW_ID, UNFILLED
 
 B, D = 6, 4
 LOWEST, HIGHEST = LARGEST_RESERVED_ID + 1, torch.iinfo(torch.int64).max

@@ -9,8 +9,8 @@ import torch
 import torch._dynamo.testing
 
 import contrastive_ext as ce
-from contrastive_ext.backends import torch_kept
-from contrastive_ext.row_stats import row_stats
+from contrastive_ext.backends.torch import kept as torch_kept
+from contrastive_ext.operators.row_stats import row_stats
 from rows import LOSSES, RANKED, USAGES, random_pairs
 from test_row_stats import IDS, PROBLEMS, _problem
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import contrastive_ext
-from contrastive_ext import native
+from contrastive_ext.backends import native
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "contrastive_ext", "triton_kernels")

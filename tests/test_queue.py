@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import contrastive_ext as ce
-from contrastive_ext import queue as queue_module
-from contrastive_ext.pairs import UNFILLED
+from contrastive_ext.batch import queue as queue_module
+from contrastive_ext.problem.pairs import UNFILLED
 
 
 def _keys(start: int, n: int, dim: int = 2) -> torch.Tensor:

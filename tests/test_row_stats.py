@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.library import opcheck
 
 from contrastive_ext import row_stats
-from contrastive_ext.backends import torch_blocks
-from contrastive_ext.pairs import NO_COLUMN, NO_COLUMN_ID, NO_ROW_ID, UNFILLED, Gate
-from contrastive_ext.ranked_stats import ranked_stats
-from contrastive_ext.ranking import Ranking
+from contrastive_ext.backends.torch import row_stats as torch_blocks
+from contrastive_ext.operators.ranked_stats import ranked_stats
+from contrastive_ext.problem.pairs import NO_COLUMN, NO_COLUMN_ID, NO_ROW_ID, UNFILLED, Gate
+from contrastive_ext.problem.ranking import Ranking
 
 OP = torch.ops.contrastive_ext.row_stats
 

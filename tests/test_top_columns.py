@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from contrastive_ext.backends import torch_blocks
-from contrastive_ext.pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
-from contrastive_ext.top_columns import TopColumns, merge, top_columns
+from contrastive_ext.backends.torch import row_stats as torch_blocks
+from contrastive_ext.operators.top_columns import TopColumns, merge, top_columns
+from contrastive_ext.problem.pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
 
 # scorers per image, images, columns, features, k, num_images
 PROBLEMS = [

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import contrastive_ext as ce
-from contrastive_ext import dispatch
+from contrastive_ext.backends import dispatch
 from covering import covering_array, pairs_of, possible_pairs
 from fuzz import FAMILIES, backends, drawn, one_rank, spoken
 from truth_check import compare, ours

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import contrastive_ext as ce
-from contrastive_ext import tuning
-from contrastive_ext.backends import triton
+from contrastive_ext.backends.triton import row_stats as triton
+from contrastive_ext.diagnostics import tuning
 from rows import random_pairs
 
 REASON = triton.why_not(torch.device("cpu"), torch.float32, torch.float32, 8)

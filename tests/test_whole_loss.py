@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import contrastive_ext as ce
-from contrastive_ext import dispatch
-from contrastive_ext.losses import base
+from contrastive_ext.backends import dispatch
+from contrastive_ext.losses import pair_loss as base
 from rows import INPUTS, LOSSES, random_pairs
 
 LAYOUTS = ("two_view", "one_way", "symmetric")

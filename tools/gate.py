@@ -35,7 +35,8 @@ from contrastive_ext.triton_kernels import (
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contrastive_ext.backends import triton_sweeps, triton_whole_loss
+from contrastive_ext.backends.triton import sweeps as triton_sweeps
+from contrastive_ext.backends.triton import whole_loss as triton_whole_loss
 
 # bytes a block may use: CUDA C++ programming guide, "Technical Specifications per Compute Capability"
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}

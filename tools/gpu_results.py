@@ -3,8 +3,8 @@
     python tools/gpu_results.py FOLDER [--root ROOT]
 
 Writes bench/results/<device>.json with -proof.jsonl, -kernels.json and -tiles.json beside it, the lines of
-contrastive_ext/verified.py for what the proof shows, and the README between its two marks. Refuses a rehearsal and
-results of a tree that is no commit.
+contrastive_ext/backends/verified.py for what the proof shows, and the README between its two marks. Refuses a rehearsal
+and results of a tree that is no commit.
 """
 
 from __future__ import annotations

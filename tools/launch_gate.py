@@ -34,8 +34,8 @@ import contrastive_ext
 import rows
 from bench import cases, gate, methods
 from bench.device import Device
-from contrastive_ext import dispatch
-from contrastive_ext.backends import triton_launch
+from contrastive_ext.backends import dispatch
+from contrastive_ext.backends.triton import launch as triton_launch
 
 PROCESSORS = 132  # of the H200
 SHARED_LIMIT = 227 << 10

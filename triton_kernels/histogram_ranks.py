@@ -4,7 +4,7 @@
     COUNT  negatives per bin, integer atomics: any order gives the same counts
     SUMS   sum of omega e^{s - shift} and, for diagnostics, of its square, of logits and of weights
 
-Three launches of one tile loop: each pass needs the result of the one before. contrastive_ext/ranking.py has the
+Three launches of one tile loop: each pass needs the result of the one before. problem/ranking.py has the
 mathematics; the backward is the one of the plain statistics with omega in its weights.
 """
 

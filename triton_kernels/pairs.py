@@ -1,4 +1,4 @@
-"""Which pairs of a tile are negatives; contrastive_ext/pairs.py states the rules.
+"""Which pairs of a tile are negatives; contrastive_ext/problem/pairs.py states the rules.
 
 `images` = (num_images, shard, first_row, first_column): `shard` rows from first_row on and as many columns from
 first_column on show image (position in the shard) mod num_images. The forward has first_row = 0 and first_column =

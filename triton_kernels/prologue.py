@@ -1,4 +1,4 @@
-"""What happens to a batch before and after the sweeps, one kernel each way (csrc/prologue.h is the same for the CPU).
+"""What happens to a batch before and after the sweeps, one kernel each way; csrc/cpu/prologue.h is the CPU's.
 
     forward   z1, z2 -> unit rows in the operand dtype, their lengths, cosines of the positives
     backward  gradients of the unit rows and of the positives' logits -> dz1, dz2 in the dtype of the input

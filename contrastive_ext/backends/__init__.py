@@ -1,1 +1,5 @@
-"""One module per backend: each computes the row statistics of one `Problem` and their gradient (see dispatch.py)."""
+"""Who computes (floor 3): one ordered table, one file or folder per backend.
+
+In reading order: dispatch (the table, one reason per backend that cannot), verified (what hardware has proven), torch/
+(plain PyTorch, block by block), native and cpu (the compiled library), triton/ (kernels of triton_kernels/), cuda.
+"""

@@ -7,10 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .. import native
-from ..problem import Problem, Statistics, Upstream
-from ..ranking import RankedStatistics, Ranking
-from .short_road import WholeLossOps, backward_shapes, forward_shapes
+from ..problem.problem import Problem, Statistics, Upstream
+from ..problem.ranking import RankedStatistics, Ranking
+from ..problem.short_road import WholeLossOps, backward_shapes, forward_shapes
+from . import native
 
 NAME = "cpu"
 

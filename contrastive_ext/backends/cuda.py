@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
-from ..problem import Problem, Statistics, Upstream
-from ..ranking import RankedStatistics, Ranking
-from . import triton
+from ..problem.problem import Problem, Statistics, Upstream
+from ..problem.ranking import RankedStatistics, Ranking
+from . import native
+from .triton import row_stats as triton
 
 NAME = "cuda"
 NOTE = "forward only, gradient by the Triton kernels; by name only"

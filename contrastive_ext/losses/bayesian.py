@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..layouts import Arrangement, ColumnSet
+from ..batch.arrangement import Arrangement, ColumnSet
 from ..numerics import softplus
-from ..pairs import NO_COLUMN_ID, Gate
-from ..ranked_stats import ranked_stats
-from ..ranking import Ranking, Ranks, check_ranking, choose_ranks
-from ..reference import DenseLogits
-from ..stats import Diagnostics, LossStats
-from .base import LossOptions, RowLoss, RowStatistics, candidates_of, fused_row_loss, loss_function
+from ..operators.ranked_stats import ranked_stats
+from ..problem.pairs import NO_COLUMN_ID, Gate
+from ..problem.ranking import Ranking, Ranks, check_ranking, choose_ranks
+from .dense import DenseLogits
+from .pair_loss import LossOptions, RowLoss, RowStatistics, candidates_of, fused_row_loss, loss_function
+from .stats import Diagnostics, LossStats
 
 REFERENCE_ELEMENTS = 2**22  # comparisons of the dense reference at a time: larger temporaries are page faults
 

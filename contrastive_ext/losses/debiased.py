@@ -18,10 +18,10 @@ from typing_extensions import Unpack
 
 from ..checks import check_number
 from ..numerics import softplus
-from ..problem import Formula
-from ..reference import DenseLogits
-from ..stats import LossStats
-from .base import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
+from ..problem.problem import Formula
+from .dense import DenseLogits
+from .pair_loss import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
+from .stats import LossStats
 
 _OVERWHELMED = 60.0  # e^60 times the sum itself: far below the floor, and finite in float32
 

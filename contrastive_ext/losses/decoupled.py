@@ -13,10 +13,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..checks import check_tensor, describe
-from ..problem import Formula
-from ..reference import DenseLogits
-from ..stats import LossStats
-from .base import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
+from ..problem.problem import Formula
+from .dense import DenseLogits
+from .pair_loss import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
+from .stats import LossStats
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,15 +19,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import dispatch, numerics
+from .. import numerics
+from ..backends import dispatch
+from ..batch.arrangement import check_queue, resolve_scale
+from ..batch.detection import Candidates, Detected, Lists, detect
+from ..batch.queue import NegativeQueue, check_lengths
 from ..checks import check_choice, check_number, check_tensor, describe
-from ..detection import Candidates, Detected, Lists, detect
-from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair, softplus
-from ..pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
-from ..queue import NegativeQueue, check_lengths
-from ..row_stats import row_stats
-from .base import REDUCTIONS
+from ..operators.row_stats import row_stats
+from ..problem.pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
+from .pair_loss import REDUCTIONS
 from .supcon import image_labels
 
 MODES = ("attract", "eliminate")

@@ -16,11 +16,11 @@ from typing_extensions import Unpack
 
 from ..checks import check_number
 from ..numerics import softplus
-from ..problem import Formula
-from ..reference import DenseLogits
-from ..stats import LossStats
-from .base import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
+from ..problem.problem import Formula
 from .debiased import check_tau_plus, debias, dense_debias
+from .dense import DenseLogits
+from .pair_loss import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
+from .stats import LossStats
 
 
 @dataclass(frozen=True)

@@ -23,23 +23,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, numerics
+from .. import numerics
+from ..backends import dispatch
+from ..batch.arrangement import resolve_scale
+from ..batch.queue import NegativeQueue
 from ..checks import can_read, check_choice, check_number, check_positive, describe
-from ..layouts import resolve_scale
 from ..numerics import softplus
-from ..queue import NegativeQueue
-from ..stats import Record
-from .base import REDUCTIONS
-from .soft_target import (
-    KeySet,
-    check_vectors,
-    cross_entropy,
-    dense_keys,
-    entropy,
-    queue_sets,
-    reduced,
-    sweep_keys,
-)
+from .pair_loss import REDUCTIONS
+from .soft_target import KeySet, check_vectors, cross_entropy, dense_keys, entropy, queue_sets, reduced, sweep_keys
+from .stats import Record
 
 DEFAULT_TEMPERATURE = 0.2
 

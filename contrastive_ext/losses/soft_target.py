@@ -17,15 +17,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, numerics
+from .. import numerics
+from ..backends import dispatch
+from ..batch.arrangement import check_queue, resolve_scale
+from ..batch.queue import NegativeQueue, check_lengths
 from ..checks import check_choice, check_positive, check_tensor
-from ..layouts import check_queue, resolve_scale
 from ..numerics import logsumexp_pair
-from ..pairs import UNFILLED
-from ..queue import NegativeQueue, check_lengths
-from ..row_stats import row_stats
-from ..stats import Record
-from .base import REDUCTIONS
+from ..operators.row_stats import row_stats
+from ..problem.pairs import UNFILLED
+from .pair_loss import REDUCTIONS
+from .stats import Record
 
 DEFAULT_TEMPERATURE = 0.1
 

@@ -19,13 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import dispatch, distributed, numerics
+from .. import numerics
+from ..backends import dispatch
+from ..batch import distributed
+from ..batch.arrangement import resolve_scale
 from ..checks import check_choice, describe, integers
-from ..layouts import resolve_scale
 from ..numerics import softplus
-from ..row_stats import row_stats
-from ..stats import Record
-from .base import REDUCTIONS
+from ..operators.row_stats import row_stats
+from .pair_loss import REDUCTIONS
+from .stats import Record
 
 POSITIVES = ("out", "in")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..memory import estimate_memory
+from ..diagnostics.memory import estimate_memory
 from .coupon import (
     collision_probability,
     coverage_probability,

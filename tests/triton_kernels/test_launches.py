@@ -12,11 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import contrastive_ext as ce
-from contrastive_ext import stats
-from contrastive_ext.backends import triton as backend
-from contrastive_ext.backends import triton_whole_loss
-from contrastive_ext.backends.short_road import WholeLossOps
-from contrastive_ext.losses import base
+from contrastive_ext.backends.triton import row_stats as backend
+from contrastive_ext.backends.triton import whole_loss as triton_whole_loss
+from contrastive_ext.losses import pair_loss as base
+from contrastive_ext.losses import stats
+from contrastive_ext.problem.short_road import WholeLossOps
 from rows import random_pairs
 
 REASON = backend.why_not(torch.device("cpu"), torch.float32, torch.float32, 8)

@@ -10,12 +10,16 @@ import torch
 
 import contrastive_ext as ce
 from contrastive_ext import row_stats
-from contrastive_ext.backends import torch_ranked, triton_launch, triton_ranked, triton_sweeps, triton_whole_loss
-from contrastive_ext.backends import triton as backend
-from contrastive_ext.pairs import NO_COLUMN, UNFILLED, Gate, Pairs
-from contrastive_ext.problem import Problem
-from contrastive_ext.ranking import Ranking
-from contrastive_ext.top_columns import top_columns
+from contrastive_ext.backends.torch import ranked_stats as torch_ranked
+from contrastive_ext.backends.triton import launch as triton_launch
+from contrastive_ext.backends.triton import ranked_stats as triton_ranked
+from contrastive_ext.backends.triton import row_stats as backend
+from contrastive_ext.backends.triton import sweeps as triton_sweeps
+from contrastive_ext.backends.triton import whole_loss as triton_whole_loss
+from contrastive_ext.operators.top_columns import top_columns
+from contrastive_ext.problem.pairs import NO_COLUMN, UNFILLED, Gate, Pairs
+from contrastive_ext.problem.problem import Problem
+from contrastive_ext.problem.ranking import Ranking
 from rows import random_pairs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

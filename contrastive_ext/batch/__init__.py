@@ -1,0 +1,5 @@
+"""How a batch becomes problems (floor 5).
+
+In reading order: arrangement (anchors, sets of candidates, positives), cancellation (false negatives the caller knows
+of), detection (those that similarity finds), queue (past keys), distributed (candidates of all ranks).
+"""

@@ -1,0 +1,101 @@
+"""The dense reference: the similarity matrix in memory, plain PyTorch, the truth every backend is held to.
+
+`backend="reference"` of every loss runs this file: same arrangement of the batch, then the whole matrix of logits and a
+mask of negatives built from the definition, then the loss's `dense` formula. Any dtype, twice differentiable, O(N M).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..batch.arrangement import Arrangement, ColumnSet
+from ..numerics import own_products, product
+from ..problem.pairs import UNFILLED
+
+
+@dataclass(frozen=True)
+class DenseLogits:
+    """All logits of all anchors.
+
+    logits      [R, C] scale * <anchor, candidate>
+    negative    [R, C] bool, which candidates are negatives
+    pos         [R] logit of the positive
+    correction  [R] log-mean-exp of the debiasing positives (pos unless `positives` was given)
+    scale       1/temperature
+    log_weight  [R, C] log of a constant weight on e^logit of every negative; None: all count alike
+    """
+
+    logits: Tensor
+    negative: Tensor
+    pos: Tensor
+    correction: Tensor
+    scale: float | Tensor
+    log_weight: Tensor | None = None
+
+    @property
+    def count(self) -> Tensor:
+        """[R] number of negatives."""
+        return self.negative.sum(1).to(self.logits.dtype)
+
+    def shift(self) -> Tensor:
+        """[R] the largest logit of the row, positive included: exp(x - shift) neither overflows nor all underflows."""
+        largest = self.logits.masked_fill(~self.negative, -torch.inf).amax(1)
+        return torch.maximum(largest, self.pos).detach()
+
+    def sum_exp(self, exponent: float, shift: Tensor) -> Tensor:
+        """[R] sum over negatives of exp(exponent * (x - shift))."""
+        terms = torch.exp(exponent * (self.logits - shift[:, None]).masked_fill(~self.negative, -torch.inf))
+        return terms.sum(1)
+
+    def logsumexp(self, exponent: float = 1.0) -> Tensor:
+        """[R] log sum over negatives of (weight exp(x))^exponent; rows without any give -inf and no gradient."""
+        weighted = self.logits if self.log_weight is None else self.logits + self.log_weight
+        masked = (exponent * weighted).masked_fill(~self.negative, -torch.inf)
+        empty = (masked == -torch.inf).all(1)
+        return masked.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -torch.inf)
+
+    def weight_statistics(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """[R] mean and largest weight of the negatives; None for a loss without weights."""
+        if self.log_weight is None:
+            return None, None
+        weight = self.log_weight.exp().masked_fill(~self.negative, 0.0)
+        return weight.sum(1) / self.count.clamp(min=1), weight.amax(1)
+
+
+def dense_logits(batch: Arrangement) -> DenseLogits:
+    """The whole problem of `batch` as one matrix."""
+    logits, negative = [], []
+    for columns in batch.column_sets:
+        block, kept, kept_reverse = _block(batch, columns)
+        logits.append(torch.cat([block, block.T]) if batch.symmetric else block)
+        negative.append(torch.cat([kept, kept_reverse.T]) if batch.symmetric else kept)
+    if batch.row_negatives is not None:
+        own = batch.scale * own_products(batch.anchors, batch.row_negatives)
+        logits.append(own)
+        negative.append(torch.ones_like(own, dtype=torch.bool))
+    return DenseLogits(torch.cat(logits, 1), torch.cat(negative, 1), batch.pos, batch.correction, batch.scale)
+
+
+def _block(batch: Arrangement, columns: ColumnSet) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, which columns are negatives of which rows, and which rows are negatives of which columns."""
+    anchors, v = batch.anchors, batch.anchors if columns.v is None else columns.v
+    logits = batch.scale * product(anchors, v.T)
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if columns.num_images:
+        image = torch.arange(anchors.shape[0], device=anchors.device) % columns.num_images
+        image_of_column = torch.full(v.shape[:1], -1, device=anchors.device)
+        image_of_column[columns.positive_offset : columns.positive_offset + anchors.shape[0]] = image
+        kept &= image[:, None] != image_of_column[None, :]
+    if columns.ids is not None:
+        kept &= columns.ids[None, :] != UNFILLED
+        if batch.anchor_ids is not None:
+            kept &= batch.anchor_ids[:, None] != columns.ids[None, :]
+    if columns.gate is None:
+        return logits, kept, kept
+    gate = columns.gate
+    score = (gate.scorers @ gate.features.T).amax(0)
+    kept_reverse = kept if gate.col_limit is None else kept & ~(score > gate.col_limit[None, :])
+    return logits, kept & ~(score > gate.row_limit[:, None]), kept_reverse

@@ -1,0 +1,5 @@
+"""The streaming operators with their autograd formulas (floor 4); a backend does the arithmetic.
+
+In reading order: row_stats (log-sum-exps over negatives), ranked_stats (weighted by rank), top_columns (the k most
+similar columns), whole_loss (the short road: a built-in loss as one operator).
+"""

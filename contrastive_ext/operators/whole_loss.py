@@ -1,0 +1,90 @@
+"""The short road: a built-in loss over plain pairs in one operator each way, where a backend has one.
+
+    forward   unit rows, positives -> sweep -> row losses and their derivatives -> reduction
+    backward  derivatives times the upstream gradient -> sweep -> gradient of the unit rows
+
+The composed road (losses/base.py) is forty small tensor operations around the same sweeps: for a small batch more than
+the sweeps themselves. The short road takes what most calls are, a loss with a `formula` over one set of candidates;
+queues, explicit negatives, `positives`, ids, statistics and losses written as `from_stats` take the composed one, and
+so does torch.compile, which fuses small operations itself. Both give the same numbers to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..backends import dispatch
+from ..losses.stats import warn_if_clamped
+from ..numerics import stats_dtype
+from ..problem.short_road import WholeLossOps
+from .row_stats import FirstOrderOnly
+
+if TYPE_CHECKING:
+    from ..losses.pair_loss import RowLoss
+
+
+def operators_for(row_loss: RowLoss, z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLossOps | None:
+    """The operators of the short road for checked z1, z2 without further candidates, or None: the composed road.
+
+    Candidates that need no gradient stay on the composed road: there the anchors' gradient is made in the forward.
+    """
+    if row_loss.formula is None or backend == dispatch.REFERENCE or torch.compiler.is_compiling():
+        return None
+    if layout == "one_way" and not z2.requires_grad:
+        return None
+    chosen = dispatch.select(backend, z1.device, stats_dtype(z1.dtype), z1.dtype, z1.shape[1])
+    return chosen.whole_loss(z1.dtype)
+
+
+def whole_loss(
+    operators: WholeLossOps,
+    row_loss: RowLoss,
+    z1: Tensor,
+    z2: Tensor,
+    scale: float | Tensor,
+    layout: str,
+    normalize: bool,
+    reduction: str,
+) -> Tensor:
+    """The reduced loss, [] or [R]; once differentiable in z1, z2 and scale."""
+    assert row_loss.formula is not None
+    name, parameters = row_loss.formula
+    scale_tensor, scale_value = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
+    loss, clamped = _WholeLoss.apply(
+        operators, z1, z2, scale_tensor, scale_value, layout, normalize, name, parameters, row_loss.exponents, reduction
+    )
+    if parameters:  # tau_plus: only a debiased sum has a floor
+        warn_if_clamped(lambda: clamped, z1.device)
+    return loss
+
+
+class _WholeLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, operators, z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction):
+        z1, z2 = z1.contiguous(), z2.contiguous()
+        loss, *state, clamped = operators.forward(
+            z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction
+        )
+        ctx.backward_operator = operators.backward
+        ctx.options = (scale_value, layout, normalize, exponents, reduction)
+        ctx.save_for_backward(z1, z2, scale, *state)
+        ctx.mark_non_differentiable(clamped)
+        ctx.set_materialize_grads(False)
+        return loss, clamped
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 11
+        z1, z2, scale, *state = ctx.saved_tensors
+        need_scale = ctx.needs_input_grad[3]
+        args = (z1, z2, scale, *ctx.options, *state, grad_loss.contiguous(), need_scale)
+        if torch.is_grad_enabled():  # create_graph=True
+            dz1, dz2, dscale = FirstOrderOnly.apply(ctx.backward_operator, *args)
+        else:
+            with torch._C._DisableAutocast():
+                dz1, dz2, dscale = ctx.backward_operator(*args)
+        return None, dz1, dz2, dscale if need_scale else None, *[None] * 7

@@ -1,0 +1,140 @@
+"""The `cuda` backend over what it supports, on a Hopper GPU: 128 features, 16-bit operands, one exponent, rows.
+
+Everywhere else these tests skip with the backend's reason. `make gpu` runs them plainly and under compute-sanitizer.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accuracy import assert_as_accurate_as_dense, evaluate, largest_terms, on_rounded_operands
+from contrastive_ext import row_stats
+from contrastive_ext.backends import cuda, dispatch
+from contrastive_ext.problem.pairs import UNFILLED
+from rows import INPUTS, LOSSES, USAGES
+
+DEVICE = torch.device("cuda")
+REASON = cuda.why_not(
+    DEVICE if torch.cuda.is_available() else torch.device("cpu"), torch.float32, torch.bfloat16, cuda.FEATURES
+)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+DTYPES = [torch.float16, torch.bfloat16]
+ONE_EXPONENT = [loss for loss in LOSSES if not loss.name.startswith("hard")]
+ROWS_ONLY = [u for u in USAGES if u.name in ("two_view", "one_way", "one_way_more_columns", "shared_negatives")]
+
+# rows, columns (None: one set), options, reason
+PROBLEMS = [
+    (128, 128, {}, "one tile, nothing masked"),
+    (70, None, {"num_images": 35}, "tails of rows and columns in one tile"),
+    (256, 2688, {}, "the ring goes round"),
+    (1000, None, {"num_images": 500}, "positives and tails in other tiles than the diagonal"),
+    (999, None, {"num_images": 333}, "three views"),
+    (140, 900, {"num_images": 70, "positive_offset": 333}, "a shard of gathered columns"),
+    (200, None, {"num_images": 1}, "every row is empty"),
+    (300, None, {"num_images": 150, "ids": True}, "ids and padding: every tile is masked"),
+    (30000, 130, {}, "more blocks than processors"),
+    (0, 5, {}, "no rows"),
+    (5, 0, {}, "no columns"),
+]
+IDS = [reason for *_, reason in PROBLEMS]
+
+
+def _unit_rows(count: int, dtype: torch.dtype) -> torch.Tensor:
+    rows = torch.nn.functional.normalize(torch.randn(count, cuda.FEATURES, device=DEVICE))
+    return rows.to(dtype).float()
+
+
+def _request(n: int, m: int | None, options: dict, dtype: torch.dtype):
+    u, v = _unit_rows(n, dtype), None if m is None else _unit_rows(m, dtype)
+    options = dict(options)
+    if options.pop("ids", False):
+        ids = torch.randint(0, 40, (n,), device=DEVICE)
+        options["row_ids"] = ids.masked_fill(ids == 7, UNFILLED)
+    return u, v, options | {"operand_dtype": dtype}
+
+
+@pytest.mark.parametrize("n, m, options, reason", PROBLEMS, ids=IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("temperature", [0.5, 0.07, 0.0145, 0.01, 0.005])
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "free"])
+def test_statistics_match_the_definition(n, m, options, reason, dtype, temperature, unit):
+    u, v, options = _request(n, m, options, dtype)
+    scale = 1 / temperature
+    ours = row_stats(u, v, scale=scale, unit=unit, backend="cuda", **options)
+    exact = row_stats(u.double(), None if v is None else v.double(), scale=scale, backend="torch", **options)
+    torch.testing.assert_close(ours.aux, exact.aux.float(), rtol=0, atol=0)
+    # a few ulps of the largest logit and of the result
+    allowed = 4 * torch.finfo(torch.float32).eps * (scale + 10)
+    torch.testing.assert_close(ours.lse.double(), exact.lse, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("usage", ROWS_ONLY, ids=lambda u: u.name)
+@pytest.mark.parametrize("loss", ONE_EXPONENT, ids=lambda x: x.name)
+def test_losses_and_gradients_obey_the_error_rule(loss, usage, dtype, inputs):
+    z1, z2 = INPUTS[inputs](150, cuda.FEATURES, dtype, DEVICE)
+    z2, options = usage.options(z1, z2)
+    options |= loss.parameters | {"temperature": 0.1}
+    differentiable = {"z1": z1, "z2": z2}
+    vectors = loss.vectors(z1)
+    differentiable |= {name: vectors.pop(name) for name in ("positives",) if name in vectors}
+    differentiable |= {name: options.pop(name) for name in ("negatives",) if name in options}
+    options |= vectors
+    upstream = 2.0**16 if dtype == torch.float16 else 1.0
+    ours = evaluate(loss.function, differentiable, upstream, backend="cuda", **options)
+    dense = evaluate(loss.function, differentiable, upstream, backend="reference", **options)
+    exact = on_rounded_operands(loss.function, True)
+    truth = evaluate(exact, {k: x.double() for k, x in differentiable.items()}, upstream, dtype=dtype, **options)
+    terms = largest_terms(loss.function, differentiable, upstream, **options)
+    assert_as_accurate_as_dense(ours, dense, truth, 10.0, terms, dtype)
+
+
+@pytest.mark.parametrize("n, m, options, reason", PROBLEMS, ids=IDS)
+def test_reruns_are_bitwise_equal(n, m, options, reason):
+    u, v, options = _request(n, m, options, torch.bfloat16)
+    first = row_stats(u, v, scale=14.0, unit=True, backend="cuda", **options)
+    for _ in range(20):
+        again = row_stats(u, v, scale=14.0, unit=True, backend="cuda", **options)
+        assert torch.equal(first.lse, again.lse) and torch.equal(first.aux, again.aux)
+
+
+def test_a_scale_tensor_is_read_on_the_device():
+    u, _, options = _request(300, None, {"num_images": 150}, torch.bfloat16)
+    for temperature in (0.5, 0.01):
+        scale = torch.tensor(1 / temperature, device=DEVICE)
+        by_tensor = row_stats(u, scale=scale, unit=True, backend="cuda", **options)
+        by_number = row_stats(u, scale=scale.item(), unit=True, backend="cuda", **options)
+        assert torch.equal(by_tensor.lse, by_number.lse)
+
+
+def test_bad_numbers_reach_the_statistics():
+    for bad in (torch.nan, torch.inf):
+        for unit in (True, False):
+            u, _, options = _request(300, None, {"num_images": 150}, torch.bfloat16)
+            u[3, 1] = bad
+            lse = row_stats(u, scale=2.0, unit=unit, backend="cuda", **options).lse
+            assert not lse[0, 3].isfinite()
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        ({"exponents": (1.0, 2.0)}, "second exponent"),
+        ({"diagnostics": True}, "diagnostics"),
+        ({"columns": True}, "column statistics"),
+        ({}, "means of frozen columns"),
+    ],
+)
+def test_what_the_kernels_lack_raises_and_says_so(call, says):
+    u, v, options = _request(8, 8 if "columns" in call or "frozen" in says else None, {}, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=f"'cuda' cannot run this call.*{says}"):
+        row_stats(u.requires_grad_(), v, scale=2.0, backend="cuda", **options, **call)
+
+
+def test_other_dtypes_and_sizes_have_reasons():
+    assert "operands" in cuda.why_not(DEVICE, torch.float32, torch.float32, 128)
+    assert "D = 128" in cuda.why_not(DEVICE, torch.float32, torch.bfloat16, 64)
+    assert dispatch.select("auto", DEVICE, torch.float32, torch.bfloat16, 128).name != "cuda"
