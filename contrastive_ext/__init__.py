@@ -14,6 +14,8 @@ from types import ModuleType
 from . import theory
 from ._version import __version__
 from .backends.dispatch import available_backends
+from .batch.cancellation import Guide
+from .batch.columns import Columns
 from .batch.distributed import AllRanks
 from .batch.queue import NegativeQueue
 from .diagnostics.explain import Explanation, explain
@@ -25,7 +27,8 @@ from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
-from .losses.pair_loss import RowLoss, RowStatistics, fused_row_loss
+from .losses.pair_loss import fused_row_loss
+from .losses.row_loss import RowLoss, RowStatistics
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
 from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
 from .losses.stats import LossStats
@@ -37,20 +40,22 @@ from .modules import (
     FalseNegativeLoss,
     HardNegativeLoss,
     InfoNCELoss,
-    LogitScale,
     RowLossModule,
     SelfLabelingLoss,
     SoftTargetLoss,
     SupConLoss,
 )
 from .operators.row_stats import row_stats
+from .problem.pairs import Gate
 from .training.alpha import estimate_alpha, linear_alpha
+from .training.logit_scale import LogitScale
 from .training.momentum import momentum_mixup, momentum_update, mu_schedule
 
 __all__ = [
     "AllRanks",
     "Bayesian",
     "BayesianLoss",
+    "Columns",
     "Debiased",
     "DebiasedLoss",
     "Decoupled",
@@ -58,6 +63,8 @@ __all__ = [
     "Explanation",
     "FalseNegativeLoss",
     "FalseNegativeStats",
+    "Gate",
+    "Guide",
     "HardNegative",
     "HardNegativeLoss",
     "InfoNCE",

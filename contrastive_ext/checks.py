@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .problem.pairs import LARGEST_RESERVED_ID
-
 
 def describe(x: object) -> str:
     """dtype, shape and device of a tensor, or what else it is, for an error message."""
@@ -68,20 +66,3 @@ def check_exponents(exponents: tuple[float, ...], scale: float | Tensor, dtype: 
             f"exponents (of hard negatives beta, 1 + beta) must be positive, and finite in {dtype} when multiplied by "
             f"2/temperature; got {exponents} and 1/temperature = {known}."
         )
-
-
-def integers(name: str, x: Tensor, length: int, device: torch.device) -> Tensor:
-    """x, integers [length] or [length, 1] on `device`, as int64 [length]; TypeError or ValueError for anything else.
-
-    The three smallest int64 mean padding and sides without ids (pairs.py): refused where reading costs no wait.
-    """
-    check_tensor(name, x)
-    fits = x.shape in ((length,), (length, 1)) and x.device == device
-    if x.is_floating_point() or x.is_complex() or not fits:
-        raise ValueError(f"{name} must be integers [{length}] on {device}; got {describe(x)}.")
-    numbers = x.reshape(length).long()
-    if can_read(x) and x.dtype.itemsize == 8 and length:
-        smallest = int(numbers.min())
-        if smallest <= LARGEST_RESERVED_ID:
-            raise ValueError(f"{name} must be above -2^63 + 2, what lies below is reserved; got {smallest}.")
-    return numbers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -141,10 +141,10 @@ PAIR_FACTORS = {
     "scale": SCALE,
     "queue": Factor(("none", "tensor", "float32", "held", "held part", "held ids", "held part ids half"), ("queue",)),
     "ids": Factor(("none", "few", "wide", "int32", "uint8", "one", "labels wide"), ("ids", "labels")),
-    "queue_ids": Factor((False, True), ("queue_ids",)),
-    "guide": Factor(("none", "random", "lattice", "self"), ("guide", "guide_queue")),
+    "queue_ids": Factor((False, True), ("queue",)),
+    "guide": Factor(("none", "random", "lattice", "self"), ("guide",)),
     "margin": Factor(
-        (None, ("absolute", 0.25), ("relative", 0.1), ("relative", 0.5)), ("margin", "margin_strategy")
+        (None, ("absolute", 0.25), ("relative", 0.1), ("relative", 0.5)), ("guide",)
     ),
     "negatives": Factor(("none", "shared", "own"), ("negatives",)),
     "in_batch": Factor((True, False), ("in_batch_negatives",)),
@@ -241,7 +241,7 @@ def pair_call(case: Mapping, seed: int) -> Call:
             overwrite.append(queue)
         constants["queue"], keys = queue, queue.clone()
         if case["queue_ids"]:
-            constants["queue_ids"], say.queue_ids = queue_ids, queue_ids.long()
+            constants["queue"], say.queue_ids = ce.Columns(queue, ids=queue_ids), queue_ids.long()
 
     if case["guide"] != "none":
         _guide(case, draw, inputs, constants, say, b, m, None if keys is None else len(keys), keys)
@@ -286,11 +286,12 @@ def _guide(case, draw: Draw, inputs, constants, say: truth.Cancelling, b, m, siz
         g1, g2, held = (draw.place(g.to(dtype)) for g in (g1, g2, held))
     constants["guide"] = say.guide = (g1, g2)
     if size is not None:
-        constants["guide_queue"] = say.guide_queue = held
+        columns = ce.Columns.of(constants["queue"])
+        constants["queue"], say.guide_queue = replace(columns, guide=held), held
     if case["margin"] is not None:
-        strategy, margin = case["margin"]
-        constants["margin_strategy"], constants["margin"] = strategy, margin
-        say.relative, say.margin = strategy == "relative", margin
+        strategy, say.margin = case["margin"]
+        say.relative = strategy == "relative"
+        constants["guide"] = ce.Guide(g1, g2, say.margin, say.relative)
 
 
 def _parameters(case, draw: Draw, b: int, constants: dict) -> dict:

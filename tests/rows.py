@@ -81,13 +81,13 @@ def _guide(z: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_queue_ids(a: Tensor, b: Tensor) -> tuple[Tensor, dict]:
-    return b, {"ids": _classes(a, len(a)), "queue": _noise(a, 7), "queue_ids": _classes(a, 7)}
+    return b, {"ids": _classes(a, len(a)), "queue": ce.Columns(_noise(a, 7), ids=_classes(a, 7))}
 
 
 def _with_guided_queue(a: Tensor, b: Tensor) -> tuple[Tensor, dict]:
-    guide = {"guide": _guide(a, len(b) + 4), "guide_queue": torch.randn(7, 3, device=a.device)}
-    margin = {"margin": 0.2, "margin_strategy": "relative"}
-    return torch.cat([b, _noise(b, 4)]), {"layout": "one_way", "queue": _noise(a, 7)} | guide | margin
+    guide = ce.Guide(*_guide(a, len(b) + 4), margin=0.2, relative=True)
+    queue = ce.Columns(_noise(a, 7), guide=torch.randn(7, 3, device=a.device))
+    return torch.cat([b, _noise(b, 4)]), {"layout": "one_way", "queue": queue, "guide": guide}
 
 
 def _with_guide_and_labels(a: Tensor, b: Tensor) -> tuple[Tensor, dict]:
@@ -106,7 +106,7 @@ USAGES = [
     Usage("own_negatives", lambda a, b: (b, {"layout": "one_way", "negatives": _noise(a, len(a), 3)})),
     Usage("ids", lambda a, b: (b, {"ids": _classes(a, len(a))})),
     Usage("ids_queue", _with_queue_ids),
-    Usage("guide", lambda a, b: (b, {"guide": _guide(a, len(b)), "margin": 0.1})),
+    Usage("guide", lambda a, b: (b, {"guide": ce.Guide(*_guide(a, len(b)), margin=0.1)})),
     Usage("guide_queue", _with_guided_queue),
     Usage("guide_symmetric", _with_guide_and_labels),
     Usage("symmetric", lambda a, b: (b, {"layout": "symmetric"})),

@@ -51,15 +51,17 @@ Z = torch.randn(4, 3)
         ({"ids": [0, 1, 2, 3]}, TypeError, "ids must be a tensor; got list"),
         ({"ids": Z[:, 0].numpy()}, TypeError, "ids must be a tensor; got ndarray"),
         ({"ids": Z[:, 0].to(torch.complex64)}, ValueError, r"integers \[4\]"),
-        ({"queue": Z, "ids": torch.arange(4), "queue_ids": [0, 1, 2, 3]}, TypeError, "queue_ids must be a tensor"),
+        ({"queue": (Z, torch.arange(4))}, TypeError, "queue must be a tensor; got tuple"),
         ({"guide": Z}, TypeError, r"guide must be a pair"),
         ({"guide": (Z,)}, TypeError, r"guide must be a pair"),
         ({"guide": (Z, None)}, TypeError, r"guide\[1\] must be a tensor; got NoneType"),
         ({"guide": (Z[0, 0], Z[0, 0])}, ValueError, r"guide\[0\] must be"),
-        ({"guide": (Z, Z), "margin": "0.1"}, TypeError, "margin must be a number"),
-        ({"guide": (Z, Z), "margin": -0.1}, ValueError, "margin must be >= 0"),
-        ({"guide": (Z, Z), "margin": float("nan")}, ValueError, "margin must be >= 0"),
         ({"queue": Z, "layout": "symmetric"}, ValueError, "takes no queue"),
+        (
+            {"queue": ce.Columns(Z, ids=torch.arange(3)), "ids": torch.arange(4)},
+            ValueError,
+            r"of queue must be .* \[4\]",
+        ),
         ({"queue": Z[:, :2]}, ValueError, r"\[K, 3\]"),
         ({"queue": Z.long()}, ValueError, "floating-point"),
         ({"queue": ce.NegativeQueue(4, 2)}, ValueError, r"\[K, 3\]"),
@@ -194,3 +196,35 @@ def test_any_shape_and_temperature(loss, b, more, d, k, layout, with_queue, log_
     torch.testing.assert_close(value, truth, rtol=1e-8, atol=1e-10)
     for a, c in zip(ours, expected, strict=True):
         torch.testing.assert_close(a.grad, c.grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "make, error, says",
+    [
+        (lambda: ce.Columns(Z.tolist()), TypeError, "features of Columns must be a tensor; got list"),
+        (lambda: ce.Columns(Z, ids=[0, 1, 2, 3]), TypeError, "ids of Columns must be a tensor; got list"),
+        (lambda: ce.Columns(Z, guide=1.0), TypeError, "guide of Columns must be a tensor; got float"),
+        (lambda: ce.Columns(ce.NegativeQueue(4, 3), ids=torch.arange(4)), ValueError, "holds its own ids"),
+        (lambda: ce.Guide(Z, None), TypeError, r"guide\[1\] must be a tensor; got NoneType"),
+        (lambda: ce.Guide(Z, Z, "0.1"), TypeError, "margin must be a number"),
+        (lambda: ce.Guide(Z, Z, -0.1), ValueError, "margin must be >= 0"),
+        (lambda: ce.Guide(Z, Z, float("nan")), ValueError, "margin must be >= 0"),
+        (lambda: ce.Guide(Z, Z, 0.1, "relative"), TypeError, "relative must be True or False; got 'relative'"),
+    ],
+)
+def test_columns_and_guides_refuse_what_they_cannot_be(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q: ce.fused_false_negative_loss(torch.stack([Z, Z]), queue=q),
+        lambda q: ce.fused_self_labeling_loss(Z, Z, q),
+        lambda q: ce.fused_soft_target_loss(Z, Z, Z, teacher_temperature=0.1, queue=q),
+    ],
+)
+def test_losses_without_a_guide_refuse_its_features(call):
+    with pytest.raises(ValueError, match="takes queue as they are: no guide"):
+        call(ce.Columns(Z, guide=Z))

@@ -378,7 +378,7 @@ def test_queue_may_change_before_the_backward(run, kind, loss):
     def gradient(before_backward):
         queue = ce.NegativeQueue(8, 4, dtype=torch.float64, device=device)
         queue.enqueue(keys, ids)
-        columns = {"queue": queue} if kind == "module" else {"queue": queue.data, "queue_ids": queue.ids}
+        columns = {"queue": queue} if kind == "module" else {"queue": ce.Columns(queue.data, ids=queue.ids)}
         anchors = z1.clone().requires_grad_()
         value = loss.function(
             anchors, z2, layout="one_way", in_batch_negatives=False, ids=ids[:5], backend=backend,

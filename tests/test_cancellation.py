@@ -50,7 +50,7 @@ def test_queue_ids_are_compared_with_the_batch(run, pairs, held):
     z1, z2 = pairs
     keys = F.normalize(torch.randn(9, D, dtype=torch.float64, device=z1.device))
     ids, queue_ids = torch.arange(B, device=z1.device) % 5, torch.arange(9, device=z1.device) % 7
-    options = {"queue": keys, "queue_ids": queue_ids}
+    options = {"queue": ce.Columns(keys, ids=queue_ids)}
     if held == "module":
         queue = ce.NegativeQueue(9, D, dtype=torch.float64, device=z1.device)
         queue.enqueue(keys, queue_ids)
@@ -73,7 +73,7 @@ def test_guide_margins_of_gistembed(run, pairs, margin, strategy):
     limit = guided - margin if strategy == "absolute" else guided - guided.abs() * margin
     own = torch.eye(B, dtype=torch.bool, device=z1.device)
     expected = _masked_infonce(z1, z2, z2, (similarity > limit) | own)
-    options = {"guide": (g1, g2), "margin": margin, "margin_strategy": strategy}
+    options = {"guide": ce.Guide(g1, g2, margin, relative=strategy == "relative")}
     ours = ce.fused_infonce_loss(z1, z2, T, layout="one_way", backend=run[0], **options)
     _assert_same(run, ours, expected, pairs)
     reverse = _masked_infonce(z2, z1, z1, (limit < similarity.T) | own)
@@ -85,7 +85,7 @@ def test_a_guide_for_two_views_and_a_queue(run, pairs):
     z1, z2 = pairs
     g1, g2, gq = (torch.randn(n, 3, dtype=torch.float64, device=z1.device) for n in (B, B, 8))
     keys = F.normalize(torch.randn(8, D, dtype=torch.float64, device=z1.device))
-    ours = ce.fused_infonce_loss(z1, z2, T, queue=keys, guide=(g1, g2), guide_queue=gq, backend=run[0])
+    ours = ce.fused_infonce_loss(z1, z2, T, queue=ce.Columns(keys, guide=gq), guide=(g1, g2), backend=run[0])
     g1, g2, gq = (F.normalize(g) for g in (g1, g2, gq))
     anchors = torch.cat([g1, g2])
     limit = (g1 * g2).sum(1).repeat(2)[:, None]
@@ -115,7 +115,7 @@ def test_stats_report_what_was_cancelled(run, pairs):
     assert stats.to_dict()["cancelled_fraction"] == pytest.approx(cancelled)
 
 
-IDS, GUIDE = torch.zeros(3, dtype=torch.int64), (torch.ones(3, 2), torch.ones(3, 2))
+IDS, GUIDE, KEYS = torch.zeros(3, dtype=torch.int64), (torch.ones(3, 2), torch.ones(3, 2)), torch.ones(5, 4)
 
 
 @pytest.mark.parametrize(
@@ -124,16 +124,13 @@ IDS, GUIDE = torch.zeros(3, dtype=torch.int64), (torch.ones(3, 2), torch.ones(3,
         ({"ids": IDS, "labels": IDS}, "not both"),
         ({"ids": torch.zeros(4, dtype=torch.int64)}, r"integers \[3\]"),
         ({"ids": torch.zeros(3)}, "float32"),
-        ({"queue_ids": IDS}, "queue given as a tensor"),
-        ({"queue": torch.ones(5, 4), "queue_ids": IDS, "ids": IDS}, r"queue_ids must be integers \[5\]"),
-        ({"queue": ce.NegativeQueue(5, 4), "queue_ids": torch.zeros(5).long(), "ids": IDS}, "holds its own"),
+        ({"queue": ce.Columns(KEYS, ids=torch.zeros(5).long())}, "give ids or labels too"),
+        ({"queue": ce.Columns(KEYS, ids=IDS), "ids": IDS}, r"ids of queue must be integers \[5\]"),
         ({"guide": (torch.ones(2, 2), torch.ones(3, 2))}, r"guide\[0\] must be"),
         ({"guide": (torch.ones(3, 2), torch.ones(3, 3))}, r"guide\[1\] must be"),
-        ({"margin": 0.1}, "need guide"),
-        ({"guide": GUIDE, "margin_strategy": "percent"}, "absolute, relative"),
-        ({"guide": GUIDE, "guide_queue": torch.ones(3, 2)}, "go together"),
-        ({"guide": GUIDE, "queue": torch.ones(5, 4)}, "go together"),
-        ({"guide": GUIDE, "queue": torch.ones(5, 4), "guide_queue": torch.ones(5, 3)}, r"guide_queue must be"),
+        ({"queue": ce.Columns(KEYS, guide=torch.ones(5, 2))}, "need guide"),
+        ({"guide": GUIDE, "queue": KEYS}, "go together"),
+        ({"guide": GUIDE, "queue": ce.Columns(KEYS, guide=torch.ones(5, 3))}, r"guide of queue must be .* \[5, 2\]"),
     ],
 )
 def test_what_cannot_be_meant_raises(arguments, says):
@@ -159,6 +156,6 @@ def test_ids_in_any_memory(run, pairs):
     queue_table = torch.randint(0, 4, (9, 3), device=z1.device)
     results = []
     for ids, queue_ids in ((table[:, 0], queue_table[:, 1]), (table[:, 0].clone(), queue_table[:, 1].clone())):
-        options = {"ids": ids, "queue": keys, "queue_ids": queue_ids, "reduction": "none", "backend": run[0]}
+        options = {"ids": ids, "queue": ce.Columns(keys, ids=queue_ids), "reduction": "none", "backend": run[0]}
         results.append(ce.fused_infonce_loss(z1, z2, T, **options))
     assert torch.equal(*results)

@@ -316,7 +316,7 @@ MIXED = {"q_mix": Z, **MIXING}
             ),
             "label_temperature",
         ),
-        (lambda how: ce.fused_infonce_loss(Z, Z, guide=(Z, Z), margin=1e39, **how), "margin must be finite"),
+        (lambda how: ce.fused_infonce_loss(Z, Z, guide=ce.Guide(Z, Z, margin=1e39), **how), "margin must be finite"),
         (lambda how: ce.fused_bayesian_loss(Z, Z, eps=1e39, **how), "eps"),
     ],
 )

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import contrastive_ext as ce
 from contrastive_ext import numerics
@@ -16,12 +15,13 @@ PAIRS = 4
 WIDTHS = [1, 3, 17, 64, 384, 768]  # of the guide: up to two chunks of features and more
 
 
-def _kept(g1: Tensor, g2: Tensor, **options) -> list[set[int]]:
+def _kept(guide: ce.Guide, **options) -> list[set[int]]:
     """The columns that the guide leaves every anchor: column j has the exponential 2^j, their sum is a bit mask."""
+    g1, g2 = guide.g1, guide.g2
     exponent = torch.arange(len(g2), dtype=g1.dtype, device=g1.device)[:, None]
     one = torch.ones(len(g1), 1, dtype=g1.dtype, device=g1.device)
     rows = ce.fused_decoupled_loss(
-        one, exponent, 1 / math.log(2), layout="one_way", guide=(g1, g2), normalize=False, reduction="none", **options
+        one, exponent, 1 / math.log(2), layout="one_way", guide=guide, normalize=False, reduction="none", **options
     )
     sums = (rows.double() / math.log(2) + torch.arange(len(g1), device=g1.device)).exp2().round().long().tolist()
     # an anchor without negatives has loss 0: the bit of its own positive
@@ -53,7 +53,7 @@ def test_duplicates_of_the_positive_are_kept_at_margin_0_and_cancelled_at_any_ot
         certainly[i, copies] = possibly[i, copies] = margin == 0.0
         certainly[i, i] = possibly[i, i] = False
     for backend in _every_backend(run):
-        for i, kept in enumerate(_kept(g1, g2, margin=margin, margin_strategy=strategy, backend=backend)):
+        for i, kept in enumerate(_kept(ce.Guide(g1, g2, margin, strategy == "relative"), backend=backend)):
             assert set(certainly[i].nonzero().flatten().tolist()) <= kept, (backend, i)
             assert kept <= set(possibly[i].nonzero().flatten().tolist()), (backend, i)
 
@@ -65,9 +65,14 @@ def test_a_collapsed_guide_cancels_nothing(run):
     same = torch.randn(33, device=device).expand(40, -1)
     keys = F.normalize(torch.randn(40, 5, device=device))
     for backend in _every_backend(run):
-        for options in ({}, {"layout": "one_way"}, {"layout": "symmetric"}, {"queue": keys}):
-            guides = {"guide": (same, 2 * same)} | ({"guide_queue": 5 * same} if "queue" in options else {})
-            guided = ce.fused_infonce_loss(z1, z2, backend=backend, return_stats=True, **options, **guides)[1]
+        for options in (
+            {},
+            {"layout": "one_way"},
+            {"layout": "symmetric"},
+            {"queue": ce.Columns(keys, guide=5 * same)},
+        ):
+            how = options | {"guide": (same, 2 * same), "return_stats": True}
+            guided = ce.fused_infonce_loss(z1, z2, backend=backend, **how)[1]
             assert guided.cancelled_fraction == 0.0, (backend, options)
 
 
@@ -78,6 +83,6 @@ def test_a_relative_margin_lowers_a_negative_limit_too(run):
     g1 = torch.tensor([[1.0, 0.0]], dtype=torch.float64, device=device)
     g2 = torch.stack([cosine, (1 - cosine**2).sqrt()], 1)
     for backend in _every_backend(run):
-        assert _kept(g1, g2, margin=0.3, margin_strategy="relative", backend=backend) == [{3}]
-        assert _kept(-g1, g2, margin=0.3, margin_strategy="relative", backend=backend) == [set()]
-        assert _kept(g1, g2, margin=0.15, margin_strategy="absolute", backend=backend) == [{3}]
+        assert _kept(ce.Guide(g1, g2, 0.3, relative=True), backend=backend) == [{3}]
+        assert _kept(ce.Guide(-g1, g2, 0.3, relative=True), backend=backend) == [set()]
+        assert _kept(ce.Guide(g1, g2, 0.15), backend=backend) == [{3}]

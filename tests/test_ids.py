@@ -33,7 +33,7 @@ def _calls(device) -> dict[str, Callable]:
         "labels": lambda x, **o: ce.fused_debiased_loss(z1, z2, 0.3, labels=x, layout="symmetric", **o),
         "one_way": lambda x, **o: ce.fused_hard_negative_loss(z1[:4], z2, 0.3, ids=x, layout="one_way", **o),
         "ranked": lambda x, **o: ce.fused_bayesian_loss(z1, z2, 0.3, ids=x, queue=keys, **o),  # a side without ids
-        "queue_ids": lambda x, **o: ce.fused_infonce_loss(z1, z2, 0.3, ids=x.flip(0), queue=keys, queue_ids=x, **o),
+        "columns": lambda x, **o: ce.fused_infonce_loss(z1, z2, 0.3, ids=x.flip(0), queue=ce.Columns(keys, ids=x), **o),
         "queue": lambda x, **o: ce.fused_infonce_loss(z1, z2, 0.3, ids=x.flip(0), queue=queue(x), **o),
         "supcon out": lambda x, **o: ce.fused_supcon_loss(views, x, 0.3, "out", **o),
         "supcon in": lambda x, **o: ce.fused_supcon_loss(views, x, 0.3, "in", **o),
@@ -76,7 +76,7 @@ def test_what_means_padding_is_refused(name, reserved):
     """An image with the smallest int64 as its id was nobody's negative."""
     bad = ORDINARY.clone()
     bad[2] = reserved
-    with pytest.raises(ValueError, match=rf"(ids|labels) must be above -2\^63 \+ 2.*got {reserved}"):
+    with pytest.raises(ValueError, match=rf"(ids|labels)( of queue)? must be above -2\^63 \+ 2.*got {reserved}"):
         _calls("cpu")[name](bad)
 
 

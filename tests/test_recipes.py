@@ -97,8 +97,7 @@ def known_false_negatives(training: Training, x: Tensor, labels: Tensor) -> Tens
 
 def guided(training: Training, x: Tensor, labels: Tensor) -> Tensor:
     guide = x.flatten(1), x.flatten(1)
-    how = {"guide": guide, "margin": 0.05, "margin_strategy": "relative"}
-    return ce.fused_infonce_loss(*training.views(x), **how)
+    return ce.fused_infonce_loss(*training.views(x), guide=ce.Guide(*guide, margin=0.05, relative=True))
 
 
 def false_negatives(training: Training, x: Tensor, labels: Tensor) -> Tensor:

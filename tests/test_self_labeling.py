@@ -456,7 +456,7 @@ Z, PERM, THETA = torch.randn(4, 3), torch.arange(4), torch.rand(4)
         ({"q_mix": Z[:, :2]}, ValueError, "q_mix"),
         ({"queue": Z[:, :2]}, ValueError, r"\[K, 3\]"),
         ({"queue": Z[:0, :2]}, ValueError, r"\[K, 3\]"),
-        ({"queue": [1.0]}, TypeError, "queue must be a tensor or a NegativeQueue"),
+        ({"queue": [1.0]}, TypeError, "queue must be a tensor; got list"),
         ({"perm": None}, ValueError, "belong together"),
         ({"q_mix": None}, ValueError, "belong together"),
         ({"perm": PERM.float()}, ValueError, r"perm must be int64 \[4\]"),

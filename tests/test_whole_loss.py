@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 import contrastive_ext as ce
 from contrastive_ext.backends import dispatch
-from contrastive_ext.losses import pair_loss as base
+from contrastive_ext.batch.request import Request
+from contrastive_ext.losses import pair_loss
 from rows import INPUTS, LOSSES, random_pairs
 
 LAYOUTS = ("two_view", "one_way", "symmetric")
@@ -27,8 +29,8 @@ def short(run, monkeypatch):
     backend, device = run
     if _operators(backend) is None:
         pytest.skip(f"{backend} has no operators of its own for a whole loss")
-    taken, whole_loss = [], base.whole_loss
-    monkeypatch.setattr(base, "whole_loss", lambda *args: taken.append(1) or whole_loss(*args))
+    taken, whole_loss = [], pair_loss.whole_loss
+    monkeypatch.setattr(pair_loss, "whole_loss", lambda *args: taken.append(1) or whole_loss(*args))
     return backend, device, taken
 
 
@@ -47,7 +49,7 @@ def _assert_same_as_composed(short, monkeypatch, loss, z1, z2, temperature, **op
     ours = _with_gradients(loss.function, z1, z2, temperature, **call)
     assert taken
     with monkeypatch.context() as context:
-        context.setattr(base, "operators_for", lambda *_: None)
+        context.setattr(pair_loss, "operators_for", lambda *_: None)
         composed = _with_gradients(loss.function, z1, z2, temperature, **call)
     assert len(taken) == 1
     logit = max(1.0, 1 / temperature.item())
@@ -110,12 +112,30 @@ def test_a_loss_of_another_formula_does_not_inherit_the_fused_one(run):
     torch.testing.assert_close(doubled, 2 * ce.fused_infonce_loss(z1, z2, backend=backend))
 
 
-def test_every_keyword_is_known_to_the_short_road():
-    """A new keyword either goes to `whole_loss` or sends the call to the composed road (`plain` in fused_row_loss)."""
-    passed = {"row_loss", "z1", "z2", "temperature", "logit_scale", "layout", "normalize", "reduction", "backend"}
-    refused = {"queue", "negatives", "in_batch_negatives", "positives", "return_stats", "operand_dtype", "group"}
-    refused |= {"ids", "labels", "queue_ids", "guide", "guide_queue", "margin", "margin_strategy"}
-    assert set(inspect.signature(ce.fused_row_loss).parameters) == passed | refused
+def test_every_keyword_says_what_the_short_road_knows_of_it():
+    """A field of a request has one plain value, or any value goes to the short road."""
+    said = {f.name: f.metadata for f in dataclasses.fields(Request)}
+    assert all(("plain" in x) != ("neutral" in x) for x in said.values()), said
+    assert all(x["plain"] in (None, True, False) for x in said.values() if "plain" in x)  # `is` tells them apart
+    keywords = set(inspect.signature(ce.fused_row_loss).parameters) - {"row_loss", "labels"}
+    assert keywords == set(said) - {"default_temperature", "ids_name"}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"queue": ce.Columns(torch.ones(2, 3))}, {"negatives": torch.ones(2, 3)}, {"in_batch_negatives": False},
+        {"positives": torch.ones(1, 4, 3)}, {"ids": torch.arange(4)}, {"guide": ce.Guide(*torch.ones(2, 4, 2))},
+        {"operand_dtype": torch.bfloat16}, {"return_stats": True}, {"group": ce.AllRanks()},
+    ],
+    ids=lambda x: next(iter(x)),
+)  # fmt: skip
+def test_only_plain_requests_take_the_short_road(extra):
+    z = torch.ones(4, 3)
+    neutral = {"logit_scale": 2.0, "normalize": False, "reduction": "none", "default_temperature": 1.0}
+    plain = Request(z1=z, z2=z, layout="one_way", **neutral)
+    assert plain.is_plain
+    assert not dataclasses.replace(plain, **extra).is_plain
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

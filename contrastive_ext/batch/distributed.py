@@ -57,10 +57,10 @@ def across_ranks(function: _Function) -> _Function:
     def call(*args, group=None, **options):
         if group is None or isinstance(group, _Call):  # alone, or called by a function that has begun the call
             return function(*args, group=group, **options)
-        from .outside_graphs import together
+        from .outside_graphs import outside_graphs
 
         said = {**defaults, **dict(zip(parameters, args, strict=False)), **options}
-        return together(function, args, group, options, said)
+        return outside_graphs(_together, function, args, group, options, said)
 
     return cast(_Function, call)
 
@@ -87,7 +87,7 @@ def gather(local: Tensor, group: dist.ProcessGroup, wire: torch.dtype | None = N
     return _Gather.apply(local, group, wire or local.dtype)
 
 
-def make_together(function: Callable, args: tuple, group: object, options: dict, said: dict[str, Any]):
+def _together(function: Callable, args: tuple, group: object, options: dict, said: dict[str, Any]):
     """The call of a function of `across_ranks` on this rank, whatever the others do with theirs."""
     call = _Call(_process_group(group), function.__name__, said)
     try:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import numerics
-from ..checks import can_read, check_tensor, describe, integers
+from ..checks import can_read, check_tensor, describe
 from ..numerics import SUPPORTED_DTYPES
-from ..problem.pairs import NO_COLUMN_ID, UNFILLED
+from ..problem.pairs import NO_COLUMN_ID, UNFILLED, integers
 from . import distributed
 
 # Unit rows in bfloat16 are off unit length by up to 2^-8; a cosine beyond this is none.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
-from ..batch.arrangement import check_pairs
+from ..batch.request import check_pairs
 from ..numerics import stats_dtype
 from ..problem.ranking import choose_ranks
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..batch.arrangement import LAYOUTS, Layout
+from ..batch.request import LAYOUTS, Layout
 from ..numerics import SUPPORTED_DTYPES, stats_dtype
 
 # Copies of the [N, M] matrix alive at the peak of eager PyTorch's forward + backward (logits, mask, softmax, gradient);

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..batch.arrangement import Arrangement, ColumnSet
 from ..numerics import softplus
-from ..operators.ranked_stats import ranked_stats
-from ..problem.pairs import NO_COLUMN_ID, Gate
 from ..problem.ranking import Ranking, Ranks, check_ranking, choose_ranks
 from .dense import DenseLogits
-from .pair_loss import LossOptions, RowLoss, RowStatistics, candidates_of, fused_row_loss, loss_function
-from .stats import Diagnostics, LossStats
+from .pair_loss import LossOptions, fused_row_loss, loss_function
+from .row_loss import RowLoss, RowStatistics
+from .stats import LossStats
 
 REFERENCE_ELEMENTS = 2**22  # comparisons of the dense reference at a time: larger temporaries are page faults
 
@@ -46,38 +44,6 @@ class Bayesian(RowLoss):
         bins = self.bins if choose_ranks(self.ranks, candidates) == "histogram" else 0
         return Ranking(self.tau_plus, self.alpha, self.beta, self.eps, bins)
 
-    def statistics(
-        self, batch: Arrangement, diagnostics: bool, backend: str
-    ) -> tuple[RowStatistics, Diagnostics | None]:
-        """log Ng of every anchor from one call over all its candidates; with layout="symmetric" one per direction."""
-        _refuse_own_negatives(batch)
-        columns = _one_set_of_columns(batch)
-        v, gate = columns.v, columns.gate
-        sides = [(batch.anchors, v, batch.anchor_ids, None if v is None else columns.ids, gate)]
-        if batch.symmetric and v is not None:
-            reverse = None
-            if gate is not None and gate.col_limit is not None:
-                reverse = Gate(gate.features[None], gate.scorers[0], gate.col_limit)
-            sides.append((v, batch.anchors, columns.ids, batch.anchor_ids, reverse))
-        swept = [
-            ranked_stats(
-                u, v, ranking=self.ranking((u if v is None else v).shape[0]), scale=batch.scale,
-                num_images=columns.num_images, positive_offset=columns.positive_offset, row_ids=row_ids,
-                col_ids=col_ids, gate=gate, diagnostics=diagnostics, unit=columns.unit,
-                operand_dtype=batch.operand_dtype, backend=backend,
-            )
-            for u, v, row_ids, col_ids, gate in sides
-        ]  # fmt: skip
-        lse, aux = torch.cat([s.lse for s in swept]), torch.cat([s.aux for s in swept], 1)
-        stats = RowStatistics((lse,), batch.pos, batch.correction, aux[0], batch.scale)
-        if not diagnostics:
-            return stats, None
-        count, largest, total, lse_squared, weights, max_weight = aux.unbind(0)
-        mean_weight = weights / count.clamp(min=1)
-        return stats, Diagnostics(
-            count, largest, total, lse_squared, candidates_of(batch), mean_weight, max_weight
-        )  # fmt: skip
-
     def from_stats(self, stats: RowStatistics) -> Tensor:
         """[R] loss of every row."""
         (log_negatives,) = stats.lse
@@ -93,41 +59,6 @@ class Bayesian(RowLoss):
     def dense(self, logits: DenseLogits) -> Tensor:
         """[R] log(1 + Ng / e^p)."""
         return softplus(logits.logsumexp() - logits.pos)
-
-
-def _one_set_of_columns(batch: Arrangement) -> ColumnSet:
-    """All candidates of an anchor as one set: ranks do not merge."""
-    if len(batch.column_sets) == 1:
-        (columns,) = batch.column_sets
-        if columns.v is None or columns.v.requires_grad:
-            return columns
-        # a queue may be overwritten before the backward, which recomputes
-        return replace(columns, v=columns.v.clone(), ids=None if columns.ids is None else columns.ids.clone())
-    vectors = [batch.anchors if s.v is None else s.v for s in batch.column_sets]
-    ids = None
-    if any(s.ids is not None for s in batch.column_sets):
-        ids = torch.cat(
-            [
-                torch.full(v.shape[:1], NO_COLUMN_ID, dtype=torch.int64, device=v.device) if s.ids is None else s.ids
-                for s, v in zip(batch.column_sets, vectors, strict=True)
-            ]
-        )
-    gates = [s.gate for s in batch.column_sets if s.gate is not None]
-    gate = None
-    if gates:
-        if len(gates) < len(batch.column_sets):
-            raise ValueError("the Bayesian loss takes a guide or explicit negatives, not both: it ranks them together.")
-        gate = Gate(gates[0].scorers, torch.cat([g.features for g in gates]), gates[0].row_limit)
-    unit = all(s.unit for s in batch.column_sets)
-    return replace(batch.column_sets[0], v=torch.cat(vectors), ids=ids, gate=gate, unit=unit)
-
-
-def _refuse_own_negatives(batch: Arrangement) -> None:
-    if batch.row_negatives is not None:
-        raise ValueError(
-            "the Bayesian loss ranks an anchor's candidates among those of all anchors: negatives must be [K, D], "
-            f"the same for every anchor; got {list(batch.row_negatives.shape)}."
-        )
 
 
 def _ranks_by_comparison(logits: DenseLogits) -> Tensor:

@@ -20,7 +20,8 @@ from ..checks import check_number
 from ..numerics import softplus
 from ..problem.problem import Formula
 from .dense import DenseLogits
-from .pair_loss import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
+from .pair_loss import LossOptions, fused_row_loss, loss_function
+from .row_loss import RowLoss, RowStatistics
 from .stats import LossStats
 
 _OVERWHELMED = 60.0  # e^60 times the sum itself: far below the floor, and finite in float32

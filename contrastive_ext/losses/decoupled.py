@@ -15,7 +15,8 @@ from typing_extensions import Unpack
 from ..checks import check_tensor, describe
 from ..problem.problem import Formula
 from .dense import DenseLogits
-from .pair_loss import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
+from .pair_loss import LossOptions, fused_row_loss, loss_function
+from .row_loss import RowLoss, RowStatistics
 from .stats import LossStats
 
 

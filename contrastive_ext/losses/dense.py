@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batch.arrangement import Arrangement, ColumnSet
+from ..batch.arrangement import Arrangement
+from ..batch.columns import ColumnSet
 from ..numerics import own_products, product
 from ..problem.pairs import UNFILLED
 

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from .. import numerics
-from ..backends import dispatch
-from ..batch.arrangement import check_queue, resolve_scale
+from ..batch.call import Call
+from ..batch.columns import Columns, keys_alone
 from ..batch.detection import Candidates, Detected, Lists, detect
-from ..batch.queue import NegativeQueue, check_lengths
+from ..batch.queue import NegativeQueue
 from ..checks import check_choice, check_number, check_tensor, describe
 from ..numerics import logsumexp_pair, softplus
 from ..operators.row_stats import row_stats
 from ..problem.pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
-from .pair_loss import REDUCTIONS
 from .supcon import image_labels
 
+DEFAULT_TEMPERATURE = 0.1
 MODES = ("attract", "eliminate")
 AGGREGATES = ("max", "mean")
 
@@ -71,7 +71,7 @@ def fused_false_negative_loss(
     threshold: float | None = 0.7,
     aggregate: Literal["max", "mean"] = "max",
     keys: Tensor | None = None,
-    queue: Tensor | NegativeQueue | None = None,
+    queue: Tensor | NegativeQueue | Columns | None = None,
     labels: Tensor | None = None,
     normalize: bool = True,
     reduction: Literal["mean", "sum", "none"] = "mean",
@@ -93,9 +93,9 @@ def fused_false_negative_loss(
                  `threshold`; None switches a criterion off, one must stay
     aggregate    score of a column: the "max" over the scoring views of an image, or the "mean"
     keys         [V, B, D] momentum features: columns instead of `views`, no gradient; an anchor's own key is left out
-    queue        [K, D] tensor or NegativeQueue: older columns, no gradient, used as given
-    labels       [B] integers > -2^63 + 2: return_stats then reports how well F finds equal labels (a NegativeQueue's
-                 ids are its labels); the loss does not depend on them
+    queue        [K, D] tensor, NegativeQueue or `Columns`: older columns, no gradient, used as given
+    labels       [B] integers > -2^63 + 2: return_stats then reports how well F finds equal labels (ids of a queue are
+                 its labels); the loss does not depend on them
     normalize    scale rows (not the queue's) to unit length first; False: used as given, scores are dot products
     reduction    "mean" over V B anchors, "sum" or "none"; the released total is twice this mean
     return_stats also return a `FalseNegativeStats`
@@ -107,14 +107,19 @@ def fused_false_negative_loss(
     Paper        arXiv:2011.11765. Attraction with a threshold <= .8 alone is known to collapse; published best top_k: 4
                  for attraction, 8 for elimination.
     """
-    check_values(mode, top_k, threshold, aggregate, reduction, backend)
-    labels = _check(views, support, keys, queue, labels)
-    check_lengths(queue, normalize)
+    call = Call(
+        temperature=temperature, logit_scale=logit_scale, default_temperature=DEFAULT_TEMPERATURE, normalize=normalize,
+        reduction=reduction, return_stats=return_stats, backend=backend,
+    )  # fmt: skip
+    call.check_values()
+    check_values(mode, top_k, threshold, aggregate)
+    labels = _check(views, support, keys, labels)
+    older = keys_alone(queue, views, normalize, ids=True)
     with numerics.without_autocast(views):
-        batch = _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize)
-        path = _dense if backend == dispatch.REFERENCE else _streamed
-        losses, count, detected = path(batch, mode, top_k, threshold, backend)
-        loss = losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+        batch = _arrange(views, call.scale(views), support, aggregate, keys, older, normalize)
+        road = _dense if call.is_dense else _streamed
+        losses, count, detected = road(batch, mode, top_k, threshold, backend)
+        loss = call.reduce(losses)
         if not return_stats:
             return loss
         return loss, _summarize(batch, detected, count, labels)
@@ -142,14 +147,12 @@ class _Batch:
         return x.view(self.views.shape[:2])
 
 
-def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, normalize) -> _Batch:
+def _arrange(views, scale, support, aggregate, keys, queue: Columns | None, normalize) -> _Batch:
     num_views, images, _ = views.shape
-    scale = resolve_scale(temperature, logit_scale, 0.1, views)
     anchors = numerics.operand(views, normalize)
-    if queue is not None:
-        held, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
-        held = numerics.round_operand(held.detach().to(anchors.dtype), views.dtype)
-        anchors = numerics.spoil(anchors, held)
+    older = None if queue is None else queue.as_set(views.dtype)
+    if older is not None:
+        anchors = numerics.spoil(anchors, older.keys)
     shown = anchors if keys is None else numerics.operand(keys.detach(), normalize)
     scorers = numerics.operand(support.detach(), normalize) if support is not None else shown.detach()
     if aggregate == "mean":
@@ -161,9 +164,9 @@ def _arrange(views, temperature, logit_scale, support, aggregate, keys, queue, n
 
     columns = [shown.flatten(0, 1)]
     candidates = [Candidates(columns[0].detach(), num_images=images)]
-    if queue is not None and held.shape[0] > 0:
-        columns.append(held)
-        candidates.append(Candidates(held, ids=ids))
+    if older is not None:
+        columns.append(older.keys)
+        candidates.append(Candidates(older.keys, ids=older.ids))
     return _Batch(
         anchors, tuple(columns), keys is None, candidates, scorers, scale, positives.flatten(0, 1),
         normalize, views.dtype,
@@ -271,14 +274,10 @@ def _summarize(batch: _Batch, detected: Detected, negatives: Tensor, labels: Ten
     )
 
 
-def check_values(
-    mode: str, top_k: int | None, threshold: float | None, aggregate: str, reduction: str, backend: str
-) -> None:
+def check_values(mode: str, top_k: int | None, threshold: float | None, aggregate: str) -> None:
     """TypeError or ValueError for what no batch could make right."""
     check_choice("mode", mode, MODES)
     check_choice("aggregate", aggregate, AGGREGATES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    dispatch.check_backend_name(backend)
     if top_k is None and threshold is None:
         raise ValueError("top_k and threshold cannot both be None: that would make every column a false negative.")
     if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
@@ -289,7 +288,7 @@ def check_values(
             raise ValueError("threshold must be a number, or None for top_k alone; got nan.")
 
 
-def _check(views, support, keys, queue, labels) -> Tensor | None:
+def _check(views, support, keys, labels) -> Tensor | None:
     """The labels, int64 [B]."""
     if not isinstance(views, Tensor) or views.dtype not in numerics.SUPPORTED_DTYPES:
         raise TypeError(f"views must be a tensor of float16, bfloat16, float32 or float64; got {describe(views)}.")
@@ -305,6 +304,4 @@ def _check(views, support, keys, queue, labels) -> Tensor | None:
             raise ValueError(f"{name} must be [{first}, {images}, {dim}]; got {list(x.shape)}.")
         if x.dtype != views.dtype or x.device != views.device:
             raise TypeError(f"{name} must be {views.dtype} on {views.device} like views; got {x.dtype} on {x.device}.")
-    if queue is not None:
-        check_queue(queue.data if isinstance(queue, NegativeQueue) else queue, dim, views.device)
     return None if labels is None else image_labels(labels, views)

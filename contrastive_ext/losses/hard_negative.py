@@ -19,7 +19,8 @@ from ..numerics import softplus
 from ..problem.problem import Formula
 from .debiased import check_tau_plus, debias, dense_debias
 from .dense import DenseLogits
-from .pair_loss import LossOptions, RowLoss, RowStatistics, fused_row_loss, loss_function
+from .pair_loss import LossOptions, fused_row_loss, loss_function
+from .row_loss import RowLoss, RowStatistics
 from .stats import LossStats
 
 

@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from .. import numerics
-from ..backends import dispatch
-from ..batch.arrangement import resolve_scale
+from ..batch.call import Call
+from ..batch.columns import Columns, ColumnSet
 from ..batch.queue import NegativeQueue
-from ..checks import can_read, check_choice, check_number, check_positive, describe
+from ..checks import can_read, check_number, check_positive, describe
 from ..numerics import softplus
-from .pair_loss import REDUCTIONS
-from .soft_target import KeySet, check_vectors, cross_entropy, dense_keys, entropy, queue_sets, reduced, sweep_keys
+from .soft_target import check_vectors, cross_entropy, dense_keys, entropy, older_keys, sweep_keys
 from .stats import Record
 
 DEFAULT_TEMPERATURE = 0.2
@@ -80,7 +79,7 @@ class Labels(NamedTuple):
 def fused_self_labeling_loss(
     q: Tensor,
     k: Tensor,
-    queue: Tensor | NegativeQueue | None,
+    queue: Tensor | NegativeQueue | Columns | None,
     q_mix: Tensor | None = None,
     perm: Tensor | None = None,
     theta: Tensor | float | None = None,
@@ -117,34 +116,39 @@ def fused_self_labeling_loss(
     Memory       O((s + K) D), the queue is not copied; 12 s (s + K) D flops in the forward, the backward is O(s D)
     Paper        arXiv:2106.14749. CIFAR-10: these defaults, K = 4096, mu 0 -> 1; ImageNet: t' 1, mu .5 -> 10, K = 65536
     """
-    check_values(label_temperature, mu, lam, reduction, backend)
+    call = Call(
+        temperature=temperature, default_temperature=DEFAULT_TEMPERATURE, normalize=normalize, reduction=reduction,
+        return_stats=return_stats, backend=backend,
+    )  # fmt: skip
+    call.check_values()
+    check_values(label_temperature, mu, lam)
     _check(q, k, queue, q_mix, perm, theta, label_temperature, mu)
     with numerics.without_autocast(q):
         dtype = numerics.stats_dtype(q.dtype)
-        scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, q)
+        scale = call.scale(q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
         if not isinstance(label_scale, Tensor) or can_read(label_scale):
             check_positive("1/(temperature * label_temperature)", float(label_scale), dtype)
         images = torch.arange(k.shape[0], device=k.device)
-        keys = [KeySet(numerics.operand(k, normalize).detach(), ids=images, unit=normalize)]
-        keys += queue_sets(queue, q, normalize)
+        keys = [ColumnSet(numerics.operand(k, normalize).detach(), ids=images, unit=normalize)]
+        keys += older_keys(queue, q, normalize)
         x, mixing = numerics.operand(q, normalize), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
             mixing = Mixing(perm, weight.expand(q.shape[0]))
             x = torch.cat([x, numerics.operand(q_mix, normalize)])
         if queue is not None:
-            x = numerics.spoil(x, keys[-1].v)
-        path = _dense if backend == dispatch.REFERENCE else _streamed
-        terms, stats = path(x, keys, mixing, scale, label_scale, mu, q.dtype, return_stats, backend)
+            x = numerics.spoil(x, keys[-1].keys)
+        road = _dense if call.is_dense else _streamed
+        terms, stats = road(x, keys, mixing, scale, label_scale, mu, q.dtype, return_stats, backend)
         losses = terms[0] if mixing is None else torch.lerp(terms[0], terms[1], lam)
-        loss = reduced(losses, reduction)
+        loss = call.reduce(losses)
     return loss if stats is None else (loss, stats)
 
 
 def _streamed(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats, backend):
     """CE(q, e) [s] and, with mixing, CE(q_mix, y') [s]; x holds the rows of q and then those of q_mix."""
-    k, images = keys[0].v, keys[0].ids
+    k, images = keys[0].keys, keys[0].ids
     positive, labels, pull = images, None, None
     if mixing is not None:
         heavier, lighter = _by_weight(mixing, images)
@@ -196,7 +200,7 @@ def _weights(max_p: Tensor, max_q: Tensor, mu: float) -> tuple[Tensor, Tensor]:
 
 def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats, backend):
     """The paper's formulas on whole matrices; twice differentiable."""
-    k, everything = keys[0].v, dense_keys(keys)
+    k, everything = keys[0].keys, dense_keys(keys)
     s, num_keys = k.shape[0], everything.shape[0]
     own = torch.eye(s, num_keys, dtype=torch.bool, device=k.device)
     logits = scale * numerics.product(x, everything.T)
@@ -245,7 +249,7 @@ def _stats(terms, wins, similarity, labels: Labels | None, num_keys) -> SelfLabe
     )
 
 
-def check_values(label_temperature: float, mu: float, lam: float, reduction: str, backend: str) -> None:
+def check_values(label_temperature: float, mu: float, lam: float) -> None:
     """TypeError or ValueError for what no batch could make right."""
     check_positive("label_temperature", label_temperature, torch.float64)  # and, with a batch, in its dtype
     check_number("mu", mu)
@@ -254,8 +258,6 @@ def check_values(label_temperature: float, mu: float, lam: float, reduction: str
     check_number("lam", lam)
     if not 0 <= lam <= 1:
         raise ValueError(f"lam, the share of the mixed term, must be in [0, 1]; got {lam}.")
-    check_choice("reduction", reduction, REDUCTIONS)
-    dispatch.check_backend_name(backend)
 
 
 def _check(q, k, queue, q_mix, perm, theta, label_temperature, mu) -> None:
@@ -293,6 +295,7 @@ def _check_mixing(size: int, device: torch.device, perm, theta) -> None:
 
 
 def _is_empty(queue) -> bool:
-    if isinstance(queue, NegativeQueue) and can_read(queue.count):
-        return int(queue.count) == 0
-    return queue is None or (isinstance(queue, Tensor) and queue.numel() == 0)
+    held = queue.features if isinstance(queue, Columns) else queue
+    if isinstance(held, NegativeQueue) and can_read(held.count):
+        return int(held.count) == 0
+    return held is None or (isinstance(held, Tensor) and held.numel() == 0)

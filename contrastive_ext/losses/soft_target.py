@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from .. import numerics
-from ..backends import dispatch
-from ..batch.arrangement import check_queue, resolve_scale
-from ..batch.queue import NegativeQueue, check_lengths
-from ..checks import check_choice, check_positive, check_tensor
+from ..batch.call import Call
+from ..batch.columns import Columns, ColumnSet, keys_alone
+from ..batch.queue import NegativeQueue
+from ..checks import check_positive, check_tensor
 from ..numerics import logsumexp_pair
 from ..operators.row_stats import row_stats
 from ..problem.pairs import UNFILLED
-from .pair_loss import REDUCTIONS
 from .stats import Record
 
 DEFAULT_TEMPERATURE = 0.1
@@ -54,7 +53,7 @@ def fused_soft_target_loss(
     temperature: float | Tensor | None = None,
     *,
     teacher_temperature: float,
-    queue: Tensor | NegativeQueue | None = None,
+    queue: Tensor | NegativeQueue | Columns | None = None,
     normalize: bool = True,
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
@@ -80,20 +79,25 @@ def fused_soft_target_loss(
     Paper        used by SEED (arXiv:2101.04731), ReSSL (arXiv:2107.09282); with own keys left out by SANE, see
                  `fused_self_labeling_loss`
     """
-    check_values(teacher_temperature, reduction, backend)
+    call = Call(
+        temperature=temperature, default_temperature=DEFAULT_TEMPERATURE, normalize=normalize, reduction=reduction,
+        return_stats=return_stats, backend=backend,
+    )  # fmt: skip
+    call.check_values()
+    check_values(teacher_temperature)
     check_vectors({"queries": queries, "teacher": teacher})
     if teacher.shape != queries.shape:
         raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")
     check_positive("teacher_temperature", teacher_temperature, numerics.stats_dtype(queries.dtype))
     with numerics.without_autocast(queries):
-        scale = resolve_scale(temperature, None, DEFAULT_TEMPERATURE, queries)
-        sets = [_given_keys(keys, queries, normalize), *queue_sets(queue, queries, normalize)]
-        path = _dense if backend == dispatch.REFERENCE else _streamed
+        scale = call.scale(queries)
+        sets = [_given_keys(keys, queries, normalize), *older_keys(queue, queries, normalize)]
+        road = _dense if call.is_dense else _streamed
         x, u = numerics.operand(queries, normalize), numerics.operand(teacher, normalize).detach()
         for one in sets:
-            x = numerics.spoil(x, one.v)
-        losses, stats = path(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
-        loss = reduced(losses, reduction)
+            x = numerics.spoil(x, one.keys)
+        losses, stats = road(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
+        loss = call.reduce(losses)
     return loss if stats is None else (loss, stats)
 
 
@@ -136,14 +140,6 @@ def _dense(x, sets, teacher, scale, teacher_scale, operand_dtype, return_stats, 
         )
 
 
-class KeySet(NamedTuple):
-    """Constant keys [M, D]; those with id UNFILLED are ignored. unit: promises |<row, key>| <= 1."""
-
-    v: Tensor
-    ids: Tensor | None = None
-    unit: bool = False
-
-
 class KeyStatistics(NamedTuple):
     """What one sweep says of every row's distribution over the keys; [0] tensors where not asked for.
 
@@ -170,7 +166,7 @@ class KeyStatistics(NamedTuple):
 
 def sweep_keys(
     rows: Tensor,
-    sets: Sequence[KeySet],
+    sets: Sequence[ColumnSet],
     scale: float | Tensor,
     operand_dtype: torch.dtype,
     backend: str,
@@ -203,38 +199,24 @@ def _union(one: KeyStatistics, other: KeyStatistics) -> KeyStatistics:
     return KeyStatistics(lse, one.number + other.number, torch.maximum(one.largest, other.largest), mean)
 
 
-def queue_sets(queue: Tensor | NegativeQueue | None, like: Tensor, normalize: bool) -> list[KeySet]:
-    """The queue beside other keys; without a queue, or with an empty tensor, none."""
-    held = [] if queue is None else [queue_set(queue, like, normalize)]
-    return [keys for keys in held if keys.v.shape[0] > 0]
+def older_keys(
+    queue: Tensor | NegativeQueue | Columns | None, like: Tensor, normalize: bool, name: str = "queue"
+) -> list[ColumnSet]:
+    """The queue beside other keys, used as given; without a queue, or with an empty tensor, none."""
+    columns = keys_alone(queue, like, normalize, name)
+    return [] if columns is None else [columns.as_set(like.dtype)]
 
 
-def queue_set(queue: Tensor | NegativeQueue, like: Tensor, normalize: bool, name: str = "queue") -> KeySet:
-    """The columns of a queue, used as given; `like` is a vector of the batch, which the loss will `normalize`."""
-    keys, ids = (queue.data, queue.ids) if isinstance(queue, NegativeQueue) else (queue, None)
-    if not isinstance(keys, Tensor):
-        raise TypeError(f"{name} must be a tensor or a NegativeQueue; got {type(keys).__name__}.")
-    check_queue(keys, like.shape[1], like.device, name)
-    check_lengths(queue, normalize, name)
-    keys = keys.detach().to(numerics.stats_dtype(like.dtype))
-    return KeySet(numerics.round_operand(keys, like.dtype), ids=ids)
-
-
-def _given_keys(keys: Tensor | NegativeQueue, queries: Tensor, normalize: bool) -> KeySet:
+def _given_keys(keys: Tensor | NegativeQueue, queries: Tensor, normalize: bool) -> ColumnSet:
     if isinstance(keys, NegativeQueue):
-        return queue_set(keys, queries, normalize, "keys")
+        return older_keys(keys, queries, normalize, "keys")[0]
     check_vectors({"queries": queries, "keys": keys})
-    return KeySet(numerics.operand(keys, normalize).detach(), unit=normalize)
+    return ColumnSet(numerics.operand(keys, normalize).detach(), unit=normalize)
 
 
-def reduced(losses: Tensor, reduction: str) -> Tensor:
-    """Losses [N] under "mean", "sum" or "none"."""
-    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
-
-
-def dense_keys(sets: Sequence[KeySet]) -> Tensor:
+def dense_keys(sets: Sequence[ColumnSet]) -> Tensor:
     """[M, D] all keys of the reference path, without the unfilled ones."""
-    return torch.cat([x.v if x.ids is None else x.v[x.ids != UNFILLED] for x in sets])
+    return torch.cat([x.keys if x.ids is None else x.keys[x.ids != UNFILLED] for x in sets])
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -247,11 +229,9 @@ def entropy(probabilities: Tensor) -> Tensor:
     return -torch.special.xlogy(probabilities, probabilities).sum(1)
 
 
-def check_values(teacher_temperature: float, reduction: str, backend: str) -> None:
+def check_values(teacher_temperature: float) -> None:
     """TypeError or ValueError for what no batch could make right."""
     check_positive("teacher_temperature", teacher_temperature, torch.float64)  # and, with a batch, in its dtype
-    check_choice("reduction", reduction, REDUCTIONS)
-    dispatch.check_backend_name(backend)
 
 
 def check_vectors(named: dict[str, Tensor]) -> None:

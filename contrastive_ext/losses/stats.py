@@ -17,7 +17,7 @@ from ..batch.queue import LARGEST_COSINE, warn_of_lengths
 from ..checks import can_read
 
 if TYPE_CHECKING:
-    from .pair_loss import RowStatistics
+    from .row_loss import RowStatistics
 
 # From this share of rows on the floor the user hears about it once: those rows teach their negatives nothing.
 CLAMPED_WARNING = 0.1

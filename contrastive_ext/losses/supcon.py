@@ -22,13 +22,14 @@ from torch import Tensor
 from .. import numerics
 from ..backends import dispatch
 from ..batch import distributed
-from ..batch.arrangement import resolve_scale
-from ..checks import check_choice, describe, integers
+from ..batch.call import Call
+from ..checks import check_choice, describe
 from ..numerics import softplus
 from ..operators.row_stats import row_stats
-from .pair_loss import REDUCTIONS
+from ..problem.pairs import integers
 from .stats import Record
 
+DEFAULT_TEMPERATURE = 0.1
 POSITIVES = ("out", "in")
 
 
@@ -83,12 +84,17 @@ def fused_supcon_loss(
     Memory       O(N D); time O(N^2 D), "in" twice that of "out"; once differentiable
     Paper        arXiv:2004.11362; pytorch-metric-learning has "out"
     """
-    check_values(positives, reduction, backend)
+    call = Call(
+        temperature=temperature, logit_scale=logit_scale, default_temperature=DEFAULT_TEMPERATURE, normalize=normalize,
+        reduction=reduction, return_stats=return_stats, backend=backend,
+    )  # fmt: skip
+    call.check_values()
+    check_values(positives)
     labels = _check(features, labels)
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
-        scale = resolve_scale(temperature, logit_scale, 0.1, features)
-        if group is not None and backend != dispatch.REFERENCE:  # it may be missing on one rank
+        scale = call.scale(features)
+        if group is not None and not call.is_dense:  # it may be missing on one rank
             dispatch.select(backend, features.device, dtype, features.dtype, features.shape[-1])
         process_group = distributed.agree(group)  # the checks are done
         z = numerics.operand(features, normalize).flatten(0, -2)
@@ -99,7 +105,7 @@ def fused_supcon_loss(
             column_labels = distributed.gather(row_labels, process_group)
             rank = dist.get_rank(process_group)
             own = slice(rank * z.shape[0], (rank + 1) * z.shape[0])
-        if backend == dispatch.REFERENCE:
+        if call.is_dense:
             losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
             positive_mean, number, pairs = _class_means(columns, column_labels)
@@ -197,11 +203,9 @@ def _dense(
     return joined + number.clamp(min=1).to(logits.dtype).log(), mean, number
 
 
-def check_values(positives: str, reduction: str, backend: str) -> None:
+def check_values(positives: str) -> None:
     """ValueError for what no batch could make right."""
     check_choice("positives", positives, POSITIVES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    dispatch.check_backend_name(backend)
 
 
 def _check(features: Tensor, labels: Tensor) -> Tensor:

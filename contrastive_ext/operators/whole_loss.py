@@ -3,7 +3,7 @@
     forward   unit rows, positives -> sweep -> row losses and their derivatives -> reduction
     backward  derivatives times the upstream gradient -> sweep -> gradient of the unit rows
 
-The composed road (losses/base.py) is forty small tensor operations around the same sweeps: for a small batch more than
+The composed road is forty small tensor operations around the same sweeps: for a small batch more than
 the sweeps themselves. The short road takes what most calls are, a loss with a `formula` over one set of candidates;
 queues, explicit negatives, `positives`, ids, statistics and losses written as `from_stats` take the composed one, and
 so does torch.compile, which fuses small operations itself. Both give the same numbers to rounding.
@@ -11,27 +11,22 @@ so does torch.compile, which fuses small operations itself. Both give the same n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..backends import dispatch
-from ..losses.stats import warn_if_clamped
 from ..numerics import stats_dtype
+from ..problem.problem import Formula
 from ..problem.short_road import WholeLossOps
 from .row_stats import FirstOrderOnly
 
-if TYPE_CHECKING:
-    from ..losses.pair_loss import RowLoss
 
-
-def operators_for(row_loss: RowLoss, z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLossOps | None:
+def operators_for(z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLossOps | None:
     """The operators of the short road for checked z1, z2 without further candidates, or None: the composed road.
 
     Candidates that need no gradient stay on the composed road: there the anchors' gradient is made in the forward.
     """
-    if row_loss.formula is None or backend == dispatch.REFERENCE or torch.compiler.is_compiling():
+    if backend == dispatch.REFERENCE or torch.compiler.is_compiling():
         return None
     if layout == "one_way" and not z2.requires_grad:
         return None
@@ -41,24 +36,25 @@ def operators_for(row_loss: RowLoss, z1: Tensor, z2: Tensor, layout: str, backen
 
 def whole_loss(
     operators: WholeLossOps,
-    row_loss: RowLoss,
+    formula: Formula,
+    exponents: tuple[float, ...],
     z1: Tensor,
     z2: Tensor,
     scale: float | Tensor,
     layout: str,
     normalize: bool,
     reduction: str,
-) -> Tensor:
-    """The reduced loss, [] or [R]; once differentiable in z1, z2 and scale."""
-    assert row_loss.formula is not None
-    name, parameters = row_loss.formula
+) -> tuple[Tensor, Tensor | None]:
+    """The reduced loss, [] or [R], once differentiable in z1, z2 and scale, and the share of rows on a debiasing floor.
+
+    The latter is None for a formula without parameters: only a debiased sum has a floor.
+    """
+    name, parameters = formula
     scale_tensor, scale_value = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
     loss, clamped = _WholeLoss.apply(
-        operators, z1, z2, scale_tensor, scale_value, layout, normalize, name, parameters, row_loss.exponents, reduction
+        operators, z1, z2, scale_tensor, scale_value, layout, normalize, name, parameters, exponents, reduction
     )
-    if parameters:  # tau_plus: only a debiased sum has a floor
-        warn_if_clamped(lambda: clamped, z1.device)
-    return loss
+    return loss, clamped if parameters else None
 
 
 class _WholeLoss(torch.autograd.Function):

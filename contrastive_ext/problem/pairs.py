@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import can_read, check_tensor, describe
+
 UNFILLED = torch.iinfo(torch.int64).min  # id of padding: nobody's negative
 NO_ROW_ID = UNFILLED + 1  # what a side without ids carries: equal to nothing on the other side
 NO_COLUMN_ID = UNFILLED + 2
@@ -130,3 +132,20 @@ def _listed(ignored: Tensor, anchors: slice, candidates: slice) -> Tensor:
     inside = (lists >= candidates.start) & (lists < candidates.stop)
     listed = torch.zeros(len(lists), width + 1, dtype=torch.bool, device=ignored.device)  # the last: outside
     return listed.scatter_(1, (lists - candidates.start).where(inside, width), True)[:, :width]
+
+
+def integers(name: str, x: Tensor, length: int, device: torch.device) -> Tensor:
+    """x, integers [length] or [length, 1] on `device`, as int64 [length]; TypeError or ValueError for anything else.
+
+    The three smallest int64 mean padding and sides without ids: refused where reading costs no wait.
+    """
+    check_tensor(name, x)
+    fits = x.shape in ((length,), (length, 1)) and x.device == device
+    if x.is_floating_point() or x.is_complex() or not fits:
+        raise ValueError(f"{name} must be integers [{length}] on {device}; got {describe(x)}.")
+    numbers = x.reshape(length).long()
+    if can_read(x) and x.dtype.itemsize == 8 and length:
+        smallest = int(numbers.min())
+        if smallest <= LARGEST_RESERVED_ID:
+            raise ValueError(f"{name} must be above -2^63 + 2, what lies below is reserved; got {smallest}.")
+    return numbers

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor, describe, integers
+from ..checks import check_tensor, describe
 from ..numerics import normalize, stats_dtype
+from ..problem.pairs import integers
 
 _BLOCK_ELEMENTS = 2**20  # similarities sorted at a time
 

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import contrastive_ext as ce
 from contrastive_ext.backends.triton import row_stats as backend
 from contrastive_ext.backends.triton import whole_loss as triton_whole_loss
-from contrastive_ext.losses import pair_loss as base
-from contrastive_ext.losses import stats
+from contrastive_ext.losses import pair_loss, stats
 from contrastive_ext.problem.short_road import WholeLossOps
 from rows import random_pairs
 
@@ -54,7 +53,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     # the functions behind the operators: a mode does not look inside an operator
     operators = WholeLossOps(triton_whole_loss._forward, triton_whole_loss._backward)
-    monkeypatch.setattr(base, "operators_for", lambda *_: operators)
+    monkeypatch.setattr(pair_loss, "operators_for", lambda *_: operators)
     monkeypatch.setattr(stats, "_warned", True)  # looks at the clamped rows where that waits for no device: not on one
     return counted
 

@@ -1,0 +1,84 @@
+"""What every loss takes, whatever its inputs are: a temperature, and how the loss is computed and reduced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..backends import dispatch
+from ..checks import can_read, check_choice, check_positive, describe
+from ..numerics import stats_dtype
+
+REDUCTIONS = ("mean", "sum", "none")
+Reduction = Literal["mean", "sum", "none"]
+
+# What a field says of the short road (operators/whole_loss.py): the one value it knows, or that any value is known.
+NEUTRAL = {"neutral": True}
+
+
+def plain(value: bool | None) -> dict:
+    """Metadata of a field that the short road knows one value of."""
+    return {"plain": value}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Call:
+    """The keywords that all losses share; `fused_row_loss` documents them."""
+
+    default_temperature: float = field(metadata=NEUTRAL)
+    temperature: float | Tensor | None = field(default=None, metadata=NEUTRAL)
+    logit_scale: float | Tensor | None = field(default=None, metadata=NEUTRAL)
+    normalize: bool = field(default=True, metadata=NEUTRAL)
+    reduction: Reduction = field(default="mean", metadata=NEUTRAL)
+    return_stats: bool = field(default=False, metadata=plain(False))
+    backend: str = field(default="auto", metadata=NEUTRAL)
+
+    def check_values(self) -> None:
+        """ValueError or RuntimeError for what no batch could make right."""
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        dispatch.check_backend_name(self.backend)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the reference computes, on whole matrices."""
+        return self.backend == dispatch.REFERENCE
+
+    def scale(self, like: Tensor) -> float | Tensor:
+        """1/temperature, a float or a 0-d tensor of the statistics dtype where `like` is; ValueError if not > 0."""
+        if self.temperature is not None and self.logit_scale is not None:
+            raise ValueError("give temperature or logit_scale (= 1/temperature), not both.")
+        by_scale = self.logit_scale is not None
+        name, value = ("logit_scale", self.logit_scale) if by_scale else ("temperature", self.temperature)
+        if value is None:
+            value = self.default_temperature
+        dtype = stats_dtype(like.dtype)
+        if isinstance(value, Tensor):
+            if value.shape not in ((), (1,)) or not value.is_floating_point() or value.device != like.device:
+                raise ValueError(
+                    f"a {name} tensor must be a 0-d (or [1]) floating-point tensor on {like.device}; "
+                    f"got {describe(value)}."
+                )
+            value = value.reshape(()).to(dtype)
+            if can_read(value):
+                check_positive(name, value.item(), dtype)
+        else:
+            check_positive(name, value, dtype)
+        return value if by_scale else 1.0 / value
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Losses of rows under "mean", "sum" or "none"."""
+        if self.reduction == "none":
+            return losses
+        return losses.mean() if self.reduction == "mean" else losses.sum()
+
+
+def check_call(arguments: dict) -> None:
+    """What `arguments` of any loss say that no batch could make right, its inputs aside."""
+    names = ("temperature", "logit_scale", "reduction", "backend")
+    call = Call(default_temperature=1.0, **{name: arguments[name] for name in names if name in arguments})
+    call.check_values()
+    given = call.temperature if call.logit_scale is None else call.logit_scale
+    call.scale(given if isinstance(given, Tensor) else torch.empty((), dtype=torch.float64))  # the batch's may be any

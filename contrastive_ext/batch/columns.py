@@ -1,0 +1,112 @@
+"""Sets of candidate columns: those a call brings beside its batch, and how every set looks to a sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import numerics
+from ..checks import check_tensor, describe
+from ..problem.pairs import Gate, integers
+from .queue import NegativeQueue, check_lengths
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Columns beside those of the batch, `queue=Columns(keys, ids=...)`, with what is known of each.
+
+    features  [K, D] tensor or NegativeQueue; used as given, no gradient; [0, D] is no queue
+    ids       [K] integers > -2^63 + 2, compared with the batch's `ids` (`labels`); a NegativeQueue holds its own
+    guide     [K, E] features that the call's guide has of them; with `guide=` every column needs some
+    """
+
+    features: Tensor | NegativeQueue
+    ids: Tensor | None = None
+    guide: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.features, NegativeQueue):
+            if self.ids is not None:
+                raise ValueError("a NegativeQueue holds its own ids: queue.enqueue(keys, ids), not Columns(ids=).")
+        else:
+            check_tensor("the features of Columns", self.features)
+        for name, x in (("ids", self.ids), ("guide", self.guide)):
+            if x is not None:
+                check_tensor(f"the {name} of Columns", x)
+
+    @staticmethod
+    def of(given: Tensor | NegativeQueue | Columns | None, name: str = "queue") -> Columns | None:
+        """What a caller gave, as `Columns`; TypeError for anything else."""
+        if given is None or isinstance(given, Columns):
+            return given
+        if not isinstance(given, NegativeQueue):
+            check_tensor(name, given)
+        return Columns(given)
+
+    @property
+    def data(self) -> Tensor:
+        """[K, D]."""
+        return self.features.data if isinstance(self.features, NegativeQueue) else self.features
+
+    @property
+    def held_ids(self) -> Tensor | None:
+        """[K] int64 or None; UNFILLED where a NegativeQueue is not full yet."""
+        return self.features.ids if isinstance(self.features, NegativeQueue) else self.ids
+
+    def checked(self, dim: int, device: torch.device, normalize: bool, name: str = "queue") -> Columns | None:
+        """The same for vectors [., dim] on `device`, ids as int64, or None if there are none; raises if they misfit."""
+        data = self.data
+        is_matrix = data.dim() == 2 and data.shape[1] == dim
+        if not is_matrix or not data.is_floating_point() or data.device != device:
+            raise ValueError(f"{name} must be floating-point [K, {dim}] on {device}; got {describe(data)}.")
+        size = data.shape[0]
+        ids = None if self.ids is None else integers(f"the ids of {name}", self.ids, size, device)
+        if size == 0:
+            return None
+        check_lengths(self.features, normalize, name)
+        return self if ids is None else replace(self, ids=ids)
+
+    def as_set(self, dtype: torch.dtype, gate: Gate | None = None) -> ColumnSet:
+        """As a sweep sees them: constant, in the statistics dtype, with values that `dtype` can hold."""
+        keys = self.data.detach().to(numerics.stats_dtype(dtype))
+        return ColumnSet(numerics.round_operand(keys, dtype), ids=self.held_ids, gate=gate)
+
+
+def keys_alone(
+    given: Tensor | NegativeQueue | Columns | None,
+    like: Tensor,
+    normalize: bool,
+    name: str = "queue",
+    *,
+    ids: bool = False,
+) -> Columns | None:
+    """Checked further columns of a loss that cancels none, for vectors like `like`; None if there are none.
+
+    ids   whether the loss has a use for the ids of `Columns`
+    """
+    columns = Columns.of(given, name)
+    if columns is None:
+        return None
+    if columns.guide is not None or (columns.ids is not None and not ids):
+        raise ValueError(f"this loss takes {name} as they are: no guide{'' if ids else ' or ids'} of Columns.")
+    return columns.checked(like.shape[-1], like.device, normalize, name)
+
+
+@dataclass(frozen=True)
+class ColumnSet:
+    """One set of candidates of every anchor; v None means the anchors themselves."""
+
+    v: Tensor | None
+    num_images: int = 0  # > 0: columns from positive_offset on show the anchors' images, view by view (pairs.py)
+    positive_offset: int = 0
+    ids: Tensor | None = None  # of the columns
+    gate: Gate | None = None
+    unit: bool = False  # promises |<row, column>| <= 1
+
+    @property
+    def keys(self) -> Tensor:
+        """v, of a set that has columns of its own."""
+        assert self.v is not None
+        return self.v
