@@ -58,7 +58,7 @@ def check_positive(name: str, x: float, dtype: torch.dtype) -> None:
 
 def check_exponents(exponents: tuple[float, ...], scale: float | Tensor, dtype: torch.dtype) -> None:
     """ValueError unless every beta > 0, and 2 beta/temperature is finite in the dtype that computes."""
-    known = scale.item() if isinstance(scale, Tensor) and can_read(scale) else scale
+    known = scale.max().item() if isinstance(scale, Tensor) and can_read(scale) else scale
     reach = 1.0 if isinstance(known, Tensor) else max(1.0, known)
     normal = torch.finfo(dtype)
     if not all(normal.tiny <= beta and 2 * beta * reach <= normal.max for beta in exponents):

@@ -109,8 +109,15 @@ class InfoNCELoss(RowLossModule):
 
     of_the_call = ()
 
-    def __init__(self, temperature: float | None = None, **options: Unpack[LossOptions]):
-        super().__init__(InfoNCE(), temperature, **options)
+    def __init__(
+        self,
+        temperature: float | None = None,
+        *,
+        hardness: float = 0.0,
+        hardness_on: Literal["in_batch", "own", "all"] = "in_batch",
+        **options: Unpack[LossOptions],
+    ):
+        super().__init__(InfoNCE(hardness, hardness_on), temperature, **options)
 
 
 class DecoupledLoss(RowLossModule):

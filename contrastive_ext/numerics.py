@@ -213,3 +213,37 @@ def logsumexp_pair(a: Tensor, b: Tensor) -> Tensor:
 def softplus(x: Tensor) -> Tensor:
     """log(1 + e^x), exact on both tails; `F.softplus` turns linear above 20 and is 2e-9 off there in float64."""
     return torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def take_rows(z: Tensor, index: Tensor) -> Tensor:
+    """z[index] for rows [M, D]; gradients of a row that is taken often are summed in a fixed order on every device."""
+    return z[index] if wants_plain_operations() else _TakeRows.apply(z, index)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = z.shape[0]
+        return z[index]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return _SumRows.apply(grad, index, ctx.rows), None
+
+
+class _SumRows(torch.autograd.Function):
+    """[rows, D] sums of the rows of `grad` that come from each; segments, not atomics."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, index: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(index)
+        lengths = torch.zeros(rows, dtype=torch.int64, device=index.device)
+        lengths = lengths.scatter_add_(0, index, torch.ones_like(index))
+        return torch.segment_reduce(grad[index.argsort(stable=True)], "sum", lengths=lengths, unsafe=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return take_rows(grad, index), None, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -71,9 +71,17 @@ def common_rules(case: Mapping) -> bool:
     return not (get("kind") == "lattice" and get("normalize") is True)
 
 
-def scale_of(case: Mapping, default: float, inputs: dict, wanted: set, constants: dict) -> Callable:
+def scale_of(case: Mapping, default: float, inputs: dict, wanted: set, constants: dict, rows: int = 0) -> Callable:
     """Put the temperature of a case into the arguments; the result makes 1/temperature of the truth's inputs."""
     style, t = case["scale"], case["t"]
+    if style.endswith("rows"):  # a temperature for every row
+        t = t * (0.7 + 0.6 * torch.rand(rows, generator=torch.Generator().manual_seed(rows), dtype=torch.float64))
+        t = t.to(torch.float64 if case["dtype"] == "float64" else torch.float32)
+        (inputs if style == "learned_rows" else constants)["temperature"] = t
+        if style == "learned_rows":
+            wanted.add("temperature")
+            return lambda leaves, compute: 1 / leaves["temperature"]
+        return lambda leaves, compute: 1 / t.to(compute)
     if style == "default":
         return lambda leaves, compute: torch.tensor(1 / default, dtype=compute)
     name = "logit_scale" if "scale" in style and style != "learned" else "temperature"
@@ -133,20 +141,30 @@ PAIR_LOSSES = {
     "row_loss": (ce.fused_row_loss, ce.RowLossModule, {"row_loss": Hinge()}),
 }
 
+# the number of more rows of z2 by the end of the name
+LAYOUTS = (
+    "two_view", "one_way", "one_way more", "symmetric", "symmetric more", "q2d d2q", "q2d q2q more", "q2d d2d more",
+    "q2d q2q d2q d2d", "one_way index", "one_way index fewer",
+)  # fmt: skip
+
 PAIR_FACTORS = {
     "loss": Factor(tuple(PAIR_LOSSES), ("row_loss",)),
-    "layout": Factor(("two_view", "one_way", "one_way_more", "symmetric"), ("layout",)),
+    "layout": Factor(LAYOUTS, ("layout",)),
     "shape": Factor(((9, 16), (1, 8), (2, 1), (3, 5), (17, 12), (33, 17), (24, 64))),
     "grad": Factor(("all", "z1", "z2")),
-    "scale": SCALE,
+    "scale": Factor((*SCALE.levels, "rows", "learned_rows"), SCALE.keywords),
     "queue": Factor(("none", "tensor", "float32", "held", "held part", "held ids", "held part ids half"), ("queue",)),
     "ids": Factor(("none", "few", "wide", "int32", "uint8", "one", "labels wide"), ("ids", "labels")),
     "queue_ids": Factor((False, True), ("queue",)),
-    "guide": Factor(("none", "random", "lattice", "self"), ("guide",)),
+    "guide": Factor(("none", "random", "lattice", "self", "own"), ("guide",)),
     "margin": Factor(
-        (None, ("absolute", 0.25), ("relative", 0.1), ("relative", 0.5)), ("guide",)
+        (None, ("absolute", 0.25), ("relative", 0.1), ("relative", 0.5), ("absolute", -0.2)), ("guide",)
     ),
-    "negatives": Factor(("none", "shared", "own"), ("negatives",)),
+    "negatives": Factor(
+        ("none", "shared", "own", "shared ids", "own ids", "shared guided", "own guided"), ("negatives",)
+    ),
+    "index": Factor((None,), ("positive_index",)),  # the layout says
+    "hardness": Factor((None, (2.0, "in_batch"), (0.5, "own"), (3.0, "all")), ("hardness", "hardness_on")),
     "in_batch": Factor((True, False), ("in_batch_negatives",)),
     "positives": Factor((None, 1, 3), ("positives",)),
     "operand_dtype": Factor((None, torch.float16, torch.bfloat16), ("operand_dtype",)),
@@ -174,22 +192,35 @@ def pair_rules(case: Mapping) -> bool:
     if any(case[x] != PAIR_FACTORS[x].levels[0] and not takes & set(PAIR_FACTORS[x].keywords) for x in _spoken(case)):
         return False
     forbidden = [
-        layout == "symmetric" and (queue not in (None, "none") or negatives not in (None, "none")),
-        layout in ("two_view", "symmetric") and (negatives not in (None, "none") or get("in_batch") is False),
-        layout == "one_way_more" and get("in_batch") is False,
+        layout is not None and layout.startswith("symmetric") and queue not in (None, "none"),
+        layout == "two_view" and negatives not in (None, "none"),
+        layout not in (None, "one_way") and get("in_batch") is False,
+        layout is not None and "2" in layout and loss not in ("infonce", "decoupled"),
+        layout is not None and "2" in layout and get("positives") is not None,
+        layout is not None and "index" in layout and loss == "bayesian",
+        layout is not None and not layout.startswith("one_way") and (get("scale") or "").endswith("rows"),
+        (get("scale") or "").endswith("rows") and get("dtype") not in (None, "float32", "float64"),
+        (get("scale") or "").endswith("rows") and get("operand_dtype") is not None,
+        get("hardness") is not None and (layout or "one_way").split("_")[0].split()[0] in ("two", "symmetric"),
+        get("hardness") is not None and (get("scale") or "").endswith("rows"),
+        "ids" in (negatives or "") and get("ids") == "none",
+        "guided" in (negatives or "") and get("guide") in ("none", "own"),
+        get("guide") == "own" and get("shape") is not None and get("shape")[1] < 5,
+        get("guide") == "own" and get("kind") not in (None, "random"),
         get("in_batch") is False and queue == "none" and negatives == "none",
         get("queue_ids") is True and (queue not in (None, "tensor", "float32") or get("ids") == "none"),
-        get("queue_ids") is True and layout == "symmetric",
+        get("queue_ids") is True and (layout or "").startswith("symmetric"),
         get("margin") is not None and get("guide") == "none",
         get("guide") == "self" and get("kind") not in (None, "random"),
         get("guide") == "self" and get("shape") is not None and get("shape")[1] < 5,
         get("operand_dtype") is not None and get("dtype") not in (None, "float32"),
-        loss == "bayesian" and negatives == "own",
-        loss == "bayesian" and negatives == "shared" and get("margin") is not None,
-        loss == "bayesian" and negatives == "shared" and get("guide") not in (None, "none"),
+        loss == "bayesian" and (negatives or "").startswith("own"),
+        loss == "bayesian" and negatives in ("shared", "shared ids") and get("margin") is not None,
+        loss == "bayesian" and negatives in ("shared", "shared ids") and get("guide") not in (None, "none", "own"),
         loss == "bayesian" and get("kind") == "crowded" and get("dtype") not in (None, "float64"),
         loss == "bayesian" and get("kind") == "crowded" and get("operand_dtype") is not None,
         loss == "bayesian" and get("kind") == "lattice" and get("t") not in (None, 1.0),  # t = .3 rounds its logits
+        loss == "bayesian" and get("kind") == "lattice" and (get("scale") or "").endswith("rows"),
         get("ranks") not in (None, ("exact", None)) and get("kind") == "lattice",
         get("ranks") is not None and get("ranks")[0] == "histogram" and get("kind") == "crowded",
     ]  # fmt: skip
@@ -201,14 +232,20 @@ def pair_call(case: Mapping, seed: int) -> Call:
     operands = case["operand_dtype"] or dtype
     function, module, fixed = PAIR_LOSSES[case["loss"]]
     draw = Draw(case["kind"], case["memory"], dtype, operands, case["normalize"], seed, case["loss"] != "bayesian")
-    layout = "one_way" if case["layout"] == "one_way_more" else case["layout"]
+    words = case["layout"].split()
+    layout = tuple(word for word in words if "2" in word) or words[0]
     inputs, constants, overwrite = {}, {**fixed, **plain_arguments(case)}, []
     say = truth.Cancelling()
     both = draw.views(2, b, d)
     second = both[1]
-    if case["layout"] == "one_way_more":
+    index = None
+    if "more" in words or words[-1] == "index":
         second = torch.cat([second, draw.others(draw.number(1, 7), d)])
+    if "fewer" in words:
+        second = second[: max(1, b // 2)]
     m = len(second)
+    if "index" in words:
+        index = constants["positive_index"] = torch.randint(0, m, (b,), generator=draw.generator)
     inputs["z1"], inputs["z2"] = draw.tensor(both[0]), draw.tensor(second)
     wanted = {"all": {"z1", "z2"}, "z1": {"z1"}, "z2": {"z2"}}[case["grad"]]
     if layout != "two_view":
@@ -217,9 +254,10 @@ def pair_call(case: Mapping, seed: int) -> Call:
         constants["in_batch_negatives"] = False
 
     size = draw.number(1, 12)
-    ids = queue_ids = None
+    number = (draw.number(1, 9),) if case["negatives"].startswith("shared") else (b, draw.number(1, 4))
+    ids = queue_ids = negative_ids = None
     if case["ids"] != "none":
-        ids, queue_ids = draw.integers(case["ids"].split()[-1], m, size)
+        ids, queue_ids, negative_ids = draw.integers(case["ids"].split()[-1], m, size, torch.Size(number).numel())
         constants["labels" if case["ids"].startswith("labels") else "ids"] = ids
         say.ids = ids.long()
     keys = filled = None
@@ -245,52 +283,78 @@ def pair_call(case: Mapping, seed: int) -> Call:
 
     if case["guide"] != "none":
         _guide(case, draw, inputs, constants, say, b, m, None if keys is None else len(keys), keys)
+    beside: dict = {}
     if case["negatives"] != "none":
-        shape = (draw.number(1, 9), d) if case["negatives"] == "shared" else (b, draw.number(1, 4), d)
-        inputs["negatives"] = draw.tensor(draw.others(*shape))
+        inputs["negatives"] = draw.tensor(draw.others(*number, d))
         wanted |= {"negatives"}
+        if "ids" in case["negatives"] and negative_ids is not None:
+            beside["ids"] = negative_ids.reshape(number)
+            say.negative_ids = beside["ids"].long()
+        if "guided" in case["negatives"]:
+            beside["guide"] = say.guide_negatives = draw.randn(*number, say.guide[0].shape[1]).to(say.guide[0].dtype)
     if case["positives"] is not None:
         inputs["positives"] = draw.tensor(draw.views(case["positives"], b, d))
         wanted |= {"positives"}
     if case["operand_dtype"] is not None:
         constants["operand_dtype"] = case["operand_dtype"]
-    scale = scale_of(case, 0.5, inputs, wanted, constants)
+    scale = scale_of(case, 0.5, inputs, wanted, constants, b)
+    hardness = {}
+    if case["hardness"] is not None:
+        hardness = dict(zip(("hardness", "hardness_on"), case["hardness"], strict=True))
+        constants |= hardness
     parameters = _parameters(case, draw, b, constants)
 
     def true(how: truth.Arithmetic, x: dict) -> truth.Outcome:
         p = truth.problem(
             how, x["z1"], x["z2"], scale(x, how.compute), layout, say, queue=keys, queue_filled=filled,
             negatives=x.get("negatives"), in_batch=case["in_batch"], positives=x.get("positives"),
+            positive_index=index, **hardness,
         )  # fmt: skip
         formula = truth.hinge if case["loss"] == "row_loss" else getattr(truth, case["loss"])
         losses = formula(how, p, **parameters)
         first = parameters.get("beta", 1.0) or 1.0 if case["loss"] == "hard" else 1.0
-        return truth.pair_outcome(how, p, losses, first)
+        return truth.pair_outcome(how, p, losses, first, of_empty=case["loss"] == "infonce")
 
     called = how_called(case, operands)
-    return Call(function, module, inputs, wanted, constants, true, overwrite=may_overwrite(case, overwrite), **called)
+    around = {"negatives": partial(ce.Columns, **beside)} if beside else {}
+    return Call(
+        function,
+        module,
+        inputs,
+        wanted,
+        constants,
+        true,
+        overwrite=may_overwrite(case, overwrite),
+        around=around,
+        **called,
+    )
 
 
 def _guide(case, draw: Draw, inputs, constants, say: truth.Cancelling, b, m, size, keys) -> None:
-    if case["guide"] == "self":
+    if case["guide"] == "own":
+        say.guide = "own"
+        g1 = g2 = None
+    elif case["guide"] == "self":
         g1, g2, held = inputs["z1"].detach(), inputs["z2"].detach(), keys
     elif case["guide"] == "lattice":  # unit rows of halves: similarities are multiples of 1/4, ties are exact
-        signs = torch.randint(0, 2, (2, m, 4), generator=draw.generator).double() * 2 - 1
-        g1, g2 = signs[0, :b], signs[1]
+        signs = torch.randint(0, 2, (2, max(b, m), 4), generator=draw.generator).double() * 2 - 1
+        g1, g2 = signs[0, :b], signs[1, :m]
         held = torch.randint(0, 2, (size or 1, 4), generator=draw.generator).double() * 2 - 1
     else:  # features of another width, views of an image agree somewhat, some disagree
-        image = draw.randn(m, 3)
-        g1, g2, held = image[:b] + 0.6 * draw.randn(b, 3), image + 0.6 * draw.randn(m, 3), draw.randn(size or 1, 3)
-    if case["guide"] != "self":
+        image = draw.randn(max(b, m), 3)
+        g1, g2, held = image[:b] + 0.6 * draw.randn(b, 3), image[:m] + 0.6 * draw.randn(m, 3), draw.randn(size or 1, 3)
+    if case["guide"] not in ("self", "own"):
         dtype = draw.dtype if draw.dtype != torch.float64 else torch.float64
         g1, g2, held = (draw.place(g.to(dtype)) for g in (g1, g2, held))
-    constants["guide"] = say.guide = (g1, g2)
-    if size is not None:
+    if case["guide"] != "own":
+        constants["guide"] = say.guide = (g1, g2)
+    if size is not None and case["guide"] != "own":
         columns = ce.Columns.of(constants["queue"])
         constants["queue"], say.guide_queue = replace(columns, guide=held), held
     if case["margin"] is not None:
         strategy, say.margin = case["margin"]
         say.relative = strategy == "relative"
+    if case["margin"] is not None or case["guide"] == "own":
         constants["guide"] = ce.Guide(g1, g2, say.margin, say.relative)
 
 

@@ -27,7 +27,7 @@ Z = torch.randn(4, 3)
         ({"z1": Z.to_sparse(), "z2": Z.to_sparse()}, TypeError, "dense"),
         ({"z2": Z[:3]}, ValueError, r"same shape \[B, D\]; got \[4, 3\] and \[3, 3\]"),
         ({"z2": Z[:3], "layout": "one_way"}, ValueError, "M >= B"),
-        ({"z2": Z[:3], "layout": "symmetric"}, ValueError, "same shape"),
+        ({"z2": Z[:3], "layout": "symmetric"}, ValueError, "M >= B"),
         ({"layout": "three_view"}, ValueError, "two_view, one_way, symmetric"),
         ({"reduction": "average"}, ValueError, "mean, sum, none"),
         ({"temperature": 0.0}, ValueError, "temperature must be > 0"),

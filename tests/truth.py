@@ -121,7 +121,35 @@ class Side:
     image: Tensor
     ids: Tensor | None = None
     guide: Tensor | None = None
-    guided: bool = True  # False: explicit negatives, which a guide never cancels
+    hardness: float = 0.0  # of candidates: times the constant cosine it is added to their logits
+
+
+@dataclass
+class Meeting:
+    """Rows of anchors in one sum: groups of (anchors, candidates), as many anchors in each, and their positives.
+
+    shown   [A, C] of the first group, True where a column is the anchor's own; None: as images say
+    """
+
+    groups: list[tuple[Side, Side]]
+    partners: Tensor
+    partner_guides: Tensor | None
+    shown: Tensor | None = None
+    own: Own | None = None
+
+    @property
+    def anchors(self) -> Side:
+        return self.groups[0][0]
+
+
+@dataclass
+class Own:
+    """Candidates [A, n, D] of one anchor each."""
+
+    vectors: Tensor
+    ids: Tensor | None = None
+    guide: Tensor | None = None
+    hardness: float = 0.0
 
 
 @dataclass
@@ -134,6 +162,8 @@ class Problem:
     scale: Tensor
     lengths: Tensor  # [R] product of the lengths of the anchor and its positive
     width: int
+    similar: Tensor  # [R, C] logits without hardness
+    positive_terms: int = 1  # how often the positive stands in the sum
     # what a formula leaves for the statistics
     on_floor: tuple[Tensor, Tensor] | None = None  # [R] anchors that certainly are on the floor, that may be
     log_weight: Tensor | None = None  # [R, C] of the weights on e^logit
@@ -149,72 +179,126 @@ class Problem:
 
 @dataclass
 class Cancelling:
-    """What cancels candidates."""
+    """What cancels candidates; guide "own": the rows themselves."""
 
     ids: Tensor | None = None
     queue_ids: Tensor | None = None
-    guide: tuple[Tensor, Tensor] | None = None
+    negative_ids: Tensor | None = None
+    guide: tuple[Tensor, Tensor] | str | None = None
     guide_queue: Tensor | None = None
+    guide_negatives: Tensor | None = None
     margin: float = 0.0
     relative: bool = False
 
+    def features(self, vectors: Tensor, given: Tensor | None) -> Tensor | None:
+        if self.guide == "own":
+            return unit(vectors.detach().double())
+        return None if given is None or self.guide is None else unit(given.detach().double())
+
 
 def problem(
-    how: Arithmetic, z1: Tensor, z2: Tensor, scale: Tensor, layout: str, cancelling: Cancelling, *,
+    how: Arithmetic, z1: Tensor, z2: Tensor, scale: Tensor, layout: str | tuple, say: Cancelling, *,
     queue: Tensor | None = None, queue_filled: Tensor | None = None, negatives: Tensor | None = None,
-    in_batch: bool = True, positives: Tensor | None = None,
+    in_batch: bool = True, positives: Tensor | None = None, positive_index: Tensor | None = None,
+    hardness: float = 0.0, hardness_on: str = "in_batch",
 ) -> Problem:  # fmt: skip
-    """Who meets whom in a layout, as one matrix."""
-    how.scale = scale.item()
+    """Who meets whom in a layout, as one matrix; scale is one number, or [B] one for every row."""
+    how.scale = scale.max().item()
     u1, u2 = how.rows("z1", z1), how.rows("z2", z2)
     extra = None if negatives is None else how.rows("negatives", negatives)
     views = None if positives is None else how.rows("positives", positives)
-    g1, g2 = (None, None) if cancelling.guide is None else (unit(g.detach().double()) for g in cancelling.guide)
+    given = say.guide if isinstance(say.guide, tuple) else (None, None)
+    g1, g2 = say.features(u1, given[0]), say.features(u2, given[1])
     first, second = torch.arange(len(u1)), torch.arange(len(u2))
-    ids = cancelling.ids
-    own = None if ids is None else ids[: len(u1)]
-    one, two = Side(u1, first, own, g1), Side(u2, second, ids, g2)
+    index = first if positive_index is None else positive_index
+    ids = say.ids
+    own = None if ids is None else ids[index]
+    in_batch_hardness = hardness if hardness_on in ("in_batch", "all") else 0.0
+    one = Side(u1, first, own, g1)
+    two = Side(u2, second, ids, g2, in_batch_hardness)
     sets: list[Side] = []
     if queue is not None:
-        g = None if cancelling.guide_queue is None else unit(cancelling.guide_queue.detach().double())
         exists = torch.ones(len(queue), dtype=torch.bool) if queue_filled is None else queue_filled
-        held = None if cancelling.queue_ids is None else cancelling.queue_ids[exists]
+        held = None if say.queue_ids is None else say.queue_ids[exists]
+        keys = how.constant(queue)
+        g = say.features(keys, say.guide_queue)
         g = None if g is None else g[exists]
-        sets.append(Side(how.constant(queue)[exists], torch.full((int(exists.sum()),), -1), held, g))
+        image = torch.full((int(exists.sum()),), -1)
+        sets.append(Side(keys[exists], image, held, g, in_batch_hardness))
     unfilled = 0 if queue_filled is None else int((~queue_filled).sum())
-    if extra is not None and extra.dim() == 2:
-        sets.append(Side(extra, torch.full((len(extra),), -1), guided=False))
+    of_each = None
+    if extra is not None:
+        g = say.features(extra, say.guide_negatives)
+        if extra.dim() == 2:
+            sets.append(Side(extra, torch.full((len(extra),), -1), say.negative_ids, g, in_batch_hardness))
+        else:
+            of_each = Own(extra, say.negative_ids, g, hardness if hardness_on in ("own", "all") else 0.0)
+    partners, partner_guides = u2[index], None if g2 is None else g2[index]
+    documents = Side(
+        u2[: len(u1)], first, None if ids is None else ids[: len(u1)], None if g2 is None else g2[: len(u1)]
+    )
     if layout == "two_view":
         both = Side(torch.cat([u1, u2]), first.repeat(2), _cat(own, own), _cat(g1, g2))
-        meetings = [(both, [both, *sets], torch.cat([u2, u1]), _cat(g2, g1))]
-    elif layout == "symmetric":
-        meetings = [(one, [two], u2, g2), (two, [one], u1, g1)]
+        meetings = [Meeting([(both, c) for c in (both, *sets)], torch.cat([u2, u1]), _cat(g2, g1))]
     else:
-        meetings = [(one, ([two] if in_batch else []) + sets, u2[: len(u1)], None if g2 is None else g2[: len(u1)])]
+        shown = None
+        if positive_index is not None:
+            shown = torch.zeros(len(u1), len(u2), dtype=torch.bool)
+            shown[first, index] = True
+        candidates = ([two] if in_batch else []) + sets
+        groups = [(one, c) for c in candidates]
+        for direction in layout if isinstance(layout, tuple) else ():
+            sides = {"q2q": (one, one), "d2q": (documents, one), "d2d": (documents, Side(u2, second, ids, g2))}
+            groups += [sides[direction]] if direction != "q2d" else []
+        if not groups:  # explicit negatives of each anchor alone
+            groups = [(one, Side(u2[:0], second[:0]))]
+        meetings = [Meeting(groups, partners, partner_guides, shown, of_each)]
+        if layout == "symmetric":
+            meetings.append(Meeting([(documents, one)], u1, g1))
     parts = []
-    for anchors, candidates, partners, partner_guides in meetings:
-        pos = scale * (anchors.vectors * partners).sum(1)
-        blocks = [_block(how, anchors, c, scale, partner_guides, cancelling) for c in candidates]
-        logits, kept, candidate = (list(x) for x in zip(*blocks, strict=True)) if blocks else ([], [], [])
-        if extra is not None and extra.dim() == 3:
-            logits.append(scale * (anchors.vectors[:, None] * extra).sum(2))
-            kept.append(torch.ones(logits[-1].shape, dtype=torch.bool))
-            candidate.append(kept[-1])
+    for meeting in meetings:
+        anchors = meeting.anchors
+        pos = scale * (anchors.vectors * meeting.partners).sum(1)
+        blocks = []
+
+        for at, (rows, columns) in enumerate(meeting.groups):
+            block, keeps, counts = _block(how, rows, columns, scale, meeting, say, meeting.shown if at == 0 else None)
+            blocks.append((block, keeps, counts, columns.hardness))
+        if meeting.own is not None:
+            each = meeting.own
+            block = _column(scale) * (anchors.vectors[:, None] * each.vectors).sum(2)
+            counts = torch.ones(block.shape, dtype=torch.bool)
+            keeps = counts if each.ids is None or anchors.ids is None else each.ids != anchors.ids[:, None]
+            if each.guide is not None:
+                score = (anchors.guide[:, None] * each.guide).sum(2)
+                keeps = _below(how, score, keeps, meeting, say)
+            blocks.append((block, keeps, counts, each.hardness))
         if unfilled:
-            logits.append(torch.zeros(len(pos), unfilled, dtype=pos.dtype))
-            kept.append(torch.zeros(len(pos), unfilled, dtype=torch.bool))
-            candidate.append(~kept[-1])
+            nobody = torch.zeros(len(pos), unfilled, dtype=torch.bool)
+            blocks.append((torch.zeros(len(pos), unfilled, dtype=pos.dtype), nobody, ~nobody, 0.0))
+        hard = [block + more * (block / _column(scale)).detach() for block, _, _, more in blocks]
         correction = pos
         if views is not None:
-            shown = anchors.image
-            x = scale * torch.stack([(anchors.vectors * view[shown]).sum(1) for view in views], 1)
+            shown_image = anchors.image
+            x = _column(scale) * torch.stack([(anchors.vectors * view[shown_image]).sum(1) for view in views], 1)
             correction = log_sum(x, torch.ones_like(x, dtype=torch.bool)) - math.log(len(views))
-        lengths = anchors.vectors.detach().norm(dim=1) * partners.detach().norm(dim=1)
-        parts.append((*(torch.cat(x, 1) for x in (logits, kept, candidate)), pos, correction, lengths))
-    logits, kept, candidate, pos, correction, lengths = (torch.cat(x) for x in zip(*parts, strict=True))
+        lengths = anchors.vectors.detach().norm(dim=1) * meeting.partners.detach().norm(dim=1)
+        similar, kept, candidate, _ = zip(*blocks, strict=True)
+        matrices = [torch.cat(x, 1) for x in (hard, kept, candidate, similar)]
+        parts.append([*matrices, pos, correction, lengths])
+    width = max(x.shape[1] for part in parts for x in part[:1])
+    for part in parts:  # directions of different width: nothing beside the narrower one
+        part[:4] = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in part[:4]]
+    logits, kept, candidate, similar, pos, correction, lengths = (torch.cat(x) for x in zip(*parts, strict=True))
     for x in (logits, pos, correction):
         how.saw(x)
-    return Problem(logits, kept, candidate, pos, correction, scale, lengths, u1.shape[1])
+    terms = 2 if "d2q" in layout else 1
+    return Problem(logits, kept, candidate, pos, correction, scale, lengths, u1.shape[1], similar, terms)
+
+
+def _column(scale: Tensor) -> Tensor:
+    """One number, or a column of one for every row."""
+    return scale if scale.dim() == 0 else scale[:, None]
 
 
 def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -222,26 +306,34 @@ def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _block(
-    how: Arithmetic, anchors: Side, columns: Side, scale: Tensor, partner_guides: Tensor | None, say: Cancelling
-):
-    logits = scale * (anchors.vectors @ columns.vectors.T)
-    candidate = (anchors.image[:, None] != columns.image) | (columns.image < 0)
+    how: Arithmetic, anchors: Side, columns: Side, scale: Tensor, meeting: Meeting, say: Cancelling,
+    shown: Tensor | None,
+):  # fmt: skip
+    logits = _column(scale) * (anchors.vectors @ columns.vectors.T)
+    candidate = ~shown if shown is not None else (anchors.image[:, None] != columns.image) | (columns.image < 0)
     kept = candidate
     if anchors.ids is not None and columns.ids is not None:
         kept = kept & (anchors.ids[:, None] != columns.ids)
-    if anchors.guide is not None and columns.guide is not None and columns.guided:
-        width = anchors.guide.shape[1]
-        positive = (anchors.guide * partner_guides).sum(1)
-        limit = positive - (positive.abs() if say.relative else 1.0) * say.margin
-        limit = limit + 4 * width**0.5 * torch.finfo(how.decides).eps
-        score = anchors.guide @ columns.guide.T
-        how.decided(score - limit[:, None], kept, width**0.5, allowance=2)
-        kept = kept & ~(score > limit[:, None])
+    if anchors.guide is not None and columns.guide is not None:
+        kept = _below(how, anchors.guide @ columns.guide.T, kept, meeting, say)
     return logits, kept, candidate
 
 
+def _below(how: Arithmetic, score: Tensor, kept: Tensor, meeting: Meeting, say: Cancelling) -> Tensor:
+    """Which of the kept columns do not exceed the limit of the anchor's pair."""
+    guide = meeting.anchors.guide
+    width = guide.shape[1]
+    positive = (guide * meeting.partner_guides).sum(1)
+    limit = positive - (positive.abs() if say.relative else 1.0) * say.margin
+    limit = limit + 4 * width**0.5 * torch.finfo(how.decides).eps
+    how.decided(score - limit[:, None], kept, width**0.5, allowance=2)
+    return kept & ~(score > limit[:, None])
+
+
 def infonce(how: Arithmetic, p: Problem) -> Tensor:
-    return log1p_exp(p.lse() - p.pos)
+    """log(m + e^{lse - p}), the positive m times in the sum."""
+    more = math.log(p.positive_terms)
+    return torch.where(p.negative.any(1), log1p_exp(p.lse() - p.pos - more) + more, 0.0 * p.pos + more)
 
 
 def decoupled(how: Arithmetic, p: Problem, positive_weight: Tensor | None = None) -> Tensor:
@@ -304,7 +396,7 @@ def bayesian(
 ) -> Tensor:  # fmt: skip
     """bins = 0: ranks by comparing every negative with every other; else those of a histogram over the row's range."""
     number = p.count.clamp(min=1).double()[:, None]
-    x = (p.logits.detach() / p.scale.detach()).double().masked_fill(~p.negative, torch.inf)
+    x = (p.logits.detach() / _column(p.scale.detach())).double().masked_fill(~p.negative, torch.inf)
     size = 1.0 + x[p.negative].abs().max().item() if p.negative.any() else 1.0
     if bins:
         u, rounding = _histogram_rank(how, x, p.negative, number, bins)
@@ -362,17 +454,17 @@ def _histogram_rank(how: Arithmetic, x: Tensor, negative: Tensor, number: Tensor
     return u.clamp(max=1), 2 * torch.finfo(how.decides).eps * (1 + bins * of_bin / number / u)
 
 
-def pair_outcome(how: Arithmetic, p: Problem, losses: Tensor, first_exponent: float) -> Outcome:
-    """Losses with 0 for anchors without negatives, and the statistics of `return_stats`."""
+def pair_outcome(how: Arithmetic, p: Problem, losses: Tensor, first_exponent: float, of_empty: bool = False) -> Outcome:
+    """Losses with 0 for anchors without negatives (`of_empty`: the formula knows), and the statistics."""
     some = p.negative.any(1)
-    losses = torch.where(some, losses, 0.0 * p.pos)
+    losses = torch.where(some, losses, losses if of_empty else 0.0 * p.pos)
     number = max(1, int(some.sum()))
     scale, count = p.scale.detach(), p.count.clamp(min=1)
 
     def mean(x: Tensor) -> float:
         return (x.detach().where(some, torch.zeros_like(x)).sum() / number).item()
 
-    hardest = p.logits.detach().masked_fill(~p.negative, -torch.inf).amax(1).where(some, torch.zeros(()).to(p.pos))
+    hardest = p.similar.detach().masked_fill(~p.negative, -torch.inf).amax(1).where(some, torch.zeros(()).to(p.pos))
     allowed = 4 * p.width**0.5 * torch.finfo(how.decides).eps * scale
     allowed = allowed if how.normalize else allowed * p.lengths
     ahead = p.pos.detach() - hardest
@@ -382,7 +474,7 @@ def pair_outcome(how: Arithmetic, p: Problem, losses: Tensor, first_exponent: fl
     stats = {
         "accuracy": (mean((ahead > 4 * allowed).to(p.pos)), mean((ahead > allowed / 4).to(p.pos))),
         "positive_similarity": mean(p.pos / scale),
-        "negative_similarity": mean(p.logits.where(p.negative, torch.zeros_like(p.logits)).sum(1) / count / scale),
+        "negative_similarity": mean(p.similar.where(p.negative, torch.zeros_like(p.similar)).sum(1) / count / scale),
         "hardest_negative": mean(hardest / scale),
         "effective_negatives": mean(torch.exp(2 * log_sum(terms, p.negative) - log_sum(2 * terms, p.negative))),
         "mean_weight": mean(weight.sum(1) / count),

@@ -25,6 +25,7 @@ class Call:
     wanted     those whose gradient is asked for
     constants  every other argument
     truth      (Arithmetic, inputs in its dtype) -> Outcome
+    around     what wraps an input in the call
     overwrite  tensors that the caller may overwrite between forward and backward (a queue)
     """
 
@@ -44,6 +45,7 @@ class Call:
     autocast: bool = False
     group: bool = False
     overwrite: list[Tensor] = field(default_factory=list)
+    around: dict[str, Callable] = field(default_factory=dict)  # what an input is wrapped in
 
     @property
     def compute(self) -> torch.dtype:
@@ -83,7 +85,7 @@ def expected(call: Call, compute: torch.dtype, upstream: Tensor | None) -> Resul
             shortest = lengths.where(lengths > 0, torch.inf).min().item()
             terms[name] = sum(through) * how.scale * how.largest_entry / shortest
         else:
-            terms[name] = sum(x.item() for x in everything) * how.largest_logit / x.abs().item()
+            terms[name] = sum(x.item() for x in everything) * how.largest_logit / x.abs().min().item()
     return Result(loss.detach(), named, outcome.stats, how, terms)
 
 
@@ -106,7 +108,8 @@ def upstream_like(loss: Tensor, gradients: dict[str, Tensor], dtype: torch.dtype
 
 def ours(call: Call, backend: str, upstream: Tensor) -> Result:
     leaves = {name: x.detach().requires_grad_(name in call.wanted) for name, x in call.inputs.items()}
-    arguments = {**call.constants, **leaves, "backend": backend}
+    wrapped = {name: call.around[name](x) if name in call.around else x for name, x in leaves.items()}
+    arguments = {**call.constants, **wrapped, "backend": backend}
     if call.group:
         arguments["group"] = dist.group.WORLD
     function = call.function

@@ -46,8 +46,11 @@ class Call:
         """Whether the reference computes, on whole matrices."""
         return self.backend == dispatch.REFERENCE
 
-    def scale(self, like: Tensor) -> float | Tensor:
-        """1/temperature, a float or a 0-d tensor of the statistics dtype where `like` is; ValueError if not > 0."""
+    def scale(self, like: Tensor, rows: int = 1) -> float | Tensor:
+        """1/temperature, a float or a tensor of the statistics dtype where `like` is; ValueError if not > 0.
+
+        The tensor is 0-d, or [rows] where every row may have a temperature of its own.
+        """
         if self.temperature is not None and self.logit_scale is not None:
             raise ValueError("give temperature or logit_scale (= 1/temperature), not both.")
         by_scale = self.logit_scale is not None
@@ -56,14 +59,16 @@ class Call:
             value = self.default_temperature
         dtype = stats_dtype(like.dtype)
         if isinstance(value, Tensor):
-            if value.shape not in ((), (1,)) or not value.is_floating_point() or value.device != like.device:
+            if value.shape not in ((), (1,), (rows,)) or not value.is_floating_point() or value.device != like.device:
+                each = f", or [{rows}] for the rows," if rows > 1 else ""
                 raise ValueError(
-                    f"a {name} tensor must be a 0-d (or [1]) floating-point tensor on {like.device}; "
+                    f"a {name} tensor must be a 0-d (or [1]){each} floating-point tensor on {like.device}; "
                     f"got {describe(value)}."
                 )
-            value = value.reshape(()).to(dtype)
+            value = (value.reshape(()) if value.shape == (1,) else value).to(dtype)
             if can_read(value):
-                check_positive(name, value.item(), dtype)
+                for extreme in (value.min(), value.max()) if value.dim() else (value,):
+                    check_positive(name, extreme.item(), dtype)
         else:
             check_positive(name, value, dtype)
         return value if by_scale else 1.0 / value

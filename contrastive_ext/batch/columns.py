@@ -17,9 +17,11 @@ from .queue import NegativeQueue, check_lengths
 class Columns:
     """Columns beside those of the batch, `queue=Columns(keys, ids=...)`, with what is known of each.
 
-    features  [K, D] tensor or NegativeQueue; used as given, no gradient; [0, D] is no queue
-    ids       [K] integers > -2^63 + 2, compared with the batch's `ids` (`labels`); a NegativeQueue holds its own
-    guide     [K, E] features that the call's guide has of them; with `guide=` every column needs some
+    features  queue: [K, D] tensor or NegativeQueue, used as given, no gradient; [0, D] is no queue.
+              negatives: [K, D] for all anchors or [B, n, D] for each, like z1, with gradient
+    ids       [K] ([B, n]) integers > -2^63 + 2, compared with the batch's `ids` (`labels`); a NegativeQueue has its own
+    guide     [K, E] ([B, n, E]) features that the call's guide has of them; a queue needs them where there is a guide,
+              negatives without any are never cancelled by it
     """
 
     features: Tensor | NegativeQueue
@@ -61,17 +63,19 @@ class Columns:
         is_matrix = data.dim() == 2 and data.shape[1] == dim
         if not is_matrix or not data.is_floating_point() or data.device != device:
             raise ValueError(f"{name} must be floating-point [K, {dim}] on {device}; got {describe(data)}.")
-        size = data.shape[0]
-        ids = None if self.ids is None else integers(f"the ids of {name}", self.ids, size, device)
-        if size == 0:
+        ids = None if self.ids is None else integers(f"the ids of {name}", self.ids, data.shape[:1], device)
+        if data.shape[0] == 0:
             return None
         check_lengths(self.features, normalize, name)
         return self if ids is None else replace(self, ids=ids)
 
-    def as_set(self, dtype: torch.dtype, gate: Gate | None = None) -> ColumnSet:
-        """As a sweep sees them: constant, in the statistics dtype, with values that `dtype` can hold."""
-        keys = self.data.detach().to(numerics.stats_dtype(dtype))
-        return ColumnSet(numerics.round_operand(keys, dtype), ids=self.held_ids, gate=gate)
+    def constant(self, dtype: torch.dtype) -> Tensor:
+        """[K, D] as a sweep sees keys: constant, in the statistics dtype, with values that `dtype` can hold."""
+        return numerics.round_operand(self.data.detach().to(numerics.stats_dtype(dtype)), dtype)
+
+    def as_set(self, dtype: torch.dtype) -> ColumnSet:
+        """The keys and which of them exist."""
+        return ColumnSet(self.constant(dtype), ids=self.held_ids)
 
 
 def keys_alone(
@@ -104,9 +108,20 @@ class ColumnSet:
     ids: Tensor | None = None  # of the columns
     gate: Gate | None = None
     unit: bool = False  # promises |<row, column>| <= 1
+    rows: Tensor | None = None  # [A, D] in place of the anchors, whose statistics it adds to
+    ignored: Tensor | None = None  # [A, k] columns that a row leaves out
+    of_documents: bool = True  # the columns are met by z1 itself ("q2d")
 
     @property
     def keys(self) -> Tensor:
         """v, of a set that has columns of its own."""
         assert self.v is not None
         return self.v
+
+
+@dataclass(frozen=True)
+class OwnColumns:
+    """Candidates of one anchor each, [A, n, D]; kept [A, n] bool, or None where nothing is cancelled."""
+
+    v: Tensor
+    kept: Tensor | None = None

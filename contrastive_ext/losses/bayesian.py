@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..batch.request import Request
 from ..numerics import softplus
 from ..problem.ranking import Ranking, Ranks, check_ranking, choose_ranks
 from .dense import DenseLogits
@@ -38,6 +39,18 @@ class Bayesian(RowLoss):
 
     def __post_init__(self) -> None:
         check_ranking(self.tau_plus, self.alpha, self.beta, self.eps, self.ranks, self.bins)
+
+    def check(self, request: Request) -> None:
+        """Ranks are among candidates that all anchors share."""
+        super().check(request)
+        if request.positive_index is not None:
+            raise ValueError("the Bayesian loss takes no positive_index: give z2 as z2[positive_index] with ids.")
+        negatives = None if request.negatives is None else request.negatives.data
+        if negatives is not None and negatives.dim() == 3:
+            raise ValueError(
+                "the Bayesian loss ranks an anchor's candidates among those of all anchors: negatives must be [K, D], "
+                f"the same for every anchor; got {list(negatives.shape)}."
+            )
 
     def ranking(self, candidates: int) -> Ranking:
         """How negatives are weighted where every anchor has so many candidates."""

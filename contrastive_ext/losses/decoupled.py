@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..batch.request import Request
 from ..checks import check_tensor, describe
 from ..problem.problem import Formula
 from .dense import DenseLogits
@@ -25,6 +26,21 @@ class Decoupled(RowLoss):
     """The row loss lse - weight * pos; positive_weight [B] is shared by the anchors of an image, constant."""
 
     positive_weight: Tensor | None = None
+
+    takes_directions = True
+
+    def check(self, request: Request) -> None:
+        """One weight for every pair."""
+        super().check(request)
+        weight, z1 = self.positive_weight, request.z1
+        if weight is None:
+            return
+        check_tensor("positive_weight", weight)
+        if weight.shape != z1.shape[:1] or weight.device != z1.device or not weight.is_floating_point():
+            raise ValueError(
+                f"positive_weight must be floating-point [{len(z1)}] on {z1.device}, one weight per pair; "
+                f"got {describe(weight)}."
+            )
 
     @property
     def formula(self) -> Formula | None:  # type: ignore[override]
@@ -69,13 +85,4 @@ def fused_decoupled_loss(
     Memory       O(B D); time O(B^2 D); once differentiable
     Paper        arXiv:2110.06848
     """
-    if positive_weight is not None:
-        check_tensor("z1", z1)
-        check_tensor("positive_weight", positive_weight)
-        like_z1 = positive_weight.shape == z1.shape[:1] and positive_weight.device == z1.device
-        if not like_z1 or not positive_weight.is_floating_point():
-            raise ValueError(
-                f"positive_weight must be floating-point [{len(z1)}] on {z1.device}, one weight per pair; "
-                f"got {describe(positive_weight)}."
-            )
     return fused_row_loss(Decoupled(positive_weight), z1, z2, temperature, **options)

@@ -6,6 +6,7 @@ mask of negatives built from the definition, then the loss's `dense` formula. An
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,10 @@ class DenseLogits:
     negative    [R, C] bool, which candidates are negatives
     pos         [R] logit of the positive
     correction  [R] log-mean-exp of the debiasing positives (pos unless `positives` was given)
-    scale       1/temperature
+    scale       1/temperature, [R] where the rows have their own
     log_weight  [R, C] log of a constant weight on e^logit of every negative; None: all count alike
+    positive_terms  how often e^pos stands in the denominator
+    plain       [R, C] the logits without hardness; None: `logits`
     """
 
     logits: Tensor
@@ -35,6 +38,13 @@ class DenseLogits:
     correction: Tensor
     scale: float | Tensor
     log_weight: Tensor | None = None
+    positive_terms: int = 1
+    plain: Tensor | None = None
+
+    @property
+    def similarities(self) -> Tensor:
+        """[R, C] the logits without what is added to them."""
+        return self.logits if self.plain is None else self.plain
 
     @property
     def count(self) -> Tensor:
@@ -66,30 +76,40 @@ class DenseLogits:
         return weight.sum(1) / self.count.clamp(min=1), weight.amax(1)
 
 
-def dense_logits(batch: Arrangement) -> DenseLogits:
-    """The whole problem of `batch` as one matrix."""
-    logits, negative = [], []
+def dense_logits(batch: Arrangement, hardness_of: Callable[[bool], float]) -> DenseLogits:
+    """The whole problem of `batch` as one matrix; hardness_of(own) as `RowLoss` has it."""
+    blocks = []  # logits, which are negatives, hardness
     for columns in batch.column_sets:
-        block, kept, kept_reverse = _block(batch, columns)
-        logits.append(torch.cat([block, block.T]) if batch.symmetric else block)
-        negative.append(torch.cat([kept, kept_reverse.T]) if batch.symmetric else kept)
-    if batch.row_negatives is not None:
-        own = batch.scale * own_products(batch.anchors, batch.row_negatives)
-        logits.append(own)
-        negative.append(torch.ones_like(own, dtype=torch.bool))
-    return DenseLogits(torch.cat(logits, 1), torch.cat(negative, 1), batch.pos, batch.correction, batch.scale)
+        logits, kept, kept_reverse = _block(batch, columns)
+        if batch.symmetric:
+            logits, kept = torch.cat([logits, logits.T]), torch.cat([kept, kept_reverse.T])
+        blocks.append((logits, kept, hardness_of(False) if columns.of_documents else 0.0))
+    if batch.own is not None:
+        logits = batch.scale * own_products(batch.anchors, batch.own.v)
+        kept = torch.ones_like(logits, dtype=torch.bool) if batch.own.kept is None else batch.own.kept
+        blocks.append((logits, kept, hardness_of(True)))
+    plain = torch.cat([logits for logits, _, _ in blocks], 1)
+    hard = [logits + (hardness / batch.scale * logits).detach() for logits, _, hardness in blocks]
+    return DenseLogits(
+        torch.cat(hard, 1) if any(hardness for _, _, hardness in blocks) else plain,
+        torch.cat([kept for _, kept, _ in blocks], 1), batch.pos, batch.correction, batch.row_scale,
+        positive_terms=batch.positive_terms, plain=plain,
+    )  # fmt: skip
 
 
 def _block(batch: Arrangement, columns: ColumnSet) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, which columns are negatives of which rows, and which rows are negatives of which columns."""
-    anchors, v = batch.anchors, batch.anchors if columns.v is None else columns.v
-    logits = batch.scale * product(anchors, v.T)
+    rows = batch.anchors if columns.rows is None else columns.rows
+    v = rows if columns.v is None else columns.v
+    logits = batch.scale * product(rows, v.T)
     kept = torch.ones_like(logits, dtype=torch.bool)
     if columns.num_images:
-        image = torch.arange(anchors.shape[0], device=anchors.device) % columns.num_images
-        image_of_column = torch.full(v.shape[:1], -1, device=anchors.device)
-        image_of_column[columns.positive_offset : columns.positive_offset + anchors.shape[0]] = image
+        image = torch.arange(rows.shape[0], device=rows.device) % columns.num_images
+        image_of_column = torch.full(v.shape[:1], -1, device=rows.device)
+        image_of_column[columns.positive_offset : columns.positive_offset + rows.shape[0]] = image
         kept &= image[:, None] != image_of_column[None, :]
+    if columns.ignored is not None:
+        kept = kept.scatter(1, columns.ignored, False)
     if columns.ids is not None:
         kept &= columns.ids[None, :] != UNFILLED
         if batch.anchor_ids is not None:

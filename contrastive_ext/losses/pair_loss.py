@@ -41,7 +41,8 @@ class LossOptions(TypedDict, total=False):
     ids: Tensor | None
     labels: Tensor | None
     guide: tuple[Tensor, Tensor] | Guide | None
-    negatives: Tensor | None
+    positive_index: Tensor | None
+    negatives: Tensor | Columns | None
     in_batch_negatives: bool
     normalize: bool
     reduction: Literal["mean", "sum", "none"]
@@ -64,7 +65,8 @@ def fused_row_loss(
     ids: Tensor | None = None,
     labels: Tensor | None = None,
     guide: tuple[Tensor, Tensor] | Guide | None = None,
-    negatives: Tensor | None = None,
+    positive_index: Tensor | None = None,
+    negatives: Tensor | Columns | None = None,
     in_batch_negatives: bool = True,
     positives: Tensor | None = None,
     normalize: bool = True,
@@ -77,19 +79,25 @@ def fused_row_loss(
     """Any row loss over a batch of pairs, without forming the similarity matrix; every public loss is this call.
 
     row_loss     the formula, for instance `Debiased(tau_plus=0.1)` or your own `RowLoss`
-    z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair; one_way: z2 may have more rows, all negatives
-    temperature  > 0, a float or a 0-d tensor to learn it; None is the loss's default
+    z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair; z2 may have more rows (one_way: all negatives)
+    temperature  > 0, a float or a 0-d tensor to learn it, one_way also [B], one a row; None is the loss's default
     logit_scale  1/temperature instead (CLIP style), a float or a 0-d tensor; either tensor may be [1], as FSDP keeps it
     layout       "two_view": 2B anchors against all 2B rows; "one_way": z1 against z2; "symmetric": z1 against z2 and
-                 back (CLIP)
+                 back (CLIP); or a tuple of directions that are one sum in row i, "q2d" (z1_i against z2) with any of
+                 "q2q" (z1_i against z1), "d2q" (z2_i against z1), "d2d" (z2_i against z2; a query's further documents
+                 by `ids`), own rows left out (InfoNCE and decoupled). With d2q the positive stands in the sum twice.
+                 z2 may have more rows than z1 but for "two_view"; they are documents of no query
+    positive_index
+                 [B] int64 (one_way): the row of z2 that is the positive of each row of z1; z2 may then be shorter
     queue        [K, D] tensor, NegativeQueue, or `Columns` with ids or guide features of them: more negatives, no
                  gradient, used as given (two_view, one_way): with `normalize` its rows should have unit length, as a
                  NegativeQueue makes them; [0, D] is no queue
     ids, labels  [B] integers > -2^63 + 2 (one_way with more columns: [M]), two names of one thing: columns with the
                  anchor's id are never its negatives, whatever image they show
     guide        (g1 [B, E], g2 [B, E]), a guide model's features of z1 and z2, or a `Guide` with a margin: columns it
-                 finds more similar to the anchor than the positive are no negatives. Not for `negatives`.
-    negatives    [K, D] for all anchors or [B, n, D] for each, with gradient (one_way)
+                 finds more similar to the anchor than the positive are no negatives
+    negatives    [K, D] for all anchors or [B, n, D] for each, with gradient, or `Columns` with ids or guide features of
+                 them; negatives of z1, of "q2d" in a tuple (not two_view)
     in_batch_negatives  False: only queue and `negatives` (one_way; MoCo)
     positives    [M, B, D] views that replace the partner in a debiasing correction, with gradient
     normalize    scale rows to unit length first (zero rows stay zero, with zero gradient); False: used as given
@@ -107,7 +115,8 @@ def fused_row_loss(
                  [K, D] `negatives` are gathered as z2 is, [B, n, D] and `positives` stay with their anchors, a queue
                  has to be the same on all ranks (`enqueue(keys, group=group)`)
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [2B] (two_view; symmetric: rows, then columns) or
-                 [B] (one_way) for "none". A row without negatives has loss 0 and counts in the mean.
+                 [B] (one_way, tuples) for "none". A row without negatives has loss 0 (log 2 where the positive stands
+                 in the sum twice) and counts in the mean.
     Raises       ValueError or TypeError on shapes, dtypes, ranges and undefined combinations; RuntimeError with the
                  reason if a named backend cannot run, or with a group before init_process_group. With a group all ranks
                  raise where one does, or where their calls differ, naming ranks and arguments
@@ -118,18 +127,21 @@ def fused_row_loss(
     check_row_loss(row_loss)
     if ids is not None and labels is not None:
         raise ValueError("give ids or labels, not both: columns with an equal integer are ignored either way.")
-    said = Request(
-        z1=z1, z2=z2, temperature=temperature, logit_scale=logit_scale, layout=layout, queue=Columns.of(queue),
-        negatives=negatives, in_batch_negatives=in_batch_negatives, positives=positives,
+    request = Request(
+        z1=z1, z2=z2, temperature=temperature, logit_scale=logit_scale, layout=layout, positive_index=positive_index,
+        default_temperature=row_loss.default_temperature,
+        queue=Columns.of(queue), negatives=Columns.of(negatives, "negatives"), in_batch_negatives=in_batch_negatives,
+        positives=positives,
         ids=labels if ids is None else ids, ids_name="ids" if labels is None else "labels", guide=Guide.of(guide),
         normalize=normalize, reduction=reduction, return_stats=return_stats, backend=backend,
-        operand_dtype=operand_dtype, group=group, default_temperature=row_loss.default_temperature,
-    )  # fmt: skip
-    request = said.checked()
+        operand_dtype=operand_dtype, group=group,
+    ).checked()  # fmt: skip
+    row_loss.check(request)
     with numerics.without_autocast(z1):
-        scale = request.scale(z1)
+        scale = request.row_scale()
         check_exponents(row_loss.exponents, scale, numerics.stats_dtype(z1.dtype))
-        if request.is_plain and row_loss.formula is not None:
+        by_row = isinstance(scale, Tensor) and scale.dim() == 1
+        if request.is_plain and row_loss.formula is not None and isinstance(layout, str) and not by_row:
             operators = operators_for(z1, z2, layout, backend)
             if operators is not None:
                 options = scale, layout, normalize, reduction
@@ -164,21 +176,21 @@ def _end_to_end(parts: list[_Rows]) -> _Rows:
     )
     if diagnostics[0] is None:
         return torch.cat(losses), joined, None
-    fields = zip(*diagnostics, strict=True)
-    return (
-        torch.cat(losses),
-        joined,
-        Diagnostics._make(torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in fields),
-    )
+    fields = zip(*diagnostics, strict=True)  # as many rows in each
+    beside = (torch.cat(x) if isinstance(x[0], Tensor) else x[0] and sum(x) / len(x) for x in fields)
+    return torch.cat(losses), joined, Diagnostics._make(beside)
 
 
 def _streamed(row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str) -> _Rows:
     stats, diagnostics = sweep(row_loss, batch, return_stats, backend)
     # what ids and gates cancel the device alone knows: only candidates without them are certain
-    certain = replace(batch, column_sets=tuple(s for s in batch.column_sets if s.ids is None and s.gate is None))
+    sets = tuple(s for s in batch.column_sets if s.ids is None and s.gate is None)
+    own = None if batch.own is None or batch.own.kept is not None else batch.own
+    certain = replace(batch, column_sets=sets, own=own)
     if certain.candidates == 0:
         empty = stats.count == 0
-        losses = _zero_where(empty, row_loss.from_stats(stats.without_empty(empty)), batch.pos)
+        nothing = row_loss.without_negatives(batch.positive_terms)
+        losses = _where_empty(empty, row_loss.from_stats(stats.without_empty(empty)), batch.pos, nothing)
     else:
         losses = row_loss.from_stats(stats)
     warn_if_clamped(lambda: row_loss.clamped(stats), batch.pos.device)
@@ -186,26 +198,27 @@ def _streamed(row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend
 
 
 def _dense(row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str) -> _Rows:
-    matrix = row_loss.weighted(dense_logits(batch))
+    matrix = row_loss.weighted(dense_logits(batch, row_loss.hardness_of))
     empty = ~matrix.negative.any(1)
     stand_in = matrix.negative.clone()
     stand_in[:, 0] |= empty  # a formula may divide by the number of negatives; the row's loss is 0 all the same
-    losses = _zero_where(empty, row_loss.dense(replace(matrix, negative=stand_in)), batch.pos)
+    nothing = row_loss.without_negatives(batch.positive_terms)
+    losses = _where_empty(empty, row_loss.dense(replace(matrix, negative=stand_in)), batch.pos, nothing)
     lse = tuple(matrix.logsumexp(beta) for beta in row_loss.exponents)
-    stats = RowStatistics(lse, batch.pos, batch.correction, matrix.count, batch.scale)
+    stats = RowStatistics(lse, batch.pos, batch.correction, matrix.count, batch.row_scale, batch.positive_terms)
     if not return_stats:
         return losses, stats, None
-    hardest = matrix.logits.masked_fill(~matrix.negative, -torch.inf).amax(1)
-    total = matrix.logits.where(matrix.negative, 0.0).sum(1)
+    hardest = matrix.similarities.masked_fill(~matrix.negative, -torch.inf).amax(1)
+    total = matrix.similarities.where(matrix.negative, 0.0).sum(1)
     squared = matrix.logsumexp(2 * row_loss.exponents[0])
     mean_weight, max_weight = matrix.weight_statistics()
     beside = Diagnostics(matrix.count, hardest, total, squared, batch.candidates, mean_weight, max_weight)
     return losses, stats, beside
 
 
-def _zero_where(empty: Tensor, losses: Tensor, pos: Tensor) -> Tensor:
-    """0 in empty rows, but NaN where the row's own positive is not finite: bad input never hides."""
-    return torch.where(empty, 0.0 * pos, losses)
+def _where_empty(empty: Tensor, losses: Tensor, pos: Tensor, nothing: float) -> Tensor:
+    """`nothing` in empty rows, but NaN where the row's own positive is not finite: bad input never hides."""
+    return torch.where(empty, 0.0 * pos + nothing, losses)
 
 
 def loss_function(function: _Function) -> _Function:

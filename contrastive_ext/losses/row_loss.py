@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..batch.request import Request
 from ..problem.problem import Formula
 from ..problem.ranking import Ranking
 from .dense import DenseLogits
@@ -24,7 +25,8 @@ class RowStatistics:
     pos         logit of the positive, <anchor, positive> * scale
     correction  log-mean-exp of the logits of the debiasing positives; pos unless `positives` was given
     count       number of negatives
-    scale       1/temperature, a float or a 0-d tensor
+    scale       1/temperature, a float, a 0-d tensor or [R]
+    positive_terms  how often e^pos stands in a row's denominator: twice where a layout sums "q2d" and "d2q"
     """
 
     lse: tuple[Tensor, ...]
@@ -32,6 +34,7 @@ class RowStatistics:
     correction: Tensor
     count: Tensor
     scale: float | Tensor
+    positive_terms: int = 1
 
     def without_empty(self, empty: Tensor) -> RowStatistics:
         """Finite stand-ins for rows without negatives, so that a formula and its derivative stay finite there."""
@@ -52,11 +55,28 @@ class RowLoss:
     formula: Formula | None = None  # the fused spelling of `from_stats` (csrc/row_losses.h), for the short road
     # for a loss that weighs negatives by rank: how, where every anchor has so many candidates
     ranking: Callable[[int], Ranking] | None = None
+    takes_directions: bool = False  # whether it is defined for layouts that are tuples of directions
 
     def __init_subclass__(cls, **options) -> None:
         super().__init_subclass__(**options)
         if "from_stats" in cls.__dict__ and "formula" not in cls.__dict__:
             cls.formula = None  # an inherited one is of another loss
+
+    def check(self, request: Request) -> None:
+        """ValueError or TypeError where the loss does not fit a checked request; called before anything is computed."""
+        if isinstance(request.layout, tuple) and not self.takes_directions:
+            raise ValueError(
+                f"{type(self).__name__} is not defined for layout={request.layout!r}, which sums several directions: "
+                "use 'one_way', 'symmetric' or 'two_view'."
+            )
+
+    def hardness_of(self, own: bool) -> float:
+        """What is added, times the constant cosine, to the logits of an anchor's own or of all other candidates."""
+        return 0.0
+
+    def without_negatives(self, positive_terms: int) -> float:
+        """The loss of a row without negatives."""
+        return 0.0
 
     def from_stats(self, stats: RowStatistics) -> Tensor:
         """[R] loss of every row, in nats, differentiable in stats.lse, pos, correction and scale."""
@@ -65,7 +85,8 @@ class RowLoss:
     def dense(self, logits: DenseLogits) -> Tensor:
         """[R] the same loss from the whole matrix, for backend="reference"; by default through `from_stats`."""
         lse = tuple(logits.logsumexp(beta) for beta in self.exponents)
-        return self.from_stats(RowStatistics(lse, logits.pos, logits.correction, logits.count, logits.scale))
+        terms = logits.positive_terms
+        return self.from_stats(RowStatistics(lse, logits.pos, logits.correction, logits.count, logits.scale, terms))
 
     def weighted(self, logits: DenseLogits) -> DenseLogits:
         """The whole matrix with constant weights on its negatives, for a loss that has such weights."""

@@ -30,7 +30,7 @@ class Diagnostics(NamedTuple):
     largest: Tensor  # logit of the hardest negative
     total: Tensor  # sum of the negatives' logits
     lse_squared: Tensor  # log sum of exp(2 beta s), beta the loss's first exponent
-    candidates: int
+    candidates: float
     mean_weight: Tensor | None = None  # of the weights a loss puts on its negatives; None: all are 1
     max_weight: Tensor | None = None
 
@@ -109,7 +109,7 @@ def summarize(
         mean_weight=mean(torch.ones_like(pos) if rows.mean_weight is None else rows.mean_weight),
         max_weight=mean(torch.ones_like(pos) if rows.max_weight is None else rows.max_weight),
         clamped_fraction=mean(torch.zeros_like(pos) if clamped is None else clamped.to(pos.dtype)),
-        cancelled_fraction=1 - rows.negatives.mean() / max(1, rows.candidates),
+        cancelled_fraction=1 - rows.negatives.mean() / (rows.candidates or 1),
         empty_rows=(~has_negatives).sum(),
         normalized=normalized,
     )

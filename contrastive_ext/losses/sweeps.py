@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batch.arrangement import Arrangement
-from ..batch.columns import ColumnSet
+from ..batch.columns import ColumnSet, OwnColumns
 from ..numerics import logsumexp_pair, own_products
 from ..operators.ranked_stats import ranked_stats
 from ..operators.row_stats import row_stats
@@ -30,28 +30,59 @@ _Swept = tuple[RowStatistics, Diagnostics | None]
 def sweep(row_loss: RowLoss, batch: Arrangement, diagnostics: bool, backend: str) -> _Swept:
     """What `from_stats` sees, and with `diagnostics` what `LossStats` is made of."""
     if row_loss.ranking is None:
-        return _sums(row_loss.exponents, batch, diagnostics, backend)
+        return _sums(row_loss, batch, diagnostics, backend)
     return _ranked_sums(row_loss.ranking, batch, diagnostics, backend)
 
 
-def _sums(exponents: tuple[float, ...], batch: Arrangement, diagnostics: bool, backend: str) -> _Swept:
+def _statistics(batch: Arrangement, lse: tuple[Tensor, ...], count: Tensor) -> RowStatistics:
+    return RowStatistics(lse, batch.pos, batch.correction, count, batch.row_scale, batch.positive_terms)
+
+
+def _sums(row_loss: RowLoss, batch: Arrangement, diagnostics: bool, backend: str) -> _Swept:
     parts = []
     for columns in batch.column_sets:
+        scale, share = _hardened(batch.scale, row_loss.hardness_of(False) if columns.of_documents else 0.0)
         swept = row_stats(
-            batch.anchors, columns.v, scale=batch.scale, exponents=exponents, num_images=columns.num_images,
+            batch.anchors if columns.rows is None else columns.rows, columns.v, scale=scale,
+            exponents=row_loss.exponents, num_images=columns.num_images,
             positive_offset=columns.positive_offset, row_ids=batch.anchor_ids,
-            col_ids=None if columns.v is None else columns.ids, gate=columns.gate, unit=columns.unit,
-            operand_dtype=batch.operand_dtype, columns=batch.symmetric, diagnostics=diagnostics, backend=backend,
+            col_ids=None if columns.v is None else columns.ids, ignored=columns.ignored, gate=columns.gate,
+            unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric, diagnostics=diagnostics,
+            backend=backend,
         )  # fmt: skip
-        parts.append(_both_sides(swept, batch.symmetric))
-    if batch.row_negatives is not None:
-        parts.append(_own_negatives(batch, exponents, diagnostics))
+        parts.append(_softened(_both_sides(swept, batch.symmetric), share))
+    if batch.own is not None:
+        scale, share = _hardened(batch.scale, row_loss.hardness_of(True))
+        parts.append(_softened(_own_sums(batch.anchors, batch.own, scale, row_loss.exponents, diagnostics), share))
     lse, aux = reduce(_merge, parts)
-    stats = RowStatistics(tuple(lse.unbind(0)), batch.pos, batch.correction, aux[0], batch.scale)
+    stats = _statistics(batch, tuple(lse.unbind(0)), aux[0])
     if not diagnostics:
         return stats, None
     negatives, largest, total, lse_squared = aux.unbind(0)
     return stats, Diagnostics(negatives, largest, total, lse_squared, batch.candidates)
+
+
+def _hardened(scale: float | Tensor, hardness: float) -> tuple[float | Tensor, float | Tensor]:
+    """The scale of a sweep whose logits carry hardness times the cosine, and the share of it that has a gradient."""
+    if hardness == 0:
+        return scale, 1.0
+    if not isinstance(scale, Tensor):
+        return scale + hardness, scale / (scale + hardness)
+    known = scale.detach()
+    share = known / (known + hardness)
+    return (scale - known) / share + (known + hardness), share
+
+
+def _softened(swept: tuple[Tensor, Tensor], share: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics of a sweep at the hardened scale: gradients of the learned part, similarities as they are."""
+    if not isinstance(share, Tensor) and share == 1.0:
+        return swept
+    lse, aux = swept
+    fixed = lse.detach()
+    lse = fixed + (lse - fixed).masked_fill(fixed == -torch.inf, 0.0) * share
+    if len(aux) > 1:
+        aux = torch.stack([aux[0], aux[1] * share, aux[2] * share, aux[3]])
+    return lse, aux
 
 
 def _both_sides(swept: Statistics, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -70,21 +101,33 @@ def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Te
     return logsumexp_pair(lse, more), merged
 
 
-def _own_negatives(batch: Arrangement, exponents: tuple[float, ...], diagnostics: bool) -> tuple[Tensor, Tensor]:
-    """Statistics over each anchor's own explicit negatives: [A, n] logits, no more memory than the negatives."""
-    assert batch.row_negatives is not None
-    logits = batch.scale * own_products(batch.anchors, batch.row_negatives)
-    lse = torch.stack([(beta * logits).logsumexp(1) for beta in exponents])
+def _own_sums(
+    anchors: Tensor, own: OwnColumns, scale: float | Tensor, exponents: tuple[float, ...], diagnostics: bool
+) -> tuple[Tensor, Tensor]:
+    """Statistics over each anchor's own candidates: [A, n] logits, no more memory than the candidates."""
+    logits = scale * own_products(anchors, own.v)
     count = logits.new_full(logits.shape[:1], logits.shape[1])
+    if own.kept is not None:
+        count = own.kept.sum(1).to(logits.dtype)
+    lse = torch.stack([_log_sum(beta * logits, own.kept) for beta in exponents])
     if not diagnostics:
         return lse, count[None]
     fixed = logits.detach()
-    return lse, torch.stack([count, fixed.amax(1), fixed.sum(1), (2 * exponents[0] * fixed).logsumexp(1)])
+    total = (fixed if own.kept is None else fixed.where(own.kept, 0.0)).sum(1)
+    largest = (fixed if own.kept is None else fixed.where(own.kept, -torch.inf)).amax(1)
+    return lse, torch.stack([count, largest, total, _log_sum(2 * exponents[0] * fixed, own.kept)])
+
+
+def _log_sum(x: Tensor, kept: Tensor | None) -> Tensor:
+    """[A] log sum of e^x [A, n] over what is kept; -inf, without a gradient, where nothing is."""
+    if kept is None:
+        return x.logsumexp(1)
+    empty = ~kept.any(1)
+    return x.masked_fill(~(kept | empty[:, None]), -torch.inf).logsumexp(1).masked_fill(empty, -torch.inf)
 
 
 def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnostics: bool, backend: str) -> _Swept:
     """One call over all candidates of an anchor; with layout="symmetric" one per direction."""
-    _refuse_own_negatives(batch)
     columns = _one_set_of_columns(batch)
     v, gate = columns.v, columns.gate
     sides = [(batch.anchors, v, batch.anchor_ids, None if v is None else columns.ids, gate)]
@@ -103,7 +146,7 @@ def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnost
         for u, v, row_ids, col_ids, gate in sides
     ]  # fmt: skip
     lse, aux = torch.cat([s.lse for s in swept]), torch.cat([s.aux for s in swept], 1)
-    stats = RowStatistics((lse,), batch.pos, batch.correction, aux[0], batch.scale)
+    stats = _statistics(batch, (lse,), aux[0])
     if not diagnostics:
         return stats, None
     count, largest, total, lse_squared, weights, max_weight = aux.unbind(0)
@@ -136,11 +179,3 @@ def _one_set_of_columns(batch: Arrangement) -> ColumnSet:
         gate = Gate(gates[0].scorers, torch.cat([g.features for g in gates]), gates[0].row_limit)
     unit = all(s.unit for s in batch.column_sets)
     return replace(batch.column_sets[0], v=torch.cat(vectors), ids=ids, gate=gate, unit=unit)
-
-
-def _refuse_own_negatives(batch: Arrangement) -> None:
-    if batch.row_negatives is not None:
-        raise ValueError(
-            "the Bayesian loss ranks an anchor's candidates among those of all anchors: negatives must be [K, D], "
-            f"the same for every anchor; got {list(batch.row_negatives.shape)}."
-        )

@@ -134,17 +134,18 @@ def _listed(ignored: Tensor, anchors: slice, candidates: slice) -> Tensor:
     return listed.scatter_(1, (lists - candidates.start).where(inside, width), True)[:, :width]
 
 
-def integers(name: str, x: Tensor, length: int, device: torch.device) -> Tensor:
-    """x, integers [length] or [length, 1] on `device`, as int64 [length]; TypeError or ValueError for anything else.
+def integers(name: str, x: Tensor, shape: int | tuple[int, ...], device: torch.device) -> Tensor:
+    """x, integers of `shape` ([n]: also [n, 1]) on `device`, as int64; TypeError or ValueError for anything else.
 
     The three smallest int64 mean padding and sides without ids: refused where reading costs no wait.
     """
     check_tensor(name, x)
-    fits = x.shape in ((length,), (length, 1)) and x.device == device
+    shape = tuple(shape) if isinstance(shape, tuple) else (shape,)  # a symbolic size is no int
+    fits = (x.shape == shape or (len(shape) == 1 and x.shape == (*shape, 1))) and x.device == device
     if x.is_floating_point() or x.is_complex() or not fits:
-        raise ValueError(f"{name} must be integers [{length}] on {device}; got {describe(x)}.")
-    numbers = x.reshape(length).long()
-    if can_read(x) and x.dtype.itemsize == 8 and length:
+        raise ValueError(f"{name} must be integers {list(shape)} on {device}; got {describe(x)}.")
+    numbers = x.reshape(shape).long()
+    if can_read(x) and x.dtype.itemsize == 8 and x.numel():
         smallest = int(numbers.min())
         if smallest <= LARGEST_RESERVED_ID:
             raise ValueError(f"{name} must be above -2^63 + 2, what lies below is reserved; got {smallest}.")
