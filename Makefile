@@ -40,7 +40,7 @@ $(BUILT): $(INSTALLED) csrc $(CSRC)
 	PATH="$(abspath $(BIN)):$$PATH" $(RUN) setup.py -q build_ext --inplace
 	@touch $@
 
-# The whole suite takes all cores; a part of it, ARGS="tests/test_x.py -x", one process, which starts at once and debugs.
+# The whole suite takes all cores; a part of it, ARGS="tests/losses -x", one process, which starts at once and debugs.
 ON_ALL_CORES := -n auto --maxprocesses=8 --dist worksteal
 
 test: $(BUILT) ## run the tests; ARGS="..." are pytest's arguments
@@ -64,14 +64,13 @@ format: $(INSTALLED) ## rewrite the sources as lint wants them
 bench: $(BUILT) ## run the benchmark; ARGS="..." are its arguments
 	$(RUN) -m bench $(ARGS)
 
-# The rest of the table takes minutes in the interpreter and adds nothing about the kernels.
+# What -k leaves out, files and rows of the tables, takes minutes in the interpreter and adds nothing about the kernels.
 interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, gradients, golden cases, losses
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:warnings $(ON_ALL_CORES) -m interpreter tests/test_row_stats.py \
-	  tests/test_top_columns.py tests/test_golden.py tests/test_losses.py tests/test_whole_loss.py \
-	  tests/test_self_labeling.py tests/test_bayesian.py tests/test_false_negative.py tests/test_supcon.py \
-	  tests/test_cancellation.py tests/test_tuning.py tests/test_truth.py tests/test_extremes.py tests/test_guide_limits.py \
-	  tests/test_ids.py tests/test_zero_losses.py tests/test_collapsed_encoder.py tests/triton_kernels \
-	  -k "not (many_tiles or every_kind_of_input or composed_one_gives or every_temperature or every_shape or reductions \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:warnings $(ON_ALL_CORES) -m interpreter \
+	  $(addprefix tests/,losses batch operators diagnostics triton_kernels) \
+	  -k "not (test_accepted_input.py or test_compile_and_autocast.py or test_gradcheck.py or test_memory.py or \
+	  test_parity.py or test_properties.py or test_queue.py or test_soft_target.py or test_stats.py or test_transforms.py \
+	  or many_tiles or every_kind_of_input or composed_one_gives or every_temperature or every_shape or reductions \
 	  or hard_detached or dclw or debiased_positives or compiles or any_numbers or every_usage)"
 
 # Another Triton for the next two: make gate TRITON=3.6.0

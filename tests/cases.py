@@ -1,7 +1,7 @@
 """Everything a call of a loss over pairs can say, as factors with levels, and how a case becomes a call.
 
-A factor names the keywords it decides about; its first level leaves them out. tests/test_truth.py fails on a keyword of
-a public loss that no factor names. Other losses: cases_of_sets.py.
+A factor names the keywords it decides about; its first level leaves them out. losses/test_truth.py fails on a keyword
+of a public loss that no factor names. Other losses: cases_of_sets.py.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ PAIR_FACTORS = {
     "in_batch": Factor((True, False), ("in_batch_negatives",)),
     "positives": Factor((None, 1, 3), ("positives",)),
     "operand_dtype": Factor((None, torch.float16, torch.bfloat16), ("operand_dtype",)),
-    "group": Factor((False, True), ("group",)),  # of one rank: more are tests/test_distributed.py
+    "group": Factor((False, True), ("group",)),  # of one rank: more are tests/batch/test_distributed.py
     "positive_weight": Factor((False, True), ("positive_weight",)),
     "tau_plus": Factor((None, 0.0, 0.02, 0.5), ("tau_plus",)),
     "beta": Factor((None, 0.0, 0.3, 1.0), ("beta",)),

@@ -14,6 +14,8 @@ from contrastive_ext.backends import dispatch
 from contrastive_ext.batch import queue
 from contrastive_ext.losses import stats
 
+pytest.register_assert_rewrite("native_code", "problems", "promises")  # what their asserts compare is shown too
+
 DEVICES = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
 
 

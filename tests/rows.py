@@ -42,7 +42,7 @@ LOSSES = [
 ]
 
 # Losses of ranks: neighbours in a row may swap by rounding, many at once where vectors are identical, so that only what
-# keeps ranks apart can be compared. tests/test_bayesian.py says which of the promises hold, and how.
+# keeps ranks apart can be compared. tests/losses/test_bayesian.py says which of the promises hold, and how.
 RANKED = [
     Loss("bayesian", ce.fused_bayesian_loss, ce.BayesianLoss, {"alpha": 0.8, "beta": 0.7}),
     Loss("bayesian_histogram", ce.fused_bayesian_loss, ce.BayesianLoss, {"ranks": "histogram", "bins": 8}),

@@ -79,7 +79,7 @@ def run_nvcc(nvcc: str, *arguments: str) -> str:
 
 def build_ladder(nvcc: str, program: Path) -> int:
     """The program that climbs from one tile to the whole kernel; it needs a GPU to run."""
-    ladder = ROOT / "tests" / "cuda_kernels" / "ladder.cu"
+    ladder = ROOT / "tests" / "csrc" / "cuda" / "ladder.cu"
     run_nvcc(nvcc, "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", str(ladder), str(SOURCE), "-o", str(program))
     return 0
 

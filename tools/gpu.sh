@@ -5,7 +5,7 @@
 #
 #   facts     device, driver, versions, commit, clocks
 #   import    the package with the native library that lies there or in build/gpu; one is built only if none loads
-#   ladder    the Hopper kernels from one tile to the whole, without torch (tests/cuda_kernels/ladder.cu)
+#   ladder    the Hopper kernels from one tile to the whole, without torch (tests/csrc/cuda/ladder.cu)
 #   proof     real shapes against float64, and the same bits when repeated: what a VERIFIED entry rests on
 #   speed     the table of goals: backends and eager formula, share of the library's rate, kernel by kernel
 #   smoke     every loss, layout and dtype on every backend at tiny shapes
@@ -138,8 +138,8 @@ tiles() {
 
 gpu_tests() {
   local chosen=(-k "${TESTS:-cuda or gpu}") workers=(-n "$JOBS" --dist worksteal) # neighbours, which share kernels, on one worker
-  [[ -n $WITHOUT ]] && chosen=(-k "(cuda or gpu) and not cuda_kernels and not cuda-cuda")
-  [[ $DEVICE == cpu ]] && chosen=(tests/test_tables.py) workers=()
+  [[ -n $WITHOUT ]] && chosen=(-k "(cuda or gpu) and not test_hopper_forward.py and not cuda-cuda")
+  [[ $DEVICE == cpu ]] && chosen=(tests/project/test_tables.py) workers=()
   "$PYTHON" -c "import xdist" 2> /dev/null || workers=()
   OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -m "not interpreter" -p no:cacheprovider --maxfail 60 \
     --junitxml "$OUT/tests.xml" "${workers[@]}" "${chosen[@]}" ${PYTEST:-}

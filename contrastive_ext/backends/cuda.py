@@ -1,6 +1,6 @@
 """The `cuda` backend: hand-written Hopper kernels (csrc/cuda/), 128 features, 16-bit operands. Taken by name only.
 
-Correct on an H200 (tests/cuda_kernels, `python -m bench proof`), slower than the Triton triangle, which does half the
+Correct on an H200 (tests/csrc/cuda, `python -m bench proof`), slower than the Triton triangle, which does half the
 work (docs/measurements.md).
 
 Forward only: lse at one exponent and the counts of the rows. The gradient is computed by the Triton kernels, from these

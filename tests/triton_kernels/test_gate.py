@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
+
+from repository import load_tool
 
 triton = pytest.importorskip("triton", reason="Triton is not installed.")
 
-PATH = Path(__file__).parents[2] / "tools" / "gate.py"
-SPEC = importlib.util.spec_from_file_location("gate", PATH)
-assert SPEC is not None and SPEC.loader is not None
-gate = importlib.util.module_from_spec(SPEC)
-sys.modules["gate"] = gate
-SPEC.loader.exec_module(gate)
+gate = load_tool("gate")
 
 INTERPRETED = not isinstance(gate.row_stats_forward.row_stats_forward_kernel, triton.JITFunction)
 FEW = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from contrastive_ext.backends.triton import row_stats as backend
 from contrastive_ext.backends.triton import whole_loss as triton_whole_loss
 from contrastive_ext.losses import pair_loss, stats
 from contrastive_ext.problem.short_road import WholeLossOps
+from repository import ROOT
 from rows import random_pairs
 
 REASON = backend.why_not(torch.device("cpu"), torch.float32, torch.float32, 8)
@@ -82,7 +82,7 @@ def test_a_small_batch_is_few_launches(launches, function, layout, dtype, forwar
 
 def test_ragged_batches_compile_nothing():
     """For a pretended GPU, in a process of its own: here kernels are interpreted."""
-    gate = Path(__file__).parents[2] / "tools" / "launch_gate.py"
+    gate = ROOT / "tools" / "launch_gate.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", str(gate), "--ragged"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

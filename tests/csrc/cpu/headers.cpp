@@ -10,11 +10,11 @@
 #include <string>
 #include <vector>
 
+#include "cpu/pair_tables.h"
+#include "cpu/tile.h"
 #include "online_lse.h"
-#include "pair_tables.h"
 #include "pairs.h"
 #include "row_losses.h"
-#include "tile.h"
 
 namespace py = pybind11;
 using namespace contrastive_ext;

@@ -1,6 +1,6 @@
 """Odd shapes, masks and options through the native ops, for a library built with AddressSanitizer and UBSan.
 
-    python tests/native/sanitize_shapes.py path/to/library.so
+    python tests/csrc/cpu/sanitize_shapes.py path/to/library.so
 
 Values are checked elsewhere; here only reads, writes and arithmetic that the sanitizers object to can fail.
 """

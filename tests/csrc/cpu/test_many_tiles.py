@@ -1,4 +1,4 @@
-"""The `cpu` backend on problems of several row blocks and column tiles, which those of test_row_stats.py are too small
+"""The `cpu` backend on problems of several row blocks and column tiles, which those of problems.py are too small
 for, and on any number of threads: rules that change from tile to tile, both sides of the diagonal, blocks that wrap."""
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from contrastive_ext import row_stats
 from contrastive_ext.backends import native
 from contrastive_ext.operators.top_columns import top_columns
 from contrastive_ext.problem.pairs import Gate
-from test_row_stats import _problem
-from test_row_stats import test_statistics_and_gradients_match_the_definition as check_definition
+from problems import check_definition, make_problem
 
 pytestmark = pytest.mark.skipif(native.why_missing() is not None, reason=str(native.why_missing()))
 CPU = "cpu", torch.device("cpu")
 
-# name, rows, columns (None: one set), what else is passed, why it is there: as in test_row_stats.py
+# name, rows, columns (None: one set), what else is passed, why it is there: as in problems.py
 PROBLEMS = [
     ("ids", 530, None, {"num_images": 265, "ids": "padded rows"}, "every strip holds equal ids"),
     ("equal_ids_columns", 210, 530, {"ids": "padded both", "only_equal_ids": True, "columns": True}, "both sides"),
@@ -60,7 +59,7 @@ def _sixteenths(x):
 def test_results_repeat_and_statistics_do_not_depend_on_threads(on_threads, problem):
     """The same bits again on as many threads. On another number the library may multiply in another order, so that only
     what comes of exact products has to be the same: statistics, whose order of summation is ours alone."""
-    u, v, scale, options = _problem(problem, CPU[1], dtype=torch.float32)
+    u, v, scale, options = make_problem(problem, CPU[1], dtype=torch.float32)
     u, v = _sixteenths(u), None if v is None else _sixteenths(v)
     if "gate" in options:
         gate = options["gate"]

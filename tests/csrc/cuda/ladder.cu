@@ -2,7 +2,7 @@
 // the host. Stops at the first rung that is wrong: what stands above it would only repeat the fault. No torch, one
 // process.
 //
-//   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc tests/cuda_kernels/ladder.cu
+//   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc tests/csrc/cuda/ladder.cu
 //   csrc/cuda/row_stats_forward.cu
 //
 // `make gpu` builds and runs it under a time limit: a barrier that waits for nobody hangs.

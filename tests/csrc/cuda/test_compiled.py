@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location("cuda_gate", ROOT / "tools" / "cuda_gate.py")
-assert SPEC is not None and SPEC.loader is not None
-cuda_gate = importlib.util.module_from_spec(SPEC)
-sys.modules["cuda_gate"] = cuda_gate
-SPEC.loader.exec_module(cuda_gate)
+from repository import load_tool
+
+cuda_gate = load_tool("cuda_gate")
 
 NVCC, CUOBJDUMP = cuda_gate.find_nvcc(), cuda_gate.find_cuobjdump()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found (CUDA_HOME, PATH).")
@@ -35,7 +28,7 @@ def test_kernels_use_wgmma_and_tma_and_spill_nothing():
 
 @needs_nvcc
 def test_the_ladder_for_the_first_run_on_hardware_compiles(tmp_path):
-    """tests/cuda_kernels/ladder.cu is run by `make gpu`; here only the compiler sees it."""
+    """tests/csrc/cuda/ladder.cu is run by `make gpu`; here only the compiler sees it."""
     cuda_gate.build_ladder(NVCC, tmp_path / "ladder")
 
 

@@ -11,14 +11,16 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from test_headers import PAIR_CASES, ROOT, PairProblem, compile_module
+
+from native_code import PAIR_CASES, PairProblem, compile_module
+from repository import ROOT
 
 TILE, FEATURES = 128, 128
 
 
 @pytest.fixture(scope="module")
 def hopper(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return compile_module(tmp_path_factory.mktemp("hopper"), "hopper_headers", [ROOT / "tests/native/hopper.cpp"])
+    return compile_module(tmp_path_factory.mktemp("hopper"), "hopper_headers", [ROOT / "tests/csrc/cuda/hopper.cpp"])
 
 
 # ---- shared memory

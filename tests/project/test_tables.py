@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import contrastive_ext as ce
 from bench.cases import LOSSES as BENCH_LOSSES
+from repository import ROOT
 from rows import LOSSES, RANKED, random_pairs
 
 PUBLIC = {name for name in ce.__all__ if name.startswith("fused_") and name != "fused_row_loss"}
@@ -24,7 +24,7 @@ def test_every_loss_over_pairs_has_a_test_row():
 def test_every_other_loss_has_a_test_file():
     for name in PUBLIC - OVER_PAIRS:
         short = name.removeprefix("fused_").removesuffix("_loss")
-        tests = Path(__file__).with_name(f"test_{short}.py")
+        tests = ROOT / "tests" / "losses" / f"test_{short}.py"
         assert tests.is_file() and name in tests.read_text()
 
 

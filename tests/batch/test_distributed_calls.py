@@ -1,6 +1,6 @@
 """What the ranks of a group agree on before they exchange anything, and which group that is.
 
-Both ranks run everything in one go; tests look at what each of them found. Values: tests/test_distributed.py.
+Both ranks run everything in one go; tests look at what each of them found. Values: tests/batch/test_distributed.py.
 """
 
 from __future__ import annotations

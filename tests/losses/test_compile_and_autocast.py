@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 
 import contrastive_ext as ce
+from promises import check_autocast_changes_nothing, check_one_graph
 from rows import LOSSES, USAGES, random_pairs
 
 # A graph is an arrangement of the batch, which a usage decides, and a formula over its rows. The formula meets rows
@@ -19,25 +20,7 @@ GRAPHS = {f"{loss.name}-{usage.name}": (loss, usage) for loss, usage in FORMULAS
 
 @pytest.mark.parametrize("loss, usage", GRAPHS.values(), ids=GRAPHS)
 def test_compiles_into_one_graph(run, loss, usage):
-    backend, device = run
-    z1, z2 = random_pairs(6, 4, torch.float32, device)
-    z2, options = usage.options(z1, z2)
-    options |= loss.parameters | loss.vectors(z1) | {"backend": backend}
-    temperature = torch.tensor(0.4, device=device)
-
-    def step(z1, z2, temperature):
-        return loss.function(z1, z2, temperature, **options)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (step, compiled):
-        leaves = [x.clone().requires_grad_() for x in (z1, z2, temperature)]
-        value = function(*leaves)
-        grads = torch.autograd.grad(value, leaves, allow_unused=True)
-        results.append([value.detach(), *(torch.zeros(()) if g is None else g for g in grads)])
-    for eager, graph in zip(*results, strict=True):
-        torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-6)
+    check_one_graph(run, loss, usage)
 
 
 def test_batch_size_may_vary_in_one_graph(run):
@@ -84,18 +67,7 @@ def test_statistics_compile_too(run):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x.name)
 def test_autocast_changes_nothing(run, loss, dtype):
-    backend, device = run
-    z1, z2 = random_pairs(9, 16, dtype, device)
-    options = loss.parameters | loss.vectors(z1) | {"backend": backend}
-    results = []
-    for enabled in (False, True):
-        leaves = [z.clone().requires_grad_() for z in (z1, z2)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            value = loss.function(*leaves, 0.2, **options)
-        assert value.dtype == torch.float32
-        results.append([value.detach(), *torch.autograd.grad(value, leaves)])
-    for plain, cast in zip(*results, strict=True):
-        assert torch.equal(plain, cast)
+    check_autocast_changes_nothing(run, loss, dtype)
 
 
 @pytest.mark.parametrize("features", [16, 300], ids=["few_features", "many_features"])

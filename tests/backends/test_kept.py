@@ -11,8 +11,8 @@ import torch._dynamo.testing
 import contrastive_ext as ce
 from contrastive_ext.backends.torch import kept as torch_kept
 from contrastive_ext.operators.row_stats import row_stats
+from problems import IDS, PROBLEMS, make_problem
 from rows import LOSSES, RANKED, USAGES, random_pairs
-from test_row_stats import IDS, PROBLEMS, _problem
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def both_roads(monkeypatch, function, leaves):
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)
 def test_statistics_and_gradients_are_those_of_tiles(problem, monkeypatch):
-    u, v, scale, options = _problem(problem, CPU)
+    u, v, scale, options = make_problem(problem, CPU)
     leaves = [x.requires_grad_() for x in (u, v, scale) if isinstance(x, torch.Tensor)]
 
     aux = []

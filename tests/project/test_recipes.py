@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 import contrastive_ext as ce
 from bench.device import Device
 from bench.digits import FEATURES, augment, load, new_encoder, probe
+from repository import ROOT
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE = README.split("| you have | call |\n|---|---|\n")[1].split("\n\n")[0]
 ROWS = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", TABLE, re.MULTILINE))
 SCRIPT = README.split("## One import in a training script")[1].split("```python\n")[1].split("```")[0]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
 
@@ -17,13 +15,10 @@ from bench.__main__ import main
 from bench.device import Device
 from bench.proof import prove
 from bench.speed import speed
+from repository import ROOT, load_tool
 
-ROOT = Path(__file__).parents[1]
 CPU = Device("cpu")
-SPEC = importlib.util.spec_from_file_location("gpu_results", ROOT / "tools" / "gpu_results.py")
-assert SPEC is not None and SPEC.loader is not None
-gpu_results = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(gpu_results)
+gpu_results = load_tool("gpu_results")
 
 
 def _release(package: str) -> tuple[int, ...]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import contrastive_ext as ce
+import golden_files
 from contrastive_ext.theory import (
     BoundTerms,
     SupervisedBound,
@@ -21,20 +19,12 @@ from contrastive_ext.theory import (
     expected_log_collisions,
 )
 
-FOLDER = Path(__file__).parent / "golden"
-MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
-def _arrays(family: str, case: dict) -> dict[str, torch.Tensor]:
-    prefix = case["case"] + "_"
-    with np.load(FOLDER / f"{family}.npz") as file:
-        return {name.removeprefix(prefix): torch.from_numpy(file[name]) for name in file if name.startswith(prefix)}
-
-
-@pytest.mark.parametrize("case", MANIFEST["nozawa_bound"]["cases"], ids=lambda case: case["case"])
+@pytest.mark.parametrize("case", golden_files.cases("nozawa_bound"), ids=lambda case: case["case"])
 def test_every_term_matches_the_released_code(case):
-    golden = _arrays("nozawa_bound", case)
+    golden = golden_files.load("nozawa_bound", case)
     bound = SupervisedBound(case["C"], case["t"])
     for z0, z1, means, labels in zip(golden["z0"], golden["z1"], golden["meanz"], golden["labels"], strict=True):
         bound.update(z0, z1, labels, class_means=golden["mu"], augmentation_means=means)
@@ -60,11 +50,11 @@ def test_every_term_matches_the_released_code(case):
         assert got == pytest.approx(case[name], rel=FLOAT32_EPS), name
 
 
-@pytest.mark.parametrize("case", MANIFEST["nozawa_ntxent"]["cases"], ids=lambda case: case["case"])
+@pytest.mark.parametrize("case", golden_files.cases("nozawa_ntxent"), ids=lambda case: case["case"])
 def test_multi_view_loss_matches_the_released_code(run, case):
     """V views: every ordered pair of views is anchor and positive, all other images in all views are negatives."""
     backend, device = run
-    golden = _arrays("nozawa_ntxent", case)
+    golden = golden_files.load("nozawa_ntxent", case)
     views = golden["views"].to(device).requires_grad_()
     num_views, num_images = views.shape[:2]
     z = F.normalize(views, dim=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +24,10 @@ from contrastive_ext.backends.torch import row_stats as torch_blocks
 from contrastive_ext.backends.triton import launch as triton_launch
 from contrastive_ext.problem.pairs import Pairs
 from contrastive_ext.problem.problem import Problem, Upstream
+from repository import ROOT
 
 CPU = Device("cpu")
-RESULTS = Path(__file__).parents[1] / "bench" / "results"
+RESULTS = ROOT / "bench" / "results"
 SMALL = cases.Case("fused_infonce_loss", "two_view", 70, 70, 32)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import golden_files
 from contrastive_ext.theory import (
     collision_probability,
     coverage_probability,
@@ -21,7 +20,7 @@ from contrastive_ext.theory import (
     num_negatives_for,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "coupon.json").read_text())
+GOLDEN = golden_files.read_json("coupon.json")
 EPS = torch.finfo(torch.float64).eps
 LONG_TAIL = (1 / torch.arange(1, 301, dtype=torch.float64)).tolist()
 

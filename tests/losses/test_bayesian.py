@@ -9,15 +9,17 @@ import pytest
 import torch
 
 import contrastive_ext as ce
+import golden_files
 from contrastive_ext.operators.ranked_stats import ranked_stats
 from contrastive_ext.problem.ranking import AUTO_EXACT_CANDIDATES, Ranking, histogram_axis
+from promises import (
+    check_accuracy,
+    check_autocast_changes_nothing,
+    check_gradients,
+    check_one_graph,
+    check_statistics,
+)
 from rows import INPUTS, RANKED, RANKED_USAGES, SHAPES, crowded_pairs, peaked_pairs, random_pairs
-from test_compile_and_autocast import test_autocast_changes_nothing as autocast_changes_nothing
-from test_compile_and_autocast import test_compiles_into_one_graph as compiles_into_one_graph
-from test_golden import MANIFEST, _load, _parameters
-from test_gradcheck import _gradcheck
-from test_losses import _check
-from test_stats import test_backends_report_what_the_reference_reports as reports_what_the_reference_reports
 
 EXACT, HISTOGRAM = RANKED
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
@@ -287,13 +289,13 @@ def test_without_knowledge_it_is_infonce(run, layout):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in MANIFEST["bcl"]["cases"] if c["min_gap_cos"] > 1e-5], ids=lambda c: c["case"]
+    "case", [c for c in golden_files.cases("bcl") if c["min_gap_cos"] > 1e-5], ids=lambda c: c["case"]
 )
 def test_float32_matches_released_code_where_ranks_are_apart(run, case):
     backend, device = run
-    golden = _load("bcl", case)
+    golden = golden_files.load("bcl", case)
     z1, z2 = (golden[k].to(device, torch.float32).requires_grad_() for k in ("z1", "z2"))
-    loss = ce.fused_bayesian_loss(z1, z2, case["t"], normalize=False, backend=backend, **_parameters(case))
+    loss = ce.fused_bayesian_loss(z1, z2, case["t"], normalize=False, backend=backend, **golden_files.parameters(case))
     loss.backward()
     # an absolute error of the logits, about eps/t times their length, is a relative one of each term
     allowed = 16 * np.finfo(np.float32).eps / case["t"] * max(1.0, golden["z1"].square().sum(1).max().item())
@@ -304,13 +306,13 @@ def test_float32_matches_released_code_where_ranks_are_apart(run, case):
 
 @pytest.mark.parametrize("usage", RANKED_USAGES, ids=lambda u: u.name)
 def test_every_layout(run, usage):
-    _check(EXACT, usage, "random", 17, 12, torch.float32, 0.3, run, reduction="none")
+    check_accuracy(EXACT, usage, "random", 17, 12, torch.float32, 0.3, run, reduction="none")
 
 
 @pytest.mark.parametrize("inputs", ["random", "peaked"])
 @pytest.mark.parametrize("temperature", [0.005, 0.07, 100.0])
 def test_every_temperature_and_kind_of_input(run, temperature, inputs):
-    _check(EXACT, RANKED_USAGES[0], inputs, 33, 17, torch.float32, temperature, run)
+    check_accuracy(EXACT, RANKED_USAGES[0], inputs, 33, 17, torch.float32, temperature, run)
 
 
 @pytest.mark.parametrize("temperature", [0.005, 0.07, 100.0])
@@ -330,13 +332,13 @@ def test_crowded_batches_at_every_temperature(run, temperature):
 @pytest.mark.parametrize("usage", [RANKED_USAGES[0], RANKED_USAGES[2], RANKED_USAGES[-1]], ids=lambda u: u.name)
 def test_every_dtype(run, usage, dtype):
     upstream = 2.0**16 if dtype == torch.float16 else 1.0
-    _check(EXACT, usage, "random", 24, 32, dtype, 0.2, run, upstream=upstream)
+    check_accuracy(EXACT, usage, "random", 24, 32, dtype, 0.2, run, upstream=upstream)
 
 
 @pytest.mark.parametrize("b, d, reason", SHAPES[:-1], ids=[f"{b}x{d}" for b, d, _ in SHAPES[:-1]])
 @pytest.mark.parametrize("usage", [RANKED_USAGES[0], RANKED_USAGES[3], RANKED_USAGES[-1]], ids=lambda u: u.name)
 def test_every_shape(run, usage, b, d, reason):
-    _check(EXACT, usage, "random", b, d, torch.float64, 0.2, run)
+    check_accuracy(EXACT, usage, "random", b, d, torch.float64, 0.2, run)
 
 
 @pytest.mark.parametrize("usage", RANKED_USAGES, ids=lambda u: u.name)
@@ -347,14 +349,14 @@ def test_gradcheck_every_layout_with_a_learnable_temperature(run, usage):
     z2, options = usage.options(z1, z2)
     options |= EXACT.parameters | {"backend": backend}
     temperature = torch.tensor(0.7, dtype=torch.float64, device=device)
-    _gradcheck(lambda a, b, t: ce.fused_bayesian_loss(a, b, t, **options), z1, z2, temperature)
+    check_gradients(lambda a, b, t: ce.fused_bayesian_loss(a, b, t, **options), z1, z2, temperature)
 
 
 def test_gradcheck_shared_negatives(run):
     backend, device = run
     z1, z2 = random_pairs(4, 3, torch.float64, device)
     negatives = torch.randn(5, 3, dtype=torch.float64, device=device)
-    _gradcheck(lambda x: ce.fused_bayesian_loss(z1, z2, layout="one_way", negatives=x, backend=backend), negatives)
+    check_gradients(lambda x: ce.fused_bayesian_loss(z1, z2, layout="one_way", negatives=x, backend=backend), negatives)
 
 
 def test_second_derivatives_only_from_the_reference(run):
@@ -394,7 +396,7 @@ def test_queue_may_change_before_the_backward(run, kind, loss):
 
 @pytest.mark.parametrize("usage", RANKED_USAGES, ids=lambda u: u.name)
 def test_statistics_are_those_of_the_reference(run, usage):
-    reports_what_the_reference_reports(run, EXACT, usage)
+    check_statistics(run, EXACT, usage)
 
 
 def test_statistics_of_the_weights_match_their_definition(run):
@@ -416,12 +418,12 @@ def test_statistics_of_the_weights_match_their_definition(run):
     ids=["two_view", "histogram_and_queue", "symmetric"],
 )
 def test_compiles_into_one_graph(run, loss, usage):
-    compiles_into_one_graph(run, loss, usage)
+    check_one_graph(run, loss, usage)
 
 
 @pytest.mark.parametrize("loss", RANKED, **ids_of)
 def test_autocast_changes_nothing(run, loss):
-    autocast_changes_nothing(run, loss, torch.bfloat16)
+    check_autocast_changes_nothing(run, loss, torch.bfloat16)
 
 
 @pytest.mark.parametrize("ranks", ["exact", "histogram"])
@@ -474,51 +476,6 @@ def test_refuses(arguments, says):
     z1, z2 = random_pairs(4, 3)
     with pytest.raises(ValueError, match=says):
         ce.fused_bayesian_loss(z1, z2, **arguments)
-
-
-# --- alpha
-
-
-def test_alpha_of_the_schedule_runs_in_a_line_and_stays():
-    assert ce.linear_alpha(0) == 0.501
-    assert ce.linear_alpha(10, 0.9) == pytest.approx((0.501 + 0.9) / 2)
-    assert ce.linear_alpha(20, 0.9) == ce.linear_alpha(500, 0.9) == pytest.approx(0.9)
-    module, (z1, z2) = ce.BayesianLoss(0.5, alpha=0.9), random_pairs(6, 4)
-    assert torch.equal(module(z1, z2, alpha=0.7), ce.fused_bayesian_loss(z1, z2, 0.5, alpha=0.7))
-    for wrong in ({"step": -1}, {"step": 0, "steps": 0}, {"step": 0, "alpha": 0.2}):
-        with pytest.raises(ValueError):
-            ce.linear_alpha(**wrong)
-
-
-@pytest.mark.parametrize("block", [1, 100, 10**6])
-def test_estimated_alpha_is_the_macro_auc(block, monkeypatch):
-    monkeypatch.setattr("contrastive_ext.training.alpha._BLOCK_ELEMENTS", block)
-    labels = torch.randint(0, 4, (30,))
-    labels[7] = 9  # alone in its class: no positives, not counted
-    features = torch.randn(30, 3) + torch.nn.functional.one_hot(labels % 3, 3)
-    features[:6] = features[0]  # ties
-    unit = torch.nn.functional.normalize(features)
-    cosine = unit @ unit.T
-    areas = []
-    for i in range(30):
-        others = torch.arange(30) != i
-        same, other = (cosine[i][others & mask] for mask in (labels == labels[i], labels != labels[i]))
-        if len(same):
-            wins = (same[:, None] > other).double() + 0.5 * (same[:, None] == other).double()
-            areas.append(wins.mean())
-    assert ce.estimate_alpha(features, labels) == pytest.approx(torch.stack(areas).mean().item(), abs=2e-3)
-    assert ce.estimate_alpha(torch.eye(4), torch.tensor([0, 1, 0, 1])) == 0.5
-    perfect = torch.eye(2).repeat(3, 1)
-    assert ce.estimate_alpha(perfect, torch.arange(6) % 2) == 1.0
-
-
-def test_estimating_alpha_refuses_what_has_no_answer():
-    with pytest.raises(ValueError, match="macro-AUC needs"):
-        ce.estimate_alpha(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"integers \[4\]"):
-        ce.estimate_alpha(torch.randn(4, 2), torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"\[N, D\]"):
-        ce.estimate_alpha(torch.randn(4), torch.zeros(4, dtype=torch.int64))
 
 
 def test_a_weight_of_zero_far_above_the_others(run):

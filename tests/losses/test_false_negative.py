@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,24 +9,17 @@ from torch import Tensor
 from torch.library import opcheck
 
 import contrastive_ext as ce
+import golden_files
 from accuracy import assert_as_accurate_as_dense, evaluate
 from contrastive_ext.batch import detection
 from contrastive_ext.problem.pairs import NO_COLUMN_ID, UNFILLED
 from rows import INPUTS
 
-FOLDER = Path(__file__).parent / "golden"
-MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 fused = ce.fused_false_negative_loss
 
 
 def _golden(family: str) -> list[tuple[dict, dict[str, Tensor]]]:
-    arrays = np.load(FOLDER / f"{family}.npz")
-    cases = []
-    for case in MANIFEST[family]["cases"]:
-        prefix = case["case"] + "_"
-        named = {k.removeprefix(prefix): torch.from_numpy(arrays[k]) for k in arrays if k.startswith(prefix)}
-        cases.append((case, named))
-    return cases
+    return [(case, golden_files.load(family, case)) for case in golden_files.cases(family)]
 
 
 def _assert_close(ours: Tensor, expected: Tensor) -> None:

@@ -8,44 +8,25 @@ import pytest
 import torch
 
 import contrastive_ext as ce
-from accuracy import assert_as_accurate_as_dense, evaluate, largest_terms, on_rounded_operands
+from accuracy import evaluate, on_rounded_operands
 from contrastive_ext import numerics
+from promises import check_accuracy
 from rows import INPUTS, LOSSES, SHAPES, USAGES, peaked_pairs, random_pairs
 
 LOSS_IDS, USAGE_IDS = [loss.name for loss in LOSSES], [usage.name for usage in USAGES]
 
 
-def _check(loss, usage, inputs, b, d, dtype, temperature, run, *, normalize=True, reduction="mean", upstream=1.0):
-    backend, device = run
-    z1, z2 = INPUTS[inputs](b, d, dtype, device)
-    z2, options = usage.options(z1, z2)
-    options |= loss.parameters | {"reduction": reduction, "temperature": temperature}
-    differentiable = {"z1": z1, "z2": z2}
-    vectors = loss.vectors(z1)
-    differentiable |= {n: vectors.pop(n) for n in ("positives",) if n in vectors}
-    differentiable |= {n: options.pop(n) for n in ("negatives",) if n in options}
-    options |= vectors
-    ours = evaluate(loss.function, differentiable, upstream, backend=backend, normalize=normalize, **options)
-    dense = evaluate(loss.function, differentiable, upstream, backend="reference", normalize=normalize, **options)
-    exact = on_rounded_operands(loss.function, normalize)
-    truth = evaluate(exact, {n: x.double() for n, x in differentiable.items()}, upstream, dtype=dtype, **options)
-    longest = max(x.double().norm(dim=-1).max().item() for x in (z1, z2))
-    logit = (1.0 if normalize else longest**2) / temperature
-    terms = largest_terms(loss.function, differentiable, upstream, **options) if normalize else {}
-    assert_as_accurate_as_dense(ours, dense, truth, logit, terms, dtype)
-
-
 @pytest.mark.parametrize("usage", USAGES, ids=USAGE_IDS)
 @pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
 def test_every_layout(run, loss, usage):
-    _check(loss, usage, "random", 17, 12, torch.float32, 0.3, run, reduction="none")
+    check_accuracy(loss, usage, "random", 17, 12, torch.float32, 0.3, run, reduction="none")
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("temperature", [0.005, 0.01, 0.07, 0.5, 100.0])
 @pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
 def test_every_temperature_and_kind_of_input(run, loss, temperature, inputs):
-    _check(loss, USAGES[0], inputs, 33, 17, torch.float32, temperature, run)
+    check_accuracy(loss, USAGES[0], inputs, 33, 17, torch.float32, temperature, run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -55,20 +36,20 @@ def test_every_temperature_and_kind_of_input(run, loss, temperature, inputs):
 def test_every_dtype(run, loss, usage, inputs, dtype):
     # 2^16 is what a GradScaler starts with; without it float16 gradients underflow
     upstream = 2.0**16 if dtype == torch.float16 else 1.0
-    _check(loss, usage, inputs, 40, 32, dtype, 0.1, run, upstream=upstream)
+    check_accuracy(loss, usage, inputs, 40, 32, dtype, 0.1, run, upstream=upstream)
 
 
 @pytest.mark.parametrize("b, d, reason", SHAPES, ids=[f"{b}x{d}" for b, d, _ in SHAPES])
 @pytest.mark.parametrize("usage", [USAGES[0], USAGES[3], USAGES[-1]], ids=lambda u: u.name)
 @pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
 def test_every_shape(run, loss, usage, b, d, reason):
-    _check(loss, usage, "random", b, d, torch.float32, 0.2, run)
+    check_accuracy(loss, usage, "random", b, d, torch.float32, 0.2, run)
 
 
 @pytest.mark.parametrize("usage", [USAGES[0], USAGES[1], USAGES[-1]], ids=lambda u: u.name)
 @pytest.mark.parametrize("loss", LOSSES, ids=LOSS_IDS)
 def test_vectors_of_any_length(run, loss, usage):
-    _check(loss, usage, "random", 20, 8, torch.float32, 2.0, run, normalize=False)
+    check_accuracy(loss, usage, "random", 20, 8, torch.float32, 2.0, run, normalize=False)
 
 
 # Tiles do not see a formula: they meet one exponent, on the short road and composed, two, or one and its double.
@@ -76,7 +57,7 @@ def test_vectors_of_any_length(run, loss, usage):
     "loss", [x for x in LOSSES if x.name in ("infonce", "dclw", "hard", "hard_fractional")], ids=lambda x: x.name
 )
 def test_many_tiles(run, loss):
-    _check(loss, USAGES[0], "random", 1100, 24, torch.float32, 0.5, run)
+    check_accuracy(loss, USAGES[0], "random", 1100, 24, torch.float32, 0.5, run)
 
 
 @pytest.mark.parametrize("dtype, operand_error", [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-24)])

@@ -8,22 +8,14 @@ import pytest
 import torch
 
 import contrastive_ext as ce
+from promises import check_statistics
 from rows import LOSSES, RANKED, USAGES, peaked_pairs, random_pairs
 
 
 @pytest.mark.parametrize("usage", USAGES, ids=lambda u: u.name)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda x: x.name)
 def test_backends_report_what_the_reference_reports(run, loss, usage):
-    backend, device = run
-    z1, z2 = random_pairs(9, 5, torch.float64, device)
-    z2, options = usage.options(z1, z2)
-    call = options | loss.parameters | loss.vectors(z1) | {"temperature": 0.4, "return_stats": True}
-    value, ours = loss.function(z1, z2, backend=backend, **call)
-    _, expected = loss.function(z1, z2, backend="reference", **call)
-    without = loss.function(z1, z2, backend=backend, **(call | {"return_stats": False}))
-    torch.testing.assert_close(value, without, rtol=1e-14, atol=1e-14)  # another road: the same to rounding
-    for name, number in expected.to_dict().items():
-        assert ours.to_dict()[name] == pytest.approx(number, rel=1e-10, abs=1e-12), name
+    check_statistics(run, loss, usage)
 
 
 def test_record_matches_its_definition():

@@ -19,8 +19,8 @@ import torch
 
 import contrastive_ext
 from contrastive_ext.backends import native
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "contrastive_ext", "triton_kernels")
 
 needs_compiler = pytest.mark.skipif(

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import contrastive_ext as ce
+import golden_files
 from accuracy import assert_as_accurate_as_dense, evaluate, on_rounded_operands
 from peak_memory import needs_proc, peak_growth
 from rows import INPUTS, peaked_pairs
 
-FOLDER = Path(__file__).parent / "golden"
-CASES = json.loads((FOLDER / "manifest.json").read_text())["sane"]["cases"]
-ARRAYS = np.load(FOLDER / "sane.npz")
+CASES = golden_files.cases("sane")
 loss_of = ce.fused_self_labeling_loss
 
 
 def _golden(case: dict, device) -> tuple[dict[str, torch.Tensor], dict]:
-    prefix = case["case"] + "_"
-    arrays = {k.removeprefix(prefix): torch.from_numpy(ARRAYS[k]).to(device) for k in ARRAYS if k.startswith(prefix)}
+    arrays = {name: x.to(device) for name, x in golden_files.load("sane", case).items()}
     options = {"temperature": case["t"], "label_temperature": case["tau_prime"], "mu": case["mu"], "lam": case["lam"]}
     return arrays, options | {"normalize": False, "perm": arrays["perm"], "theta": arrays["theta"]}
 

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 import contrastive_ext as ce
+import golden_files
 
-FOLDER = Path(__file__).parent / "golden"
-MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 FUNCTIONS = {
     "infonce": ce.fused_infonce_loss,
     "dcl": ce.fused_debiased_loss,
     "hcl": ce.fused_hard_negative_loss,
     "bcl": ce.fused_bayesian_loss,
 }
-CASES = [(family, case) for family in FUNCTIONS for case in MANIFEST[family]["cases"]]
-ARRAYS = {family: np.load(FOLDER / f"{family}.npz") for family in FUNCTIONS}
-
-
-def _load(family: str, case: dict) -> dict[str, torch.Tensor]:
-    prefix = case["case"] + "_"
-    return {k.removeprefix(prefix): torch.from_numpy(ARRAYS[family][k]) for k in ARRAYS[family] if k.startswith(prefix)}
-
-
-def _parameters(case: dict) -> dict:
-    return {name: case[name] for name in ("tau_plus", "alpha", "beta") if name in case}
+CASES = [(family, case) for family in FUNCTIONS for case in golden_files.cases(family)]
 
 
 @pytest.mark.parametrize("family, case", CASES, ids=[f"{f}-{c['case']}" for f, c in CASES])
@@ -44,9 +29,9 @@ def test_reference_matches_released_code(family, case):
 
 
 def _check(family, case, backend, device):
-    golden = _load(family, case)
+    golden = golden_files.load(family, case)
     z1, z2 = (golden[k].to(device).requires_grad_() for k in ("z1", "z2"))
-    loss = FUNCTIONS[family](z1, z2, case["t"], normalize=False, backend=backend, **_parameters(case))
+    loss = FUNCTIONS[family](z1, z2, case["t"], normalize=False, backend=backend, **golden_files.parameters(case))
     loss.backward()
     _assert_matches(loss, golden["loss"], case)
     _assert_matches(z1.grad, golden["grad_z1"], case)
@@ -63,7 +48,9 @@ def _assert_matches(ours: torch.Tensor, expected: torch.Tensor, case: dict) -> N
 @pytest.mark.parametrize("family, case", CASES, ids=[f"{f}-{c['case']}" for f, c in CASES])
 def test_row_losses_match_the_recorded_reference(run, family, case):
     backend, device = run
-    golden = _load(family, case)
+    golden = golden_files.load(family, case)
     z1, z2 = golden["z1"].to(device), golden["z2"].to(device)
-    rows = FUNCTIONS[family](z1, z2, case["t"], normalize=False, reduction="none", backend=backend, **_parameters(case))
+    rows = FUNCTIONS[family](
+        z1, z2, case["t"], normalize=False, reduction="none", backend=backend, **golden_files.parameters(case)
+    )
     _assert_matches(rows, golden["ref_row_loss"], case)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import contrastive_ext as ce
 from contrastive_ext.backends import dispatch
+from repository import ROOT
 
 CPU, F32 = torch.device("cpu"), torch.float32
 
@@ -89,7 +89,7 @@ def test_verified_entries_name_files_that_exist():
     for (backend, architecture, dtype), file in dispatch.VERIFIED.items():
         assert backend in dispatch.backend_names()
         assert architecture.startswith(("sm_", "gfx", "cpu")) and isinstance(dtype, torch.dtype)
-        assert (Path(__file__).parents[1] / "bench" / "results" / file).is_file(), file
+        assert (ROOT / "bench" / "results" / file).is_file(), file
 
 
 def test_a_backend_that_lacks_calls_is_not_automatic():
