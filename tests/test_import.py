@@ -35,7 +35,9 @@ def test_importing_the_package_loads_nothing_that_torch_has_not_loaded(tmp_path)
     foreign = [name for name in loaded if name.split(".")[0] != "contrastive_ext"]
     assert [name for name in foreign if name.split(".")[0] not in sys.stdlib_module_names] == []
     assert len(foreign) < 10, f"standard library, and much of it: {foreign}"
-    assert not any(name.startswith("contrastive_ext.theory") for name in loaded), "theory is for a study before training"
+    assert not any(name.startswith("contrastive_ext.theory") for name in loaded), (
+        "theory is for a study before training"
+    )
     assert "contrastive_ext.triton_kernels" not in loaded
     assert said == ""
 
