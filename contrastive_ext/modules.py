@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
+from .losses.overloads import method_returns_stats
 from .losses.pair_loss import LossOptions, RowLoss, check_row_loss, fused_row_loss
 from .losses.self_labeling import DEFAULT_TEMPERATURE as SELF_LABELING_TEMPERATURE
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
@@ -66,6 +67,7 @@ class RowLossModule(nn.Module):
     """
 
     of_the_call: tuple[str, ...] = ("positives",)  # keywords beside `LossOptions` that a call may give
+    queue: NegativeQueue | Any  # as given; a NegativeQueue becomes a submodule: it moves and is saved with the loss
 
     def __init__(self, row_loss: RowLoss, temperature: float | None = None, **options: Unpack[LossOptions]):
         super().__init__()
@@ -75,11 +77,11 @@ class RowLossModule(nn.Module):
         _check_at_construction(base.check_values, {**defaults, **options, "temperature": temperature})
         self.row_loss = row_loss
         self.temperature = temperature
-        queue = options.pop("queue", None)
-        self.queue = queue  # a NegativeQueue becomes a submodule: it moves and is saved with the loss
+        self.queue = options.pop("queue", None)
         self.options = options
 
-    def forward(self, z1: Tensor, z2: Tensor, **call) -> Tensor | tuple[Tensor, LossStats]:
+    @method_returns_stats
+    def forward(self, /, z1: Tensor, z2: Tensor, **call) -> Tensor | tuple[Tensor, LossStats]:
         """Loss of the pairs z1, z2 [B, D]; call-time keywords as in the function."""
         check_keywords(type(self).__name__, call, ("temperature", *LossOptions.__annotations__, *self.of_the_call))
         arguments = _with_defaults({**self.options, "temperature": self.temperature, "queue": self.queue}, call)
@@ -142,6 +144,8 @@ class HardNegativeLoss(RowLossModule):
 class _LossModule(nn.Module):
     """A loss with a signature of its own: keywords given here are defaults, those given to the call override them."""
 
+    queue: NegativeQueue | Any  # as in RowLossModule
+
     def __init__(self, function: Callable, check_values: Callable, *inputs: str, **options):
         super().__init__()
         signature = inspect.signature(function)
@@ -151,9 +155,7 @@ class _LossModule(nn.Module):
         arguments.apply_defaults()
         _check_at_construction(check_values, arguments.arguments)
         if "queue" in options:
-            self.queue = options.pop(
-                "queue"
-            )  # a NegativeQueue becomes a submodule: it moves and is saved with the loss
+            self.queue = options.pop("queue")
         self.options = options
 
     def _with_defaults(self, call: dict) -> dict:
@@ -174,7 +176,8 @@ class FalseNegativeLoss(_LossModule):
             **options,
         )  # fmt: skip
 
-    def forward(self, views: Tensor, **call) -> Tensor | tuple[Tensor, FalseNegativeStats]:
+    @method_returns_stats
+    def forward(self, /, views: Tensor, **call) -> Tensor | tuple[Tensor, FalseNegativeStats]:
         """Loss of views [V, B, D]; call-time keywords as in the function."""
         return fused_false_negative_loss(views, **self._with_defaults(call))
 
@@ -188,7 +191,8 @@ class SupConLoss(_LossModule):
             positives=positives, **options,
         )  # fmt: skip
 
-    def forward(self, features: Tensor, labels: Tensor, **call) -> Tensor | tuple[Tensor, SupConStats]:
+    @method_returns_stats
+    def forward(self, /, features: Tensor, labels: Tensor, **call) -> Tensor | tuple[Tensor, SupConStats]:
         """Loss of features [N, D] or [V, B, D] with labels [N] or [B]; call-time keywords as in the function."""
         return fused_supcon_loss(features, labels, **self._with_defaults(call))
 
@@ -214,8 +218,10 @@ class SelfLabelingLoss(_LossModule):
             backend=backend,
         )  # fmt: skip
 
+    @method_returns_stats
     def forward(
         self,
+        /,
         q: Tensor,
         k: Tensor,
         q_mix: Tensor | None = None,
@@ -246,8 +252,9 @@ class SoftTargetLoss(_LossModule):
             reduction=reduction, backend=backend,
         )  # fmt: skip
 
+    @method_returns_stats
     def forward(
-        self, queries: Tensor, keys: Tensor | NegativeQueue, teacher: Tensor, **call
+        self, /, queries: Tensor, keys: Tensor | NegativeQueue, teacher: Tensor, **call
     ) -> Tensor | tuple[Tensor, SoftTargetStats]:
         """Loss of queries [N, D] against the teacher's [N, D] over keys [M, D] and the queue."""
         return fused_soft_target_loss(queries, keys, teacher, **self._with_defaults(call))

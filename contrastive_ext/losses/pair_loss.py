@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Literal, TypedDict, TypeVar
+from typing import Literal, ParamSpec, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,11 @@ from ..operators.row_stats import row_stats
 from ..operators.whole_loss import operators_for, whole_loss
 from ..problem.problem import Formula, Statistics
 from .dense import DenseLogits, dense_logits
+from .overloads import LossFunction, returns_stats
 from .stats import Diagnostics, LossStats, summarize, warn_if_clamped
 
 REDUCTIONS = ("mean", "sum", "none")
-_Function = TypeVar("_Function", bound=Callable)
+_P = ParamSpec("_P")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class LossOptions(TypedDict, total=False):
     group: dist.ProcessGroup | distributed.AllRanks | None
 
 
+@returns_stats
 @distributed.across_ranks
 def fused_row_loss(
     row_loss: RowLoss,
@@ -375,7 +377,7 @@ def _zero_where(empty: Tensor, losses: Tensor, pos: Tensor) -> Tensor:
     return torch.where(empty, 0.0 * pos, losses)
 
 
-def loss_function(function: _Function) -> _Function:
+def loss_function(function: Callable[_P, Tensor | tuple[Tensor, LossStats]]) -> LossFunction[_P, LossStats]:
     """A public loss that takes `LossOptions` as **options and no others: they show in its signature; `across_ranks`."""
     own = inspect.signature(function)
     kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -389,4 +391,4 @@ def loss_function(function: _Function) -> _Function:
         return function(*args, **keywords)
 
     checked.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    return distributed.across_ranks(checked)  # type: ignore[return-value]
+    return returns_stats(distributed.across_ranks(checked))

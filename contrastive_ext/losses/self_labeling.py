@@ -29,6 +29,7 @@ from ..batch.arrangement import resolve_scale
 from ..batch.queue import NegativeQueue
 from ..checks import can_read, check_choice, check_number, check_positive, describe
 from ..numerics import softplus
+from .overloads import returns_stats
 from .pair_loss import REDUCTIONS
 from .soft_target import KeySet, check_vectors, cross_entropy, dense_keys, entropy, queue_sets, reduced, sweep_keys
 from .stats import Record
@@ -77,6 +78,7 @@ class Labels(NamedTuple):
     entropy: Tensor
 
 
+@returns_stats
 def fused_self_labeling_loss(
     q: Tensor,
     k: Tensor,

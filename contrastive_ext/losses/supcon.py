@@ -26,6 +26,7 @@ from ..batch.arrangement import resolve_scale
 from ..checks import check_choice, describe, integers
 from ..numerics import softplus
 from ..operators.row_stats import row_stats
+from .overloads import returns_stats
 from .pair_loss import REDUCTIONS
 from .stats import Record
 
@@ -46,6 +47,7 @@ class SupConStats(Record):
     positive_similarity: Tensor
 
 
+@returns_stats
 @distributed.across_ranks
 def fused_supcon_loss(
     features: Tensor,
