@@ -60,10 +60,10 @@ def test_peak_on_the_gpu(run, function):
 
 
 def test_estimate_counts_layout_and_queue():
-    two_view, one_way = ce.estimate_memory(1024, 64), ce.estimate_memory(1024, 64, layout="one_way")
-    assert two_view.dense == pytest.approx(4 * one_way.dense)
-    assert ce.estimate_memory(256, 64, layout="one_way", queue_size=65536).dense > 256 * one_way.dense / 1024
-    assert ce.estimate_memory(1024, 64, world_size=8).dense == pytest.approx(8 * two_view.dense)
+    two_view, one_way = ce.estimate_memory(8192, 64), ce.estimate_memory(8192, 64, layout="one_way")
+    assert two_view.dense == pytest.approx(4 * one_way.dense, rel=0.05)  # the matrix, and a little as long as the batch
+    assert ce.estimate_memory(256, 64, layout="one_way", queue_size=65536).dense > 256 * one_way.dense / 8192
+    assert ce.estimate_memory(8192, 64, world_size=8).dense == pytest.approx(8 * two_view.dense, rel=0.05)
     assert ce.estimate_memory(32768, 128).ratio > 100
     assert "times less" in str(two_view)
     with pytest.raises(ValueError, match="batch_size"):
