@@ -8,10 +8,11 @@ Losses are functions (`fused_<name>_loss`) and modules (`<Name>Loss`); `fused_ro
 negatives are enough.
 """
 
+import importlib
 import sys
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from . import theory
 from ._version import __version__
 from .backends.dispatch import available_backends
 from .batch.cancellation import Guide
@@ -50,6 +51,9 @@ from .problem.pairs import Gate
 from .training.alpha import estimate_alpha, linear_alpha
 from .training.logit_scale import LogitScale
 from .training.momentum import momentum_mixup, momentum_update, mu_schedule
+
+if TYPE_CHECKING:
+    from . import theory
 
 __all__ = [
     "AllRanks",
@@ -119,3 +123,16 @@ for _name in __all__:
     if _name.startswith("fused_"):
         sys.modules[f"{__name__}.{_name}"] = _CallableModule(f"{__name__}.{_name}", globals()[_name].__doc__)
 del _name
+
+
+if not TYPE_CHECKING:  # a type checker that sees `__getattr__` takes every misspelt name for an attribute
+
+    def __getattr__(name: str):
+        """`theory` is for a study before the training, which need not wait for it."""
+        if name == "theory":
+            return importlib.import_module(".theory", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,7 +1,10 @@
-"""Two commands:
+"""Fused contrastive losses with reweighted negatives, for PyTorch. Two commands:
 
-python -m contrastive_ext doctor                    what is installed, which backends run, what hardware has proven
-python -m contrastive_ext negatives --classes 100   what a batch size means for a data set of 100 classes
+python -m contrastive_ext doctor
+    what is installed, which backends run, what hardware has proven
+
+python -m contrastive_ext negatives --classes 100
+    what a batch size means for a data set of 100 classes
 """
 
 from __future__ import annotations
@@ -9,6 +12,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
+import re
+import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +27,7 @@ from .diagnostics.explain import explain_for
 from .theory import report
 
 MOST_CLASSES = 10**8
+NARROWEST = 80  # columns of a terminal that the tables are made for
 
 
 def doctor() -> str:
@@ -67,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m contrastive_ext", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | negatives")
+    parser.add_argument("--version", action="version", version=f"contrastive_ext {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="doctor | negatives")
     commands.add_parser("doctor", help="versions, devices, backends with their reasons")
     negatives = commands.add_parser("negatives", help="coverage, collisions, tau_plus and memory by batch size")
     classes = negatives.add_mutually_exclusive_group(required=True)
@@ -78,12 +86,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     negatives.add_argument("--plot", type=Path, metavar="PNG", help="also draw the coverage curve (needs matplotlib)")
     options = parser.parse_args(arguments)
     if options.command == "doctor":
-        print(doctor())
+        print(_fit(doctor()))
+    elif options.command == "negatives":
+        print(_fit(_negatives(options, negatives.error)))
     else:
-        _negatives(options, negatives.error)
+        parser.print_help()
 
 
-def _negatives(options: argparse.Namespace, fail: Callable[[str], NoReturn]) -> None:
+def _fit(text: str) -> str:
+    """Lines broken where the terminal ends; what goes on stands below the line's second column, if it has two."""
+    width = max(NARROWEST, shutil.get_terminal_size().columns)
+    lines = []
+    for line in text.splitlines():
+        first_column = re.match(r" *\S+(?: \S+)* {2,}| *", line)
+        assert first_column is not None  # the second alternative matches anything
+        indent = " " * (first_column.end() or 2)
+        lines += textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
+    return "\n".join(lines)
+
+
+def _negatives(options: argparse.Namespace, fail: Callable[[str], NoReturn]) -> str:
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         fail("--plot needs matplotlib, which is not installed: pip install 'contrastive_ext[bench]'.")
     if options.classes is not None and not 1 <= options.classes <= MOST_CLASSES:
@@ -98,7 +120,7 @@ def _negatives(options: argparse.Namespace, fail: Callable[[str], NoReturn]) -> 
             text += f"\n\npicture: {options.plot}"
     except (OSError, ValueError, ArithmeticError) as error:
         fail(str(error))
-    print(text)
+    return text
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -22,6 +22,7 @@ from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
+from .losses.overloads import method_returns_stats
 from .losses.pair_loss import LossOptions, fused_row_loss
 from .losses.row_loss import RowLoss, check_row_loss
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
@@ -38,6 +39,8 @@ class _LossModule(nn.Module):
     check_values  checks the arguments it names, as far as no batch could make them right; they raise here already
     """
 
+    queue: NegativeQueue | Any  # as given; a NegativeQueue becomes a submodule: it moves and is saved with the loss
+
     def __init__(self, function: Callable, check_values: Callable, inputs: Collection[str], options: dict):
         super().__init__()
         signature = inspect.signature(function)
@@ -50,7 +53,7 @@ class _LossModule(nn.Module):
         check_values(**{name: arguments.arguments[name] for name in inspect.signature(check_values).parameters})
         self.keywords: tuple[str, ...] = known
         self.options = {name: x for name, x in options.items() if name != "queue"}
-        self.queue = options.get("queue")  # a NegativeQueue becomes a submodule: it moves and is saved with the loss
+        self.queue = options.get("queue")
         if isinstance(self.queue, Columns) and isinstance(self.queue.features, NegativeQueue):
             self.queue_features = self.queue.features
 
@@ -88,7 +91,8 @@ class RowLossModule(_LossModule):
         self.keywords = ("temperature", *LossOptions.__annotations__, *self.of_the_call)
         self.row_loss = row_loss
 
-    def forward(self, z1: Tensor, z2: Tensor, **call) -> Tensor | tuple[Tensor, LossStats]:
+    @method_returns_stats
+    def forward(self, /, z1: Tensor, z2: Tensor, **call) -> Tensor | tuple[Tensor, LossStats]:
         """Loss of the pairs z1, z2 [B, D]; call-time keywords as in the function."""
         return self._loss(z1, z2, **self._arguments(call))
 
@@ -163,7 +167,8 @@ class FalseNegativeLoss(_LossModule):
         options |= {"temperature": temperature, "queue": queue}
         super().__init__(fused_false_negative_loss, false_negative.check_values, ("views",), options)
 
-    def forward(self, views: Tensor, **call) -> Tensor | tuple[Tensor, FalseNegativeStats]:
+    @method_returns_stats
+    def forward(self, /, views: Tensor, **call) -> Tensor | tuple[Tensor, FalseNegativeStats]:
         """Loss of views [V, B, D]; call-time keywords as in the function."""
         return fused_false_negative_loss(views, **self._arguments(call))
 
@@ -175,7 +180,8 @@ class SupConLoss(_LossModule):
         options |= {"temperature": temperature, "positives": positives}
         super().__init__(fused_supcon_loss, supcon.check_values, ("features", "labels"), options)
 
-    def forward(self, features: Tensor, labels: Tensor, **call) -> Tensor | tuple[Tensor, SupConStats]:
+    @method_returns_stats
+    def forward(self, /, features: Tensor, labels: Tensor, **call) -> Tensor | tuple[Tensor, SupConStats]:
         """Loss of features [N, D] or [V, B, D] with labels [N] or [B]; call-time keywords as in the function."""
         return fused_supcon_loss(features, labels, **self._arguments(call))
 
@@ -202,8 +208,10 @@ class SelfLabelingLoss(_LossModule):
         inputs = ("q", "k", "q_mix", "perm", "theta")
         super().__init__(fused_self_labeling_loss, self_labeling.check_values, inputs, options)
 
+    @method_returns_stats
     def forward(
         self,
+        /,
         q: Tensor,
         k: Tensor,
         q_mix: Tensor | None = None,
@@ -234,8 +242,9 @@ class SoftTargetLoss(_LossModule):
         }  # fmt: skip
         super().__init__(fused_soft_target_loss, soft_target.check_values, ("queries", "keys", "teacher"), options)
 
+    @method_returns_stats
     def forward(
-        self, queries: Tensor, keys: Tensor | NegativeQueue, teacher: Tensor, **call
+        self, /, queries: Tensor, keys: Tensor | NegativeQueue, teacher: Tensor, **call
     ) -> Tensor | tuple[Tensor, SoftTargetStats]:
         """Loss of queries [N, D] against the teacher's [N, D] over keys [M, D] and the queue."""
         return fused_soft_target_loss(queries, keys, teacher, **self._arguments(call))

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -118,13 +119,16 @@ def _words(text: str) -> Tensor:
 class TwoTowers(nn.Module):
     """Docstrings and codes as sums of the same word vectors, rare words weighing more, and a layer for each."""
 
+    rarity: Tensor
+
     def __init__(self, rarity: Tensor):
         super().__init__()
         self.register_buffer("rarity", rarity)
         self.words = nn.EmbeddingBag(BUCKETS, FEATURES, mode="sum")
-        self.layers = nn.ModuleList(nn.Linear(FEATURES, FEATURES, bias=False) for _ in range(2))
-        for layer in self.layers:  # at first both towers agree on texts that share words
+        layers = [nn.Linear(FEATURES, FEATURES, bias=False) for _ in range(2)]
+        for layer in layers:  # at first both towers agree on texts that share words
             nn.init.eye_(layer.weight)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, side: int, texts: list[Tensor], kept: float = 1.0) -> Tensor:
         """[len(texts), FEATURES]; side 0 for docstrings, 1 for codes; a share `kept` of the words counts."""
@@ -139,7 +143,7 @@ def loss_of(method: str, docstrings: Tensor, codes: Tensor, ids: Tensor) -> Tens
         return ce.fused_infonce_loss(docstrings, codes, TEMPERATURE)
     if method == "known cancelled":
         return ce.fused_infonce_loss(docstrings, codes, TEMPERATURE, ids=ids)
-    mode = method.removeprefix("FNC ")
+    mode: Literal["eliminate", "attract"] = "eliminate" if method == "FNC eliminate" else "attract"
     views = torch.stack([docstrings, codes])
     return ce.fused_false_negative_loss(views, TEMPERATURE, mode=mode, top_k=TOP_K, threshold=THRESHOLD)
 
@@ -152,9 +156,9 @@ def train(method: str, corpus: Corpus, seed: int, steps: int, batch: int) -> Out
     encoder = TwoTowers(corpus.rarity())
     optimizer = torch.optim.Adam(encoder.parameters(), LEARNING_RATE)
 
-    def encode(which: Tensor, kept: float = 1.0) -> list[Tensor]:
-        sides = enumerate((corpus.docstrings, corpus.codes))
-        return [encoder(side, [texts[i] for i in which.tolist()], kept) for side, texts in sides]
+    def encode(which: Tensor, kept: float = 1.0) -> tuple[Tensor, Tensor]:
+        docstrings, codes = ([texts[i] for i in which.tolist()] for texts in (corpus.docstrings, corpus.codes))
+        return encoder(0, docstrings, kept), encoder(1, codes, kept)
 
     for _ in range(steps):
         which = seen[torch.randperm(len(seen))[:batch]]
@@ -200,9 +204,11 @@ def _few_shot(features: Tensor, modules: Tensor) -> float:
 def _detection(views: Tensor, ids: Tensor) -> dict[float, tuple[float, float]]:
     curve = {}
     for threshold in THRESHOLDS:
-        options = {"top_k": TOP_K, "threshold": threshold, "labels": ids, "return_stats": True}
-        _, stats = ce.fused_false_negative_loss(views, TEMPERATURE, **options)
-        curve[threshold] = (float(stats.precision), float(stats.recall))
+        _, stats = ce.fused_false_negative_loss(
+            views, TEMPERATURE, top_k=TOP_K, threshold=threshold, labels=ids, return_stats=True
+        )
+        shares = stats.to_dict()
+        curve[threshold] = (shares["precision"], shares["recall"])
     return curve
 
 

@@ -1,29 +1,40 @@
-"""How much memory a loss needs beside its inputs and their gradients, before you run it."""
+"""How much memory a loss needs beside its inputs, before you run it.
+
+A formula for every backend of what is alive at its peak, in InfoNCE over pairs: arrays as long as the batch, tiles, and
+what is as large as the matrix where a backend keeps it. tests/test_estimates.py holds them to measurements, those of
+the GPU to bench/results/nvidia-h200.json.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from ..batch.request import LAYOUTS, Layout
+from ..backends import cpu, cuda, dispatch
+from ..backends.torch import kept, row_stats
+from ..backends.triton import row_stats as triton
+from ..backends.triton import sweeps
+from ..batch.request import LAYOUTS
+from ..checks import check_choice
 from ..numerics import SUPPORTED_DTYPES, stats_dtype
 
-# Copies of the [N, M] matrix alive at the peak of eager PyTorch's forward + backward (logits, mask, softmax, gradient);
-# measured 3.2 at N = 16,384 on the CPU (docs/measurements.md).
-DENSE_COPIES = 3.2
-# [rows, D] arrays of the statistics dtype alive at the fused peak: unit vectors, operands, their gradients.
-FUSED_COPIES = 8
-# Tiles and partial sums, whatever N is.
-FUSED_WORKSPACE = 32 * 2**20
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Peak bytes of forward + backward beyond the inputs and their gradients."""
+    """Peak bytes of forward + backward beyond the inputs, gradients included.
+
+    dense    eager PyTorch, which has the whole matrix in memory
+    fused    this library on `backend`
+    """
 
     dense: int
     fused: int
+    backend: str
 
     @property
     def ratio(self) -> float:
@@ -31,29 +42,138 @@ class MemoryEstimate:
         return self.dense / self.fused
 
     def __str__(self) -> str:
-        return (
-            f"dense {self.dense / 2**20:,.0f} MiB, fused {self.fused / 2**20:,.0f} MiB ({self.ratio:,.0f} times less)"
-        )
+        less = f"{self.ratio:,.1f} times less" if self.ratio >= 1 else f"{1 / self.ratio:,.1f} times more"
+        return f"dense {mebibytes(self.dense)} MiB, {self.backend!r} {mebibytes(self.fused)} MiB ({less})"
+
+
+def mebibytes(size: int) -> str:
+    """A number of MiB for people: digits behind the point only where there are few before it."""
+    mib = size / MIB
+    return f"{mib:,.{0 if mib >= 10 else 1 if mib >= 1 else 2}f}"
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """A call in numbers: anchors and columns of the matrix, and of how many sides; numbers in z1 and z2, in the queue
+    and in the columns of other ranks; D; bytes of a number of the inputs and of one of the statistics; where it runs.
+    """
+
+    anchors: int
+    columns: int
+    sides: int
+    own: int
+    queue: int
+    others: int
+    dim: int
+    item: int
+    stats: int
+    device: str
+
+    @property
+    def matrix(self) -> int:
+        return self.anchors * self.columns * self.stats
+
+    @property
+    def further_columns(self) -> float:
+        """Those of other ranks, with their gradient, and a queue of 16 bits in the statistics dtype, twice."""
+        widened = 0 if self.item == self.stats else 2 * self.stats + self.item
+        return 3.3 * self.others * self.stats + self.queue * widened
+
+
+def _dense(c: _Sizes) -> float:
+    """Logits, the masked ones, their softmax and its gradient; unit vectors and gradients."""
+    return 4 * c.matrix + (5 * c.own + 2 * c.others) * c.stats
+
+
+def _reference(c: _Sizes) -> float:
+    return 6 * c.matrix + 5 * c.own * c.stats + c.further_columns
+
+
+def _cpu(c: _Sizes) -> float:
+    """Unit vectors, their gradient and that of the inputs; of every thread two tiles and the library's operands."""
+    tiles = min(1.2 * MIB * torch.get_num_threads(), 0.75 * c.matrix)
+    rows = 6 * c.stats if c.queue or c.others else 2 * c.stats + c.item  # the former composed of tensor operations
+    return rows * c.own + tiles + c.further_columns
+
+
+def _torch(c: _Sizes) -> float:
+    """A small problem keeps its exponentials, and the backward makes two more of them; a large one has a few tiles,
+    fewer against a queue, which has no backward."""
+    size = row_stats.TILE.get(c.device, row_stats.TILE_ELSEWHERE)
+    keys = c.queue // c.dim
+
+    def blocks(columns: int, tiles: float) -> tuple[float, float]:
+        """Bytes at the peak, and from there on to the backward."""
+        matrix = c.anchors * columns * c.stats
+        if c.sides * matrix <= kept.KEPT_BYTES:
+            return 3.2 * matrix, matrix
+        return tiles * min(size, c.anchors) * min(size, columns) * c.stats, 0
+
+    batch, held = blocks(c.columns - keys, 6.5)
+    return max(batch, held + blocks(keys, 2.5)[0]) + 4.5 * c.own * c.stats + c.further_columns
+
+
+def _triton(c: _Sizes) -> float:
+    """Forward: operands and the partial results of columns. Backward: operands, their gradient, that of the inputs."""
+    if c.queue or c.others:
+        return _cuda(c)
+    tile_rows = 256 if c.item == 2 else 64
+    partials = -(-c.anchors // tile_rows) * c.columns * c.stats
+    forward = c.own * c.item + min(sweeps.WORKSPACE_BYTES, partials)
+    weights = min(_weights(c.dim), c.anchors * c.columns * c.item)
+    return max(forward, 2 * c.own * c.item + _split_gradient(c) + weights)
+
+
+def _cuda(c: _Sizes) -> float:
+    """Tensor operations around the sweeps: unit vectors, operands and gradients in the statistics dtype."""
+    weights = min(_weights(c.dim), c.anchors * c.columns * c.item)
+    return 4 * c.own * c.stats + _split_gradient(c) + weights + c.further_columns
+
+
+def _split_gradient(c: _Sizes) -> int:
+    """The gradient of the operands, in as many parts as give every processor something to do."""
+    rows = min(8192, c.anchors * c.columns // 128)
+    return max(c.own, rows * c.dim) * c.stats
+
+
+def _weights(dim: int) -> int:
+    """The workspace of the weights, for more features than a program holds."""
+    return 0 if dim <= 256 else sweeps.WORKSPACE_BYTES if dim <= sweeps.WIDE_FEATURES else sweeps.WIDE_WORKSPACE_BYTES
+
+
+_MODELS: dict[str, Callable[[_Sizes], float]] = {
+    cuda.NAME: _cuda,
+    triton.NAME: _triton,
+    cpu.NAME: _cpu,
+    row_stats.NAME: _torch,
+    dispatch.REFERENCE: _reference,
+}
 
 
 def estimate_memory(
     batch_size: int,
     dim: int,
     *,
-    layout: Layout = "two_view",
+    layout: Literal["two_view", "one_way", "symmetric"] = "two_view",
     queue_size: int = 0,
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
 ) -> MemoryEstimate:
-    """Estimate peak memory of one loss, forward and backward, for the dense formula and for the fused one.
+    """Estimate peak memory of InfoNCE, forward and backward, for the dense formula and for a backend of this library.
 
     batch_size   B, pairs of one rank
     dim          D, features
     layout, queue_size, dtype  as in the loss
     world_size   ranks of `group`, whose candidates every rank holds
+    backend      a name, also of one that cannot run here; "auto": the one that a call would take on this machine's GPU
+                 or, without one, on its CPU
+    Returns      bytes, within a factor of 1.5 of what is measured from 1 MiB on. Debiased and decoupled losses take as
+                 much; hard negatives, with two exponents, up to twice as much of what is as large as the matrix
+    Raises       ValueError or TypeError on values that no loss takes
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}.")
+    check_choice("layout", layout, LAYOUTS)
+    dispatch.check_backend_name(backend)
     if dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype!r}.")
     if batch_size < 1 or dim < 1 or world_size < 1 or queue_size < 0:
@@ -61,10 +181,20 @@ def estimate_memory(
             "need batch_size, dim, world_size >= 1 and queue_size >= 0; "
             f"got {batch_size}, {dim}, {world_size}, {queue_size}."
         )
-    itemsize = stats_dtype(dtype).itemsize
-    rows = 2 * batch_size if layout == "two_view" else batch_size
-    columns = rows * world_size + queue_size
-    return MemoryEstimate(
-        dense=int(DENSE_COPIES * rows * columns * itemsize),
-        fused=FUSED_COPIES * (rows + columns) // 2 * dim * itemsize + FUSED_WORKSPACE,
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if backend == "auto":
+        backend = dispatch.select(backend, device, stats_dtype(dtype), dtype, dim).name
+    anchors = 2 * batch_size if layout == "two_view" else batch_size
+    sizes = _Sizes(
+        anchors=anchors,
+        columns=anchors * world_size + queue_size,
+        sides=2 if layout == "symmetric" else 1,
+        own=2 * batch_size * dim,
+        queue=queue_size * dim,
+        others=anchors * (world_size - 1) * dim,
+        dim=dim,
+        item=dtype.itemsize,
+        stats=stats_dtype(dtype).itemsize,
+        device=device.type,
     )
+    return MemoryEstimate(int(_dense(sizes)), int(_MODELS[backend](sizes)), backend)

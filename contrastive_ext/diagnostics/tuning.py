@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from ..backends.triton import launch as triton_launch
 
@@ -88,6 +87,8 @@ def _tune(configs, line, step: Callable[[], object], expected: list[Tensor]) -> 
 
 def _try(configs, line, config, step: Callable[[], object], expected: list[Tensor]) -> float | str:
     """Median seconds of the step with a tile, or why it cannot be taken."""
+    from torch.utils.benchmark import Timer  # imports setuptools and the tools for C++ extensions
+
     before = configs.preferred.get(line)
     configs.preferred[line] = config
     try:

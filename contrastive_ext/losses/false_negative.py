@@ -28,6 +28,7 @@ from ..checks import check_choice, check_number, check_tensor, describe
 from ..numerics import logsumexp_pair, softplus
 from ..operators.row_stats import row_stats
 from ..problem.pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
+from .overloads import returns_stats
 from .supcon import image_labels
 
 DEFAULT_TEMPERATURE = 0.1
@@ -60,6 +61,7 @@ class FalseNegativeStats:
         return {name: float(value) for name, value in values.items() if value is not None}
 
 
+@returns_stats
 def fused_false_negative_loss(
     views: Tensor,
     temperature: float | Tensor | None = None,

@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, TypedDict, TypeVar
+from typing import Literal, ParamSpec, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,12 @@ from ..batch.request import Layout, Request
 from ..checks import check_exponents, check_keywords
 from ..operators.whole_loss import operators_for, whole_loss
 from .dense import dense_logits
+from .overloads import LossFunction, returns_stats
 from .row_loss import RowLoss, RowStatistics, check_row_loss
 from .stats import Diagnostics, LossStats, summarize, warn_if_clamped
 from .sweeps import sweep
 
-_Function = TypeVar("_Function", bound=Callable)
+_P = ParamSpec("_P")
 
 
 class LossOptions(TypedDict, total=False):
@@ -52,6 +53,7 @@ class LossOptions(TypedDict, total=False):
     group: dist.ProcessGroup | distributed.AllRanks | None
 
 
+@returns_stats
 @distributed.across_ranks
 def fused_row_loss(
     row_loss: RowLoss,
@@ -221,7 +223,7 @@ def _where_empty(empty: Tensor, losses: Tensor, pos: Tensor, nothing: float) -> 
     return torch.where(empty, 0.0 * pos + nothing, losses)
 
 
-def loss_function(function: _Function) -> _Function:
+def loss_function(function: Callable[_P, Tensor | tuple[Tensor, LossStats]]) -> LossFunction[_P, LossStats]:
     """A public loss that takes `LossOptions` as **options and no others: they show in its signature; `across_ranks`."""
     own = inspect.signature(function)
     kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -235,4 +237,4 @@ def loss_function(function: _Function) -> _Function:
         return function(*args, **keywords)
 
     checked.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
-    return distributed.across_ranks(checked)  # type: ignore[return-value]
+    return returns_stats(distributed.across_ranks(checked))

@@ -29,6 +29,7 @@ from ..batch.columns import Columns, ColumnSet
 from ..batch.queue import NegativeQueue
 from ..checks import can_read, check_number, check_positive, describe
 from ..numerics import softplus
+from .overloads import returns_stats
 from .soft_target import check_vectors, cross_entropy, dense_keys, entropy, older_keys, sweep_keys
 from .stats import Record
 
@@ -76,6 +77,7 @@ class Labels(NamedTuple):
     entropy: Tensor
 
 
+@returns_stats
 def fused_self_labeling_loss(
     q: Tensor,
     k: Tensor,

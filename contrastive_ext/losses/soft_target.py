@@ -25,6 +25,7 @@ from ..checks import check_positive, check_tensor
 from ..numerics import logsumexp_pair
 from ..operators.row_stats import row_stats
 from ..problem.pairs import UNFILLED
+from .overloads import returns_stats
 from .stats import Record
 
 DEFAULT_TEMPERATURE = 0.1
@@ -46,6 +47,7 @@ class SoftTargetStats(Record):
     teacher_confidence: Tensor
 
 
+@returns_stats
 def fused_soft_target_loss(
     queries: Tensor,
     keys: Tensor | NegativeQueue,

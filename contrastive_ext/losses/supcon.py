@@ -27,6 +27,7 @@ from ..checks import check_choice, describe
 from ..numerics import softplus
 from ..operators.row_stats import row_stats
 from ..problem.pairs import integers
+from .overloads import returns_stats
 from .stats import Record
 
 DEFAULT_TEMPERATURE = 0.1
@@ -47,6 +48,7 @@ class SupConStats(Record):
     positive_similarity: Tensor
 
 
+@returns_stats
 @distributed.across_ranks
 def fused_supcon_loss(
     features: Tensor,

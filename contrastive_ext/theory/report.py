@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..diagnostics.memory import estimate_memory
+from ..diagnostics.memory import estimate_memory, mebibytes
 from .coupon import (
     collision_probability,
     coverage_probability,
@@ -22,14 +22,19 @@ from .coupon import (
 
 TARGETS = (0.5, 0.9, 0.99)  # coverages whose batch size is printed
 _LARGEST_DEFAULT = 2**16
-_COLUMNS = ("batch B", "negatives", "coverage", "collision", "E ln(Col+1)", "false negatives", "dense MiB", "fused MiB")
+_COLUMNS = (  # two lines, so that the table fits into 80 characters
+    ("batch", "negatives", "", "", "E ln", "false", "dense", "fused"),
+    ("B", "2 B - 2", "coverage", "collision", "(Col+1)", "negatives", "MiB", "MiB"),
+)
 _LEGEND = """\
-negatives        of an anchor in the two-view loss, 2 B - 2: two views of B - 1 images, so that coverage and collisions
-                 count B - 1 draws (with the anchor B)
+negatives        of an anchor in the two-view loss, two views of every other image; coverage counts these images and \
+the anchor's own, collisions count these images
 coverage         probability that the batch shows every class: below it the loss compares with a part of the classes
-collision        probability that a negative has the anchor's class;  E ln(Col+1): what the loss pays for it, nats
+collision        probability that a negative has the anchor's class
+E ln(Col+1)      what the loss pays for collisions, nats
 false negatives  expected number among the negatives of an anchor
-MiB              peak memory of the loss, forward + backward, dense formula and fused, float32"""
+dense, fused     peak memory of the loss, forward + backward, float32, D = {dim}: eager PyTorch, and the backend \
+{backend!r}, which `auto` takes here"""
 
 
 def read_counts(path: Path) -> Tensor:
@@ -70,10 +75,11 @@ def table(prior: Tensor, batch_sizes: Sequence[int] | None = None, dim: int = 12
     lines.append(f"false-negative rate {rate:.4g}: {suggestion}")
     needed = [1 + num_negatives_for(target, prior=present) for target in TARGETS] if len(present) > 1 else []
     rows = [_row(b, present, rate, dim) for b in batch_sizes or _default_sizes(needed)]
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    lines += ["", *("  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in [_COLUMNS, *rows])]
+    widths = [max(map(len, column)) for column in zip(*_COLUMNS, *rows, strict=True)]
+    lines += ["", *("  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in [*_COLUMNS, *rows])]
     reached = ", ".join(f"{target:.0%} from B = {b:,}" for target, b in zip(TARGETS, needed, strict=False))
-    return "\n".join([*lines, "", f"coverage {reached}" if reached else "one class is always covered", "", _LEGEND])
+    legend = _LEGEND.format(dim=dim, backend=estimate_memory(1, dim).backend)
+    return "\n".join([*lines, "", f"coverage {reached}" if reached else "one class is always covered", "", legend])
 
 
 def draw(prior: Tensor, path: Path) -> None:
@@ -117,13 +123,9 @@ def _row(batch: int, prior: Tensor, rate: float, dim: int) -> tuple[str, ...]:
         f"{float(collision_probability(batch - 1, prior)):.4g}",
         f"{float(expected_log_collisions(batch - 1, prior)):.3f}",
         f"{(2 * batch - 2) * rate:,.1f}",
-        _mebibytes(memory.dense),
-        _mebibytes(memory.fused),
+        mebibytes(memory.dense),
+        mebibytes(memory.fused),
     )
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.{0 if size >= 10 * 2**20 else 2}f}"
 
 
 def _default_sizes(needed: Sequence[int]) -> list[int]:

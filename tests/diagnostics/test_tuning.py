@@ -40,7 +40,7 @@ def _clock(monkeypatch, seconds):
             raise RuntimeError("out of resource: shared memory\nand more")
         return SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(median=seconds[config]))
 
-    monkeypatch.setattr(tuning, "Timer", timer)
+    monkeypatch.setattr("torch.utils.benchmark.Timer", timer)
 
 
 def _step(change=lambda config: 0.0):

@@ -13,13 +13,14 @@ from bench import negatives
 from bench.__main__ import main as bench
 from contrastive_ext import estimate_memory
 from contrastive_ext.__main__ import main
+from contrastive_ext.diagnostics.memory import mebibytes
 from contrastive_ext.theory import coverage_probability, expected_log_collisions, num_negatives_for
 
 
 def printed_rows(text: str) -> dict[str, list[str]]:
     """Rows of the table by batch size."""
     lines = [line.split() for line in text.splitlines()]
-    start = next(i for i, cells in enumerate(lines) if cells[:2] == ["batch", "B"])
+    start = next(i for i, cells in enumerate(lines) if cells[:2] == ["B", "2"])
     return {cells[0]: cells for cells in lines[start + 1 :] if len(cells) == 8 and cells[0].replace(",", "").isdigit()}
 
 
@@ -33,7 +34,7 @@ def test_table_holds_what_the_functions_return(capsys):
     assert float(coverage) == pytest.approx(float(coverage_probability(1024, num_classes=100)), rel=1e-3)
     assert float(log_collisions) == pytest.approx(float(expected_log_collisions(1023, torch.ones(100))), abs=1e-3)
     memory = estimate_memory(1024, 64)
-    assert [dense, fused] == [f"{size / 2**20:,.0f}" for size in (memory.dense, memory.fused)]
+    assert [dense, fused] == [mebibytes(size) for size in (memory.dense, memory.fused)]
     assert "false-negative rate 0.01:" in text and "tau_plus" in text
     assert f"50% from B = {1 + num_negatives_for(0.5, num_classes=100)}" in text
 
