@@ -1,6 +1,6 @@
 """What `python -m contrastive_ext` shows in a terminal of 80 and of 120 columns, held to captures in tests/captures.
 
-A change that is meant: `CAPTURE=1 pytest tests/project/test_command_line.py` writes them again; look at them before committing.
+A change that is meant: `CAPTURE=1 pytest tests/project/test_command_line.py` writes them again; look at them first.
 """
 
 from __future__ import annotations
