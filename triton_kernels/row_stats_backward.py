@@ -95,6 +95,12 @@ def load_columns(p_terms, j0, stride, EXPONENTS: tl.constexpr, FACTORED: tl.cons
 
 
 @triton.jit
+def weighted(b_exp, b_omega):
+    """b_exp times its weight; a logit that weighs nothing is not in lse and its exponential may be infinite."""
+    return tl.where(b_omega > 0.0, b_exp * b_omega, 0.0)
+
+
+@triton.jit
 def where_kept(m_keep, b_value):
     """b_value where the pair counts, else 0; a mask of None keeps everything."""
     return b_value if m_keep is None else tl.where(m_keep, b_value, 0.0)
@@ -116,11 +122,11 @@ def weight_tile(
         else:
             if FORWARD:
                 b_exp = tl.exp2(b_x * EXPONENTS[k] - row_term[0][k][:, None])
-                b_exp = b_exp if b_row_omega is None else b_exp * b_row_omega
+                b_exp = b_exp if b_row_omega is None else weighted(b_exp, b_row_omega)
                 b_weight += where_kept(m_keep, b_exp * row_term[1][k][:, None])
             if REVERSE:
                 b_exp = tl.exp2(b_x * EXPONENTS[k] - col_term[0][k][None, :])
-                b_exp = b_exp if b_col_omega is None else b_exp * b_col_omega
+                b_exp = b_exp if b_col_omega is None else weighted(b_exp, b_col_omega)
                 b_weight += where_kept(m_reverse, b_exp * col_term[1][k][None, :])
     return b_weight
 
