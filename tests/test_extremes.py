@@ -370,3 +370,19 @@ def test_none_at_the_call_of_other_modules_too():
         (ce.SoftTargetLoss(0.07, teacher_temperature=0.1), (Z, Z.flip(0), Z)),
     ):
         assert torch.equal(module(*inputs, temperature=None), module(*inputs))
+
+
+@pytest.mark.parametrize("dtype, last", [(torch.float32, 2.0**16), (torch.float64, 2.0**45)])
+def test_hard_negatives_whose_sums_round_away_are_refused_and_others_are_right(run, dtype, last):
+    """log R = log N + lse_{1+beta} - lse_beta, two numbers of size beta/t: by then R is the largest negative alone."""
+    backend, device = run
+    z1, z2 = random_pairs(9, 5, dtype, device)
+    for beta in (last, 1e20, 1e36):
+        for name in (backend, "reference"):
+            with pytest.raises(ValueError, match="tell their log-sum-exps apart"):
+                ce.fused_hard_negative_loss(z1, z2, 1.0, beta=beta, backend=name)
+    loss, truth = (
+        ce.fused_hard_negative_loss(z1.to(d), z2.to(d), 1.0, tau_plus=0.0, beta=last - 1, backend=b)
+        for d, b in ((dtype, backend), (torch.float64, "reference"))
+    )
+    torch.testing.assert_close(loss.double(), truth, rtol=0, atol=4 * 2.0**-7)
