@@ -10,7 +10,6 @@ from torch._subclasses import FakeTensor
 
 from .problem.pairs import LARGEST_RESERVED_ID
 
-
 LARGEST_ROUNDING = 2.0**-7  # of the difference of two log-sum-exps, as a share of that of their exponents
 
 
