@@ -305,6 +305,7 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     else:
         kernel = row_stats_backward.row_stats_backward_kernel
         types |= dict.fromkeys(("p_lse", "p_grad", "p_col_terms", "p_col_grad", "p_factor"), accumulator)
+        types |= {"p_power": None if case.variant == "plain" or ranked else accumulator}
         types |= {"p_out": pointer if case.features > configs.RESIDENT_FEATURES else accumulator}
         tables = ("p_row_axis", "p_row_below", "p_col_axis", "p_col_below", "p_shape")
         types |= dict.fromkeys(tables, accumulator if ranked else None)
