@@ -36,7 +36,9 @@ def operators_for(row_loss: RowLoss, z1: Tensor, z2: Tensor, layout: str, backen
     if layout == "one_way" and not z2.requires_grad:
         return None
     chosen = dispatch.select(backend, z1.device, stats_dtype(z1.dtype), z1.dtype, z1.shape[1])
-    return chosen.whole_loss(z1.dtype)
+    rows, columns = (2 * len(z1), 2 * len(z1)) if layout == "two_view" else (len(z1), len(z2))
+    numbers = rows * columns * len(row_loss.exponents) * (2 if layout == "symmetric" else 1)
+    return chosen.whole_loss(z1.dtype, numbers)
 
 
 def whole_loss(

@@ -25,7 +25,7 @@ BLOCK_OF_ONE, BLOCK_OF_MANY = 1024, 128  # anchors of a block
 READ_AT_ONCE = 8192  # partial results times anchors
 
 
-def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
+def whole_loss(dtype: torch.dtype, numbers: int) -> WholeLossOps | None:
     """The operators of the short road; the interpreter truncates to bf16 where a GPU rounds."""
     return None if dtype == torch.bfloat16 and launch.interpreted() else _OPERATORS
 
