@@ -14,13 +14,12 @@ import math
 import torch
 from torch import Tensor
 
+from ...checks import can_read
 from ...numerics import round_operand, scaled_norm, softplus, stats_dtype
 from ...problem.pairs import Pairs
 from ...problem.problem import Problem
 from ...problem.short_road import WholeLossOps
 from . import kept
-
-_OVERWHELMED = 60.0  # e^60 times the sum itself: far below the floor, and finite in float32
 
 
 def whole_loss(dtype: torch.dtype, numbers: int) -> WholeLossOps | None:
@@ -35,8 +34,7 @@ def _forward(
     z = torch.cat([z1, z2]).to(stats_dtype(z1.dtype))
     lengths = z.new_empty(0)
     if normalize:
-        shrink, norm = scaled_norm(z)
-        u, lengths = z * shrink / norm, shrink / norm
+        u, lengths = _unit(z)
     else:
         u = z - (z - z)  # an infinity is NaN (numerics.operand)
     u = round_operand(u, z1.dtype)
@@ -56,6 +54,16 @@ def _forward(
     return loss, u, lengths, cosine, *derivatives, *made.blocks, *made.sums, share
 
 
+def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows as `numerics.normalize` makes them, and what every row was multiplied by."""
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    if can_read(norm) and norm.amax() < torch.inf:  # a look in place of five operations
+        norm = norm.masked_fill(norm <= torch.finfo(z.dtype).tiny ** 0.5, torch.inf)
+        return z / norm, norm.reciprocal()
+    shrink, norm = scaled_norm(z)
+    return z * shrink / norm, shrink / norm
+
+
 def _row_losses(
     formula: str, parameters: tuple[float, ...], lse: Tensor, pos: Tensor, count: int, scale: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -67,19 +75,18 @@ def _row_losses(
     if formula == "hard_negative":
         log_sum = math.log(count) + (lse[1] - lse[0])
     if formula != "infonce":
-        tau_plus, log_floor = parameters[0], math.log(count) - scale
-        shift = log_sum.clamp(min=log_floor)
-        raw = total = torch.exp(log_sum - shift)
-        floor = torch.exp(log_floor - shift)
-        if tau_plus > 0:
-            hidden = torch.exp((pos + (math.log(count) + math.log(tau_plus)) - shift).clamp(max=_OVERWHELMED))
-            raw = (total - hidden) / (1 - tau_plus)
-        clamped = (raw < floor) | (raw <= 0)  # not NaN: it must reach the loss
-        raw = raw.masked_fill(clamped, 1.0)
-        inverse = (1 / ((1 - tau_plus) * raw)).masked_fill(clamped, 0.0)
-        log_sum = torch.where(clamped, log_floor, shift + raw.log())
-        by_sum, by_scale = total * inverse, zero - clamped.to(zero.dtype)
-        by_pos = -1 - hidden * inverse if tau_plus > 0 else by_pos
+        tau_plus, log_floor, log_raw, clamped = parameters[0], math.log(count) - scale, log_sum, None
+        if tau_plus > 0:  # Ng = sum (1 - hidden) / (1 - tau_plus), hidden = tau_plus N e^pos / sum
+            hidden = torch.exp((pos - log_sum + (math.log(count) + math.log(tau_plus))).clamp(max=1.0))
+            clamped = hidden >= 1  # not NaN: it must reach the loss
+            rest = (1 - hidden).masked_fill(clamped, 1.0)
+            log_raw = log_sum + rest.log() - math.log1p(-tau_plus)
+        below = log_raw < log_floor
+        clamped = below if clamped is None else clamped | below
+        log_sum = torch.where(clamped, log_floor, log_raw)
+        by_sum = (torch.ones_like(pos) if tau_plus == 0 else 1 / rest).masked_fill(clamped, 0.0)
+        by_pos = -1 - hidden * by_sum if tau_plus > 0 else by_pos
+        by_scale = -clamped.to(zero.dtype) if isinstance(scale, Tensor) else zero
     gap = log_sum - pos
     pull = torch.sigmoid(gap)
     by_lse = pull if by_sum is None else pull * by_sum
@@ -88,7 +95,7 @@ def _row_losses(
         by_lse = torch.stack([zero, by_lse / (1 + beta)] if detach else [-by_lse, by_lse])
     else:
         by_lse = by_lse[None]
-    return softplus(gap), by_lse, pull * by_pos, pull * by_scale, clamped
+    return softplus(gap), by_lse, pull * by_pos, by_scale if by_scale is zero else pull * by_scale, clamped
 
 
 def _backward(
