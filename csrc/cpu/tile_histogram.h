@@ -194,8 +194,7 @@ struct RankedWeightsStrip {
         if (!kShared) from_row = row_weight >= smallest_weight<T>() ? from_row : V{};
         if (kMasked) from_row = keep<T>(classes.pair[r] + j, kColumnIsNegative, from_row, V{});
         if (kColumns) {
-          const V col_weight =
-              by_col.weight(j, in.shape, load(in.cols.count + j), load(in.cols.inverse_count + j));
+          const V col_weight = by_col.weight(j, in.shape, load(in.cols.count + j), load(in.cols.inverse_count + j));
           V from_col = load(in.col_coef + j) * col_weight;
           from_col *= kShared ? shared : exp_shifted<T>(x, T(1), load(in.col_shift + j));
           if (!kShared) from_col = col_weight >= smallest_weight<T>() ? from_col : V{};

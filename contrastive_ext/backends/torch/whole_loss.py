@@ -17,7 +17,7 @@ from torch import Tensor
 from ...checks import can_read
 from ...numerics import round_operand, scaled_norm, softplus, stats_dtype
 from ...problem.pairs import Pairs
-from ...problem.problem import Problem
+from ...problem.problem import Problem, Statistics
 from ...problem.short_road import WholeLossOps
 from . import kept
 
@@ -43,7 +43,7 @@ def _forward(
     sides, count = 2 if layout == "symmetric" else 1, problem.pairs.num_columns - problem.pairs.num_rows // len(z1)
     pos = (cosine * scale).repeat(problem.pairs.num_rows // len(z1) * sides)
     made = kept.forward(problem, columns=sides == 2, means=False, maximum=False)
-    assert made is not None  # whole_loss asked
+    assert made is not None and isinstance(made.stats, Statistics)  # whole_loss asked
     lse = made.stats.lse if sides == 1 else torch.cat([made.stats.lse, made.stats.col_lse], 1)
     if count:
         losses, *derivatives, clamped = _row_losses(formula, parameters, lse, pos, count, scale)
@@ -71,7 +71,8 @@ def _row_losses(
     zero = torch.zeros_like(pos)
     if formula == "decoupled":
         return lse[0] - pos, torch.ones_like(lse), zero - 1, zero, None
-    log_sum, by_sum, by_pos, by_scale, clamped = lse[0], None, -1.0, zero, None
+    by_pos: float | Tensor = -1.0
+    log_sum, by_sum, by_scale, clamped = lse[0], None, zero, None
     if formula == "hard_negative":
         log_sum = math.log(count) + (lse[1] - lse[0])
     if formula != "infonce":

@@ -248,7 +248,10 @@ class Weights:
         shift = shift_of_weights(problem, self.exponents, row_term is not None and col_term is not None and not ranks)
         self.found = [term for term in (row_term, col_term) if term is not None]
         self.scale, self.scale_is_tensor = launch.scale_argument(problem)
-        self.terms, power = (None, None) if col_term is None else self._column_terms(col_term, row_term, shift)
+        self.terms: Tensor | None = None
+        power: Tensor | None = None
+        if col_term is not None:
+            self.terms, power = self._column_terms(col_term, row_term, shift)
         self.vectors = (*(row_term or (None, None))[:2], self.terms, col_term and col_term.grad, power)
         self.vectors += (*_table_of(row_term), *_table_of(col_term), ranks and ranks.shape)
         anchors = {"row_anchors": row_term is not None, "col_anchors": col_term is not None}
