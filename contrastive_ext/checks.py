@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+LARGEST_ROUNDING = 2.0**-7  # of the difference of two log-sum-exps, as a share of that of their exponents
+
 
 def describe(x: object) -> str:
     """dtype, shape and device of a tensor, or what else it is, for an error message."""
@@ -57,7 +59,11 @@ def check_positive(name: str, x: float, dtype: torch.dtype) -> None:
 
 
 def check_exponents(exponents: tuple[float, ...], scale: float | Tensor, dtype: torch.dtype) -> None:
-    """ValueError unless every beta > 0, and 2 beta/temperature is finite in the dtype that computes."""
+    """ValueError unless every beta > 0, and 2 beta/temperature is finite in the dtype that computes.
+
+    Two log-sum-exps are there to be subtracted: their rounding, beta/temperature ulps, must leave digits of what they
+    differ by. A scale on a device is not looked at.
+    """
     known = scale.max().item() if isinstance(scale, Tensor) and can_read(scale) else scale
     reach = 1.0 if isinstance(known, Tensor) else max(1.0, known)
     normal = torch.finfo(dtype)
@@ -65,4 +71,11 @@ def check_exponents(exponents: tuple[float, ...], scale: float | Tensor, dtype: 
         raise ValueError(
             f"exponents (of hard negatives beta, 1 + beta) must be positive, and finite in {dtype} when multiplied by "
             f"2/temperature; got {exponents} and 1/temperature = {known}."
+        )
+    rounding = max(exponents) * reach * normal.eps
+    if len(exponents) == 2 and rounding > LARGEST_ROUNDING * abs(exponents[1] - exponents[0]):
+        raise ValueError(
+            f"exponents (of hard negatives beta, 1 + beta) times 1/temperature are so large that {dtype} cannot tell "
+            f"their log-sum-exps apart: for hard negatives (1 + beta)/temperature goes up to "
+            f"{LARGEST_ROUNDING / normal.eps:.3g} there; got {exponents} and 1/temperature = {known}."
         )

@@ -114,7 +114,7 @@ def normalize(z: Tensor) -> Tensor:
     """
     if not wants_plain_operations():
         return _Normalize.apply(z)
-    shrink, norm = _scaled_norm(z)
+    shrink, norm = scaled_norm(z)
     return z * shrink / norm
 
 
@@ -122,7 +122,7 @@ class _Normalize(torch.autograd.Function):
     # by hand: five tensor operations in the backward instead of twenty (docs/measurements.md, small batches)
     @staticmethod
     def forward(z: Tensor) -> Tensor:
-        shrink, norm = _scaled_norm(z)
+        shrink, norm = scaled_norm(z)
         return z * shrink / norm  # not div_: torch 2.11 compiles an operation in place here into a gradient of zero
 
     @staticmethod
@@ -132,7 +132,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         z, unit = ctx.saved_tensors
-        shrink, norm = _scaled_norm(z)
+        shrink, norm = scaled_norm(z)
         radial = (unit * grad).sum(-1, keepdim=True)
         tangent = torch.addcmul(grad, unit, radial, value=-1)
         if torch.is_grad_enabled():  # to be differentiated again: nothing may be overwritten
@@ -140,7 +140,7 @@ class _Normalize(torch.autograd.Function):
         return tangent.mul_(shrink / norm)
 
 
-def _scaled_norm(z: Tensor) -> tuple[Tensor, Tensor]:
+def scaled_norm(z: Tensor) -> tuple[Tensor, Tensor]:
     """[..., 1] a power of two that keeps a row's squares finite, and the length of the row times it, inf for zero rows.
 
     A row is divided by its length: multiplied by a reciprocal, rows of one feature would not be exactly 1 or -1.

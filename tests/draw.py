@@ -115,7 +115,7 @@ class Draw:
         longest = max(lengths)
         classes = torch.randint(0, 5 if style == "few" else longest + 3, (longest,), generator=self.generator)
         if style == "wide":
-            classes = (classes - longest // 2) * (2**62 // longest)
+            classes = (classes - longest // 2) * (2**62 // (longest + 3))
         elif style == "one":
             classes = torch.full_like(classes, 3)
         elif style == "distinct":

@@ -35,6 +35,7 @@ from contrastive_ext.triton_kernels import (
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from contrastive_ext.backends.triton import ranked_stats as triton_ranked
 from contrastive_ext.backends.triton import sweeps as triton_sweeps
 from contrastive_ext.backends.triton import whole_loss as triton_whole_loss
 
@@ -287,11 +288,11 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     types, constants = types | rule_types, constants | rule_constants
     if case.direction == "histogram":
         kernel = histogram_ranks.histogram_ranks_kernel
-        types |= dict.fromkeys(("p_axis", "p_below", "p_shape", "p_shift", "p_out"), accumulator)
+        types |= dict.fromkeys(("p_axis", "p_below", "p_shape", "p_out"), accumulator)
         types["p_counts"] = "*i32"
-        for name in ("EXPONENTS", "LARGEST", "SHIFT"):
+        for name in ("LARGEST", "SHIFT"):
             del constants[name]
-        constants |= {"BINS": BINS, "PASS": case.variant.split("+")[0].upper()}
+        constants |= {"BINS": BINS, "PASS": case.variant.split("+")[0].upper(), "EXPONENTS": triton_ranked.WITH_SQUARES}
     elif case.direction == "forward":
         kernel = row_stats_forward.row_stats_forward_kernel
         types |= {"p_rows": accumulator, "p_columns": accumulator if columns else None}
@@ -304,6 +305,7 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     else:
         kernel = row_stats_backward.row_stats_backward_kernel
         types |= dict.fromkeys(("p_lse", "p_grad", "p_col_terms", "p_col_grad", "p_factor"), accumulator)
+        types |= {"p_power": None if case.variant == "plain" or ranked else accumulator}
         types |= {"p_out": pointer if case.features > configs.RESIDENT_FEATURES else accumulator}
         tables = ("p_row_axis", "p_row_below", "p_col_axis", "p_col_below", "p_shape")
         types |= dict.fromkeys(tables, accumulator if ranked else None)

@@ -2,7 +2,7 @@
 
     RANGE  smallest and largest logit of every row     -> the axis of its histogram
     COUNT  negatives per bin, integer atomics: any order gives the same counts
-    SUMS   sum of omega e^{s - shift} and, for diagnostics, of its square, of logits and of weights
+    SUMS   log of the sum of omega e^s and, for diagnostics, of its square; sums of logits and of weights
 
 Three launches of one tile loop: each pass needs the result of the one before. problem/ranking.py has the
 mathematics; the backward is the one of the plain statistics with omega in its weights.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import online_lse
 from .pairs import SIZES, keep_tile, load_anchors
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
 
@@ -45,13 +46,15 @@ def rank_weights(
     p_edges = p_below + tl.full((), BINS + 1, tl.int64) * first + o_edges
     b_start = tl.load(p_edges, mask=m_anchors, other=0.0)
     b_end = tl.load(p_edges + 1, mask=m_anchors, other=0.0)
-    o_inverse = 2 * num_anchors.to(tl.int64) + o_anchors
-    b_inverse = tl.expand_dims(tl.load(p_axis + o_inverse, mask=o_anchors < num_anchors, other=0.0), AXIS)
-    b_u = (b_start + b_place * (b_end - b_start - 1.0) + 1.0) * b_inverse
-    b_u = tl.minimum(tl.maximum(b_u, 0.0), 1.0)
+    p_count = p_axis + 2 * num_anchors.to(tl.int64) + o_anchors
+    b_count = tl.load(p_count, mask=o_anchors < num_anchors, other=1.0)
+    b_inverse, b_count = tl.expand_dims(1.0 / b_count, AXIS), tl.expand_dims(b_count, AXIS)
+    b_rank = b_start + b_place * (b_end - b_start - 1.0) + 1.0
+    b_rank = tl.minimum(tl.maximum(b_rank, 0.0), b_count)
+    b_u, b_v = b_rank * b_inverse, (b_count - b_rank) * b_inverse
     b, c, eps = tl.load(p_shape), tl.load(p_shape + 1), tl.load(p_shape + 2)
     low, high = tl.load(p_shape + 3), tl.load(p_shape + 4)
-    b_above, b_from_middle = 1.0 - b_u + eps, 2.0 - 2.0 * b_u - c
+    b_above, b_from_middle = b_v + eps, 2.0 * b_v - c
     b_root = tl.sqrt(b_from_middle * b_from_middle + 4.0 * b_u * b_above)
     # Phi/2 = u / (b + root) and (1 - Phi)/2 = above / (c + 2 eps + root), over their common denominator
     b_phi, b_rest = b_u * (b_root + (c + 2.0 * eps)), b_above * (b_root + b)
@@ -60,17 +63,18 @@ def rank_weights(
 
 @triton.jit(do_not_specialize=[*SIZES])
 def histogram_ranks_kernel(
-    p_u, p_v, scale, p_axis, p_below, p_shape, p_shift, p_counts, p_out, num_rows, num_columns, span,
+    p_u, p_v, scale, p_axis, p_below, p_shape, p_counts, p_out, num_rows, num_columns, span,
     stride_u, stride_v,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
     p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BINS: tl.constexpr,
-    PASS: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PASS: tl.constexpr, EXPONENTS: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, HAS_IMAGES: tl.constexpr,
+    RULES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): tile i of the rows against columns split * span up to the next split.
 
-    p_out [splits, parts, rows]: RANGE smallest, largest; SUMS sum, of squares, of logits, of weights, largest weight
+    p_out [splits, parts, rows]: RANGE smallest, largest; SUMS what `ranking.RankedStatistics` has of a split: lse, log
+    of the sum of squares, sum of logits, of weights, largest weight
     """
     i0, i_split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     operands = (p_u, p_v, stride_u, stride_v)
@@ -87,11 +91,10 @@ def histogram_ranks_kernel(
     anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else ()
     b_nothing = tl.zeros((BLOCK_M,), DTYPE)
     b_lowest, b_highest = b_nothing + float("inf"), b_nothing + float("-inf")
-    b_sum, b_square, b_total, b_weights, b_largest = b_nothing, b_nothing, b_nothing, b_nothing, b_nothing
+    b_total, b_weights, b_largest = b_nothing, b_nothing, b_nothing
+    state = online_lse.init(2, BLOCK_M, DTYPE, True)
     if RESIDENT:
         b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
-    if PASS == "SUMS":
-        b_shift = tl.load(p_shift + o_i, mask=m_i, other=0.0)
     for j0 in range(j_begin, j_end, BLOCK_N):
         o_j = j0 + tl.arange(0, BLOCK_N)
         if RESIDENT:
@@ -111,9 +114,9 @@ def histogram_ranks_kernel(
         else:
             b_weight = rank_weights(b_logit, p_axis, p_below, p_shape, i0, num_rows, BLOCK_M, BINS, 1)
             b_weight = tl.where(m_keep, b_weight, 0.0)
-            b_exp = tl.where(m_keep, b_weight * tl.exp2((b_logit - b_shift[:, None]) * LOG2E), 0.0)
-            b_sum += tl.sum(b_exp, 1)
-            b_square += tl.sum(b_exp * b_exp, 1)
+            # the weight within the exponent: the largest logit may weigh nothing and hide all others
+            b_x = tl.where(m_keep, b_logit * LOG2E + tl.log2(b_weight), float("-inf"))
+            state, _, _ = online_lse.update(state, b_x, EXPONENTS, 1, True)
             b_total += tl.sum(tl.where(m_keep, b_logit, 0.0), 1)
             b_weights += tl.sum(b_weight, 1)
             b_largest = tl.maximum(b_largest, tl.max(b_weight, 1))
@@ -124,8 +127,8 @@ def histogram_ranks_kernel(
     elif PASS == "SUMS":
         p_rows = p_out + i_split.to(tl.int64) * 5 * num_rows + o_i
         part = num_rows.to(tl.int64)
-        tl.store(p_rows, b_sum, mask=m_i)
-        tl.store(p_rows + part, b_square, mask=m_i)
+        tl.store(p_rows, online_lse.finish(state, 0, EXPONENTS), mask=m_i)
+        tl.store(p_rows + part, online_lse.finish(state, 1, EXPONENTS), mask=m_i)
         tl.store(p_rows + 2 * part, b_total, mask=m_i)
         tl.store(p_rows + 3 * part, b_weights, mask=m_i)
         tl.store(p_rows + 4 * part, b_largest, mask=m_i)

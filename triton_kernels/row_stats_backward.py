@@ -25,15 +25,36 @@ from .pairs import SIZES, first_masked, keep_images, keep_tile, load_anchors
 from .scores import LOG2E, load_scale, load_tile, round_to, scores_by_chunks
 
 # One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
-# range: exponents up to 64 leave 2^62 for upstream gradients and 2^-62 for batches and means.
+# range: exponents up to 64 leave 2^62 for upstream gradients and 2^-62 for batches and means. Where upstream gradients
+# are in a and c, these are brought to 1 by a power of two first: `power_of`.
 MAX_FACTORED = tl.constexpr(64.0)
 FP16_EXPONENT = tl.constexpr(14.0)  # of fp16 weights after scaling: neither overflow nor underflow matters
 LARGEST_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
-def load_term(p_lse, p_grad, o_anchors, num_anchors, EXPONENTS: tl.constexpr, FACTORED: tl.constexpr):
-    """(lse_k in units of log 2, beta_k a_k) of anchors; FACTORED: a_k carries exp(-lse_k)."""
+def largest(p_grad, num_anchors):
+    """max_j |p_grad[j]|: every program reads all of it, which is less than a launch, and little beside the columns."""
+    o_block = tl.arange(0, LARGEST_BLOCK)
+    b_largest = tl.zeros((LARGEST_BLOCK,), p_grad.dtype.element_ty)
+    for start in range(0, num_anchors, LARGEST_BLOCK):
+        o_j = start + o_block
+        b_largest = tl.maximum(b_largest, tl.abs(tl.load(p_grad + o_j, mask=o_j < num_anchors, other=0.0)))
+    return tl.max(b_largest, 0)
+
+
+@triton.jit
+def power_of(p_grad, p_other_grad, num_anchors, num_others, NUM: tl.constexpr):
+    """The power of two that brings the largest coefficient of both sides near 1: times exp(-lse) none underflows."""
+    bound = largest(p_grad, NUM * num_anchors)
+    if p_other_grad is not None:
+        bound = tl.maximum(bound, largest(p_other_grad, NUM * num_others))
+    return tl.exp2(tl.minimum(tl.maximum(-tl.ceil(tl.log2(bound)), -100.0), 100.0))
+
+
+@triton.jit
+def load_term(p_lse, p_grad, power, o_anchors, num_anchors, EXPONENTS: tl.constexpr, FACTORED: tl.constexpr):
+    """(lse_k in units of log 2, beta_k a_k) of anchors; FACTORED: a_k is times `power` and carries exp(-lse_k)."""
     b_lses, b_factors = (), ()
     for k in tl.static_range(len(EXPONENTS)):
         o_k = k * num_anchors.to(tl.int64) + o_anchors
@@ -42,7 +63,7 @@ def load_term(p_lse, p_grad, o_anchors, num_anchors, EXPONENTS: tl.constexpr, FA
         b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
         b_factor = tl.load(p_grad + o_k, mask=o_anchors < num_anchors, other=0.0) * EXPONENTS[k]
         if FACTORED:
-            b_factor = b_factor * tl.exp2(-b_lse)
+            b_factor = b_factor * power * tl.exp2(-b_lse)
         b_lses, b_factors = b_lses + (b_lse,), b_factors + (b_factor,)
     return b_lses, b_factors
 
@@ -66,19 +87,30 @@ def is_factored(scale, LARGEST: tl.constexpr, SHIFT: tl.constexpr):
         return SHIFT == "plain"
 
 
-@triton.jit(do_not_specialize=["num_anchors"], do_not_specialize_on_alignment=["p_lse", "p_grad"])
+@triton.jit(
+    do_not_specialize=["num_anchors", "num_others"], do_not_specialize_on_alignment=["p_lse", "p_grad", "p_other_grad"]
+)
 def column_terms_kernel(
-    p_lse, p_grad, scale, p_terms, num_anchors, stride,
+    p_lse, p_grad, p_other_grad, scale, p_terms, p_power, num_anchors, num_others, stride,
     EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Terms of the columns, once a call: p_terms [2 K, stride], beta_k c_k (times exp(-lse'_k) if factored), lse'_k.
 
-    Padded to `stride` with anchors that weigh nothing: a tile reads whole vectors, without a mask.
+    Padded to `stride` with anchors that weigh nothing: a tile reads whole vectors, without a mask. If factored they are
+    times a power of two, left in p_power, from these coefficients and those of the rows, p_other_grad (None: the same).
     """
     o_anchors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b_lses, b_factors = load_term(p_lse, p_grad, o_anchors, num_anchors, EXPONENTS, False)
+    b_lses, b_factors = load_term(p_lse, p_grad, 1.0, o_anchors, num_anchors, EXPONENTS, False)
     factored = is_factored(load_scale(scale, SCALE_IS_TENSOR), LARGEST, SHIFT)
+    if SHIFT != "online":
+        power = tl.where(factored, power_of(p_grad, p_other_grad, num_anchors, num_others, len(EXPONENTS)), 1.0)
+        scaled = ()
+        for k in tl.static_range(len(EXPONENTS)):
+            scaled = scaled + (b_factors[k] * power,)
+        b_factors = scaled
+        if tl.program_id(0) == 0:
+            tl.store(p_power, power)
     store_terms(p_terms, stride, o_anchors, b_lses, b_factors, factored, len(EXPONENTS))
 
 
@@ -92,6 +124,12 @@ def load_columns(p_terms, j0, stride, EXPONENTS: tl.constexpr, FACTORED: tl.cons
         if not FACTORED:
             b_lses = b_lses + (tl.load(p_tile + (len(EXPONENTS) + k) * stride),)
     return b_lses, b_factors
+
+
+@triton.jit
+def weighted(b_exp, b_omega):
+    """b_exp times its weight; a logit that weighs nothing is not in lse and its exponential may be infinite."""
+    return tl.where(b_omega > 0.0, b_exp * b_omega, 0.0)
 
 
 @triton.jit
@@ -116,24 +154,13 @@ def weight_tile(
         else:
             if FORWARD:
                 b_exp = tl.exp2(b_x * EXPONENTS[k] - row_term[0][k][:, None])
-                b_exp = b_exp if b_row_omega is None else b_exp * b_row_omega
+                b_exp = b_exp if b_row_omega is None else weighted(b_exp, b_row_omega)
                 b_weight += where_kept(m_keep, b_exp * row_term[1][k][:, None])
             if REVERSE:
                 b_exp = tl.exp2(b_x * EXPONENTS[k] - col_term[0][k][None, :])
-                b_exp = b_exp if b_col_omega is None else b_exp * b_col_omega
+                b_exp = b_exp if b_col_omega is None else weighted(b_exp, b_col_omega)
                 b_weight += where_kept(m_reverse, b_exp * col_term[1][k][None, :])
     return b_weight
-
-
-@triton.jit
-def largest(p_grad, num_anchors):
-    """max_j |p_grad[j]|: every program reads all of it, which is less than a launch, and little beside the columns."""
-    o_block = tl.arange(0, LARGEST_BLOCK)
-    b_largest = tl.zeros((LARGEST_BLOCK,), tl.float32)
-    for start in range(0, num_anchors, LARGEST_BLOCK):
-        o_j = start + o_block
-        b_largest = tl.maximum(b_largest, tl.abs(tl.load(p_grad + o_j, mask=o_j < num_anchors, other=0.0)))
-    return tl.max(b_largest, 0)
 
 
 @triton.jit
@@ -164,7 +191,7 @@ def sweep(
     p_u, d_u, stride_u = operands[0]
     p_v, d_v, stride_v = operands[1]
     num_rows, num_columns = sizes
-    p_lse, p_grad, p_col_terms, stride_terms, p_col_grad = terms
+    p_lse, p_grad, p_col_terms, stride_terms, p_col_grad, p_power = terms
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape = ranks
     p_out, p_factor, stride_out = outputs
     i0, row_begin, col_begin, j_begin, j_end = where
@@ -172,10 +199,13 @@ def sweep(
     RESIDENT: tl.constexpr = BLOCK_D >= D
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else ()
-    row_term = load_term(p_lse, p_grad, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
+    HAS_POWER: tl.constexpr = FACTORED and p_power is not None
+    power = tl.load(p_power) if HAS_POWER else 1.0
+    row_term = load_term(p_lse, p_grad, power, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
     IS_FP16: tl.constexpr = p_u.dtype.element_ty == tl.float16
     if IS_FP16:
         b_factor = fp16_factor(p_grad, p_col_grad, o_i, num_rows, num_columns, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
+        b_to_fp16 = b_factor / power
     if RESIDENT:
         b_u = load_tile(p_u, d_u, stride_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
         b_sum = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
@@ -209,7 +239,9 @@ def sweep(
                 j_masked = first_masked(i0, j0 + BLOCK_N, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES,
                                         False)  # fmt: skip
         if IS_FP16:
-            b_weight = b_weight * b_factor[:, None]
+            b_weight = b_weight * b_to_fp16[:, None]
+        elif HAS_POWER and not RESIDENT:  # what is stored is a weight
+            b_weight = b_weight / power
         b_weight = round_to(b_weight.to(p_u.dtype.element_ty), PRECISION)
         if RESIDENT:
             b_sum = tl.dot(b_weight, b_v, b_sum, input_precision=PRECISION, out_dtype=DTYPE)
@@ -221,6 +253,8 @@ def sweep(
     b_undo = tl.zeros((BLOCK_M,), DTYPE) + (scale if TIMES_SCALE else 1.0)
     if IS_FP16:
         b_undo = b_undo / b_factor
+    elif HAS_POWER and RESIDENT:
+        b_undo = b_undo / power
     if RESIDENT:
         m_out = (o_i < num_rows)[:, None] & (o_d < D)[None, :]
         tl.store(p_out + o_i.to(tl.int64)[:, None] * stride_out + o_d[None, :], b_sum * b_undo[:, None], mask=m_out)
@@ -234,7 +268,7 @@ def sweep(
     do_not_specialize_on_alignment=["p_lse", "p_grad", "p_col_grad"],
 )
 def row_stats_backward_kernel(
-    p_u, d_u, p_v, d_v, scale, p_lse, p_grad, p_col_terms, p_col_grad,
+    p_u, d_u, p_v, d_v, scale, p_lse, p_grad, p_col_terms, p_col_grad, p_power,
     p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape, p_out, p_factor,
     num_rows, num_columns, row_begin, col_begin, col_end, span, stride_u, stride_v, stride_terms, stride_out,
     p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
@@ -258,7 +292,7 @@ def row_stats_backward_kernel(
     guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
     listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
     rules = ((p_row_ids, p_col_ids), guide, listed, listing)
-    terms = (p_lse, p_grad, p_col_terms, stride_terms, p_col_grad)
+    terms = (p_lse, p_grad, p_col_terms, stride_terms, p_col_grad, p_power)
     ranks = (p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape)
     if BLOCK_D >= D:
         p_out += i_split.to(tl.int64) * num_rows * D

@@ -48,7 +48,7 @@ def top_columns(
     return torch.ops.contrastive_ext.top_columns_cpu(scorers, features, k, num_images, col_ids)
 
 
-def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
+def whole_loss(dtype: torch.dtype, numbers: int) -> WholeLossOps | None:
     """The operators of the short road."""
     return _whole_loss()
 

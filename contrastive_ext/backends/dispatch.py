@@ -22,6 +22,7 @@ from . import cpu, cuda, native
 from .torch import kept as torch_kept
 from .torch import ranked_stats as torch_ranked
 from .torch import row_stats as torch_blocks
+from .torch import whole_loss as torch_whole_loss
 from .triton import ranked_stats as triton_ranked
 from .triton import row_stats as triton
 from .triton import top_columns as triton_top_columns
@@ -36,7 +37,7 @@ class Backend:
     """A way to compute `Statistics` and `RankedStatistics` and their gradients; `why_not` says why it cannot, or None.
 
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
-    `whole_loss`: its operators of the short road (whole_loss.py) for inputs of a dtype, or None.
+    `whole_loss`: its operators of the short road for inputs of a dtype and so many exponentials, or None.
     `kept`: the module with its forward and backward of small problems, which keep their matrix, or None.
     `note`: what a user should know who takes it; `explain` shows it.
     """
@@ -48,7 +49,7 @@ class Backend:
     top_columns: Callable[..., tuple[Tensor, Tensor]]
     ranked_forward: Callable[..., RankedStatistics]
     ranked_backward: Callable[..., tuple[Tensor, Tensor]]
-    whole_loss: Callable[[torch.dtype], WholeLossOps | None] = lambda dtype: None
+    whole_loss: Callable[[torch.dtype, int], WholeLossOps | None] = lambda dtype, numbers: None
     kept: ModuleType | None = None
     needs_proof: bool = False
     note: str = ""
@@ -65,7 +66,7 @@ BACKENDS: tuple[Backend, ...] = (
     _backend(cuda, cuda, cuda, needs_proof=True, note=cuda.NOTE),
     _backend(triton, triton_ranked, triton_top_columns, whole_loss=triton_whole_loss.whole_loss, needs_proof=True),
     _backend(cpu, cpu, cpu, whole_loss=cpu.whole_loss),
-    _backend(torch_blocks, torch_ranked, torch_blocks, kept=torch_kept),
+    _backend(torch_blocks, torch_ranked, torch_blocks, whole_loss=torch_whole_loss.whole_loss, kept=torch_kept),
 )
 
 _announced: set[tuple[str, str]] = set()

@@ -17,13 +17,11 @@ from typing_extensions import Unpack
 
 from ..batch.request import Request
 from ..numerics import softplus
-from ..problem.ranking import Ranking, Ranks, check_ranking, choose_ranks
+from ..problem.ranking import Ranking, Ranks, check_ranking, choose_ranks, histogram_axis
 from .dense import DenseLogits
 from .pair_loss import LossOptions, fused_row_loss, loss_function
 from .row_loss import RowLoss, RowStatistics
 from .stats import LossStats
-
-REFERENCE_ELEMENTS = 2**22  # comparisons of the dense reference at a time: larger temporaries are page faults
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,9 @@ class Bayesian(RowLoss):
         return softplus(log_negatives - stats.pos)
 
     def weighted(self, logits: DenseLogits) -> DenseLogits:
-        """Ranks by comparing every negative of a row with every other, then the weights as the paper writes them."""
-        rank = _ranks_by_comparison(logits)
-        ranking = Ranking(self.tau_plus, self.alpha, self.beta, self.eps, bins=0)
+        """Ranks of every row as their definition has them, exact or of a histogram, and the weights that they make."""
+        ranking = self.ranking(logits.logits.shape[1])
+        rank = _histogram_ranks(logits, ranking.bins) if ranking.bins else _exact_ranks(logits)
         weight = ranking.weight_of_rank(rank, logits.count.clamp(min=1)[:, None])
         return replace(logits, log_weight=weight.log().masked_fill(~logits.negative, 0.0))
 
@@ -74,15 +72,23 @@ class Bayesian(RowLoss):
         return softplus(logits.logsumexp() - logits.pos)
 
 
-def _ranks_by_comparison(logits: DenseLogits) -> Tensor:
-    """[R, C] how many negatives of the row are not larger; O(R C^2) comparisons, a few rows at a time."""
+def _exact_ranks(logits: DenseLogits) -> Tensor:
+    """[R, C] how many negatives of the row are not larger."""
+    x = logits.logits.detach().masked_fill(~logits.negative, -torch.inf)
+    not_larger = torch.searchsorted(x.sort(1).values, x, right=True)  # ignored pairs come first
+    return (not_larger - (~logits.negative).sum(1, keepdim=True)).to(x.dtype)
+
+
+def _histogram_ranks(logits: DenseLogits, bins: int) -> Tensor:
+    """[R, C] ranks interpolated in bins over the row's own range: below + frac (count - 1) + 1."""
     x, negative = logits.logits.detach(), logits.negative
-    height = max(1, REFERENCE_ELEMENTS // x.shape[1] ** 2)
-    blocks = [
-        ((row[:, None, :] <= row[:, :, None]) & kept[:, None, :]).sum(2)
-        for row, kept in zip(x.split(height), negative.split(height), strict=True)
-    ]
-    return torch.cat(blocks).to(x.dtype)
+    lowest, highest = x.masked_fill(~negative, torch.inf).amin(1), x.masked_fill(~negative, -torch.inf).amax(1)
+    low, per_logit, _ = histogram_axis(lowest, highest, logits.count, bins)[:, :, None]
+    position = ((x - low) * per_logit).clamp(0, bins).nan_to_num(nan=0.0)
+    bin_of = position.long().clamp(max=bins - 1)
+    counts = torch.zeros_like(x[:, :1]).repeat(1, bins).scatter_add(1, bin_of, negative.to(x.dtype))
+    below, count = (y.gather(1, bin_of) for y in (counts.cumsum(1) - counts, counts))
+    return below + (position - bin_of) * (count - 1) + 1
 
 
 @loss_function

@@ -101,7 +101,8 @@ def fused_hard_negative_loss(
     z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair
     temperature  > 0, or a 0-d tensor to learn it; cosine units; default 0.5
     tau_plus     in [0, 1), probability that a negative shares the anchor's class
-    beta         >= 0, concentration on hard negatives; 0 is the debiased loss
+    beta         >= 0, concentration on hard negatives; 0 is the debiased loss. (1 + beta)/temperature goes up to 65,536
+                 (float64 3.5e13): rounding leaves the difference of two log-sum-exps no second decimal there
     detach_weights  hold the weights constant in the gradient; the released code does not
     positives    [M, B, D] further views of each image that estimate the correction term in place of the partner
     options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`

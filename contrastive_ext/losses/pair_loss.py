@@ -144,7 +144,7 @@ def fused_row_loss(
         check_exponents(row_loss.exponents, scale, numerics.stats_dtype(z1.dtype))
         by_row = isinstance(scale, Tensor) and scale.dim() == 1
         if request.is_plain and row_loss.formula is not None and isinstance(layout, str) and not by_row:
-            operators = operators_for(z1, z2, layout, backend)
+            operators = operators_for(len(row_loss.exponents), z1, z2, layout, backend)
             if operators is not None:
                 options = scale, layout, normalize, reduction
                 loss, clamped = whole_loss(operators, row_loss.formula, row_loss.exponents, z1, z2, *options)

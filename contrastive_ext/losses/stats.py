@@ -55,7 +55,7 @@ class LossStats(Record):
     hardest_negative     mean over anchors of the largest similarity to a negative
     effective_negatives  mean of (sum w)^2 / sum w^2 for the weights w = e^{beta s}, beta the loss's first exponent: how
                          many negatives an anchor really learns from (Kish's effective sample size); with importance
-                         weights omega, w = omega e^s
+                         weights omega, w = omega e^s; 0 for an anchor whose negatives all weigh 0
     mean_weight          mean importance weight of the negatives (Bayesian loss; 1 for the others)
     max_weight           mean over anchors of the largest importance weight
     clamped_fraction     share of anchors whose negatives get no gradient because of the debiasing floor
@@ -100,12 +100,13 @@ def summarize(
         return (values.masked_fill(~has_negatives, 0.0) * weight).sum()
 
     scale, pos = stats.scale, stats.pos.detach()
+    effective = torch.exp(2 * stats.lse[0].detach() - rows.lse_squared)
     return LossStats(
         accuracy=mean((pos > rows.largest + rounding).to(pos.dtype)),
         positive_similarity=mean(pos / scale),
         negative_similarity=mean(rows.total / rows.negatives.clamp(min=1) / scale),
         hardest_negative=mean(rows.largest / scale),
-        effective_negatives=mean(torch.exp(2 * stats.lse[0].detach() - rows.lse_squared)),
+        effective_negatives=mean(effective.masked_fill(stats.lse[0] == -torch.inf, 0.0)),
         mean_weight=mean(torch.ones_like(pos) if rows.mean_weight is None else rows.mean_weight),
         max_weight=mean(torch.ones_like(pos) if rows.max_weight is None else rows.max_weight),
         clamped_fraction=mean(torch.zeros_like(pos) if clamped is None else clamped.to(pos.dtype)),

@@ -21,7 +21,7 @@ from ..problem.short_road import WholeLossOps
 from .row_stats import FirstOrderOnly
 
 
-def operators_for(z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLossOps | None:
+def operators_for(exponents: int, z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLossOps | None:
     """The operators of the short road for checked z1, z2 without further candidates, or None: the composed road.
 
     Candidates that need no gradient stay on the composed road: there the anchors' gradient is made in the forward.
@@ -31,7 +31,9 @@ def operators_for(z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLos
     if layout == "one_way" and not z2.requires_grad:
         return None
     chosen = dispatch.select(backend, z1.device, stats_dtype(z1.dtype), z1.dtype, z1.shape[1])
-    return chosen.whole_loss(z1.dtype)
+    rows, columns = (2 * len(z1), 2 * len(z1)) if layout == "two_view" else (len(z1), len(z2))
+    numbers = rows * columns * exponents * (2 if layout == "symmetric" else 1)
+    return chosen.whole_loss(z1.dtype, numbers)
 
 
 def whole_loss(

@@ -31,6 +31,7 @@ RANKS = ("auto", "exact", "histogram")
 # Up to so many candidates `auto` sorts: no approximation while the loss is a small part of a training step.
 # Depends on the problem alone, so that a run gives the same numbers on every machine.
 AUTO_EXACT_CANDIDATES = 32768
+AXIS_SLACK = 16  # ulps of its row's largest logit by which a logit may come out differently where it is made again
 
 
 def choose_ranks(ranks: str, candidates: int) -> Literal["exact", "histogram"]:
@@ -106,7 +107,7 @@ class RankedStatistics(NamedTuple):
     lse    [N]        log of the sum over the row's negatives of omega e^s; -inf for a row without any
     aux    [1, N]     count of negatives; with diagnostics [6, N]: count, largest logit, sum of logits, log of the sum
                       of (omega e^s)^2, sum and maximum of the weights
-    axis   [3, N]     histogram only: lowest logit, bins per unit of logit, 1/count
+    axis   [3, N]     histogram only: lowest logit, bins per unit of logit, count
     below  [N, K + 1] histogram only: negatives in lower bins
     """
 
@@ -119,12 +120,14 @@ class RankedStatistics(NamedTuple):
 def histogram_axis(lowest: Tensor, highest: Tensor, count: Tensor, bins: int) -> Tensor:
     """[3, N] axis of histograms over [lowest, highest].
 
-    A row of equal logits puts them at the upper end of its last bin: u = 1, as the largest rank would. A row whose
-    range is not a number gets any axis, its logits make the loss what it has to be.
+    It ends AXIS_SLACK below the highest logit, which so lies at the upper end of its last bin, u = 1, however it is
+    rounded when it is computed again: with beta = 0 and eps = 0 its weight is 0 and nothing else. Rows of equal logits
+    put all of them there, as the largest rank would. A row whose range is not a number gets any axis, its logits make
+    the loss what it has to be.
     """
-    per_logit = bins / (highest - lowest)
-    reach = 1 + highest.abs()
-    flat = ~(per_logit < torch.inf) | ~(per_logit > 0)
-    return torch.stack(
-        [torch.where(flat, highest - reach, lowest), torch.where(flat, bins / reach, per_logit), 1 / count.clamp(min=1)]
-    )
+    slack = AXIS_SLACK * torch.finfo(highest.dtype).eps
+    largest = torch.maximum(lowest.abs(), highest.abs())
+    flat = ~(highest - lowest > slack * largest) | ~(largest < torch.inf)
+    lowest = torch.where(flat, highest - 1 - largest, lowest)
+    per_logit = bins / (highest - slack * torch.where(flat, 1 + largest, largest) - lowest)
+    return torch.stack([lowest, per_logit, count.clamp(min=1)])

@@ -12,15 +12,17 @@ template <class T>
 class HistogramTable {
  public:
   HistogramTable(const T* axis, const T* below, int64_t n, int64_t bins)
-      : stride_(n + kColumnPad), bins_(bins), below_(below), axis_(3 * stride_) {
+      : stride_(n + kColumnPad), bins_(bins), below_(below), axis_(4 * stride_) {
     for (int64_t part = 0; part < 3; ++part) {
       std::copy(axis + part * n, axis + (part + 1) * n, axis_.get() + part * stride_);
       std::fill(axis_.get() + part * stride_ + n, axis_.get() + (part + 1) * stride_, T(0));
     }
+    for (int64_t i = 0; i < stride_; ++i)
+      axis_.get()[3 * stride_ + i] = 1 / std::max(T(1), axis_.get()[2 * stride_ + i]);
   }
   Histograms<T> from(int64_t anchor) const {
     const T* axis = axis_.get() + anchor;
-    return {bins_, below_ + anchor * (bins_ + 1), axis, axis + stride_, axis + 2 * stride_};
+    return {bins_, below_ + anchor * (bins_ + 1), axis, axis + stride_, axis + 2 * stride_, axis + 3 * stride_};
   }
 
  private:
@@ -66,15 +68,19 @@ class HistogramForward : public ForwardBlocks<T> {
         negatives[r] += static_cast<int64_t>(part_count[r]);
       }
     });
+    constexpr T kSlack = 16 * std::numeric_limits<T>::epsilon();
     const T bins = static_cast<T>(rule_.bins);
     for (int64_t r = 0; r < strip.rows; ++r) {
       const int64_t i = strip.i0 + r;
-      const T per_logit = bins / (rows.max[r] - lowest[r]), reach = 1 + std::abs(rows.max[r]);
-      const bool flat = !(per_logit < INFINITY) || !(per_logit > 0);
-      low_[r] = axis(0, i) = flat ? rows.max[r] - reach : lowest[r];
-      per_logit_[r] = axis(1, i) = flat ? bins / reach : per_logit;
+      const T highest = rows.max[r];
+      T largest = std::max(std::abs(lowest[r]), std::abs(highest));
+      if (!(highest - lowest[r] > kSlack * largest) || !(largest < INFINITY))
+        largest += 1, lowest[r] = highest - largest;
+      low_[r] = axis(0, i) = lowest[r];
+      per_logit_[r] = axis(1, i) = bins / (highest - kSlack * largest - lowest[r]);
       this->aux(0, i) = static_cast<T>(negatives[r]);
-      inverse_count_[r] = axis(2, i) = 1 / std::max(T(1), this->aux(0, i));
+      count_[r] = axis(2, i) = std::max(T(1), this->aux(0, i));
+      inverse_count_[r] = 1 / count_[r];
     }
   }
 
@@ -96,17 +102,30 @@ class HistogramForward : public ForwardBlocks<T> {
   }
 
   void add_weighted(const Tile<T>& strip, StripSums<T>& rows) {
-    T weights[kRowStep], largest[kRowStep];
+    T term_max[kRowStep];
+    sum_weighted(strip, rows, term_max);
+    // the largest logit may weigh next to nothing, and what matters lie below the range of exponentials relative to it
+    constexpr double kSmall = 0x1p-40;
+    bool again = false;
+    for (int64_t r = 0; r < strip.rows; ++r)
+      if (rows.sum[r] < kSmall && term_max[r] > -INFINITY) rows.shift[r] = term_max[r], again = true;
+    if (again) sum_weighted(strip, rows, term_max);
+  }
+
+  void sum_weighted(const Tile<T>& strip, StripSums<T>& rows, T* term_max) {
+    T weights[kRowStep], largest[kRowStep], top[kRowStep];
     double weight_sum[kRowStep] = {};
     T weight_max[kRowStep] = {};
-    const Histograms<T> table{rule_.bins, this->results_.below + strip.i0 * (rule_.bins + 1), low_, per_logit_,
-                              inverse_count_};
+    for (int64_t r = 0; r < kRowStep; ++r) rows.sum[r] = rows.square[r] = 0, term_max[r] = -INFINITY;
+    const Histograms<T> table{
+        rule_.bins, this->results_.below + strip.i0 * (rule_.bins + 1), low_, per_logit_, count_, inverse_count_};
     for_each_part(strip, [&](const Tile<T>& part) {
       tile_kernels<T>().ranked_sums(
-          part, {rule_.shape<T>(), table, rows.shift, rows.part, rows.part_square, weights, largest});
+          part, {rule_.shape<T>(), table, rows.shift, rows.part, rows.part_square, weights, largest, top});
       for (int64_t r = 0; r < strip.rows; ++r) {
         rows.sum[r] += rows.part[r], rows.square[r] += rows.part_square[r];
         weight_sum[r] += weights[r], weight_max[r] = std::max(weight_max[r], largest[r]);
+        term_max[r] = std::max(term_max[r], top[r]);
       }
     });
     if (!this->results_.diagnostics) return;
@@ -120,7 +139,7 @@ class HistogramForward : public ForwardBlocks<T> {
 
   const RankRule& rule_;
   std::vector<int32_t> counts_;
-  T low_[kRowStep], per_logit_[kRowStep], inverse_count_[kRowStep];
+  T low_[kRowStep], per_logit_[kRowStep], count_[kRowStep], inverse_count_[kRowStep];
 };
 
 template <class T>

@@ -26,7 +26,7 @@ template <class T>
 struct RankedResults {
   T* lse;    // [n]
   T* aux;    // [1, n] count, or with diagnostics [6, n]: contrastive_ext/problem/ranking.py lists them
-  T* axis;   // [3, n] lowest logit, bins per unit of logit, 1/count
+  T* axis;   // [3, n] lowest logit, bins per unit of logit, count
   T* below;  // [n, bins + 1] negatives in lower bins
   bool diagnostics;
 };

@@ -76,7 +76,7 @@ template <class T>
 struct Histograms {
   int64_t bins;
   const T* below;  // [anchors, bins + 1] negatives in lower bins
-  const T *low, *per_logit, *inverse_count;
+  const T *low, *per_logit, *count, *inverse_count;
 };
 
 // Smallest and largest of the kept logits per row.
@@ -93,13 +93,14 @@ struct BinCounts {
   int32_t* counts;
 };
 
-// Sums of e = omega exp(s - row_shift), of e^2 and of omega over the kept pairs, and the largest omega.
+// Sums of e = omega exp(s - row_shift), of e^2 and of omega over the kept pairs, the largest omega, and the largest
+// log(omega e^s), less than log 2 too low.
 template <class T>
 struct RankedSums {
   RankShape<T> shape;
   Histograms<T> rows;
   const T* row_shift;
-  T *row_sum, *row_square_sum, *weight_sum, *weight_max;
+  T *row_sum, *row_square_sum, *weight_sum, *weight_max, *term_max;
 };
 
 // Gradient weights, in place of the logits: Weights with one exponent, each direction times the omega of its anchor.

@@ -26,16 +26,34 @@ inline void find_bin(typename Simd<T>::V s, typename Simd<T>::V low, typename Si
 // omega of negatives at `place` in a bin with `start` negatives below it and `end` up to its upper edge.
 template <class T>
 inline typename Simd<T>::V rank_weight(const RankShape<T>& shape, typename Simd<T>::V place, typename Simd<T>::V start,
-                                       typename Simd<T>::V end, typename Simd<T>::V inverse_count) {
+                                       typename Simd<T>::V end, typename Simd<T>::V count,
+                                       typename Simd<T>::V inverse_count) {
   using V = typename Simd<T>::V;
-  V u = (start + place * (end - start - T(1)) + T(1)) * inverse_count;
-  u = u > 0 ? u : V{};  // a logit that rounds otherwise than the forward's may meet an empty bin
-  u = u < 1 ? u : broadcast<T>(T(1));
-  const V v = T(1) - u, above = v + shape.eps, from_middle = v + v - shape.c;
+  V rank = start + place * (end - start - T(1)) + T(1);
+  rank = rank > 0 ? rank : V{};  // a logit that rounds otherwise than the forward's may meet an empty bin
+  rank = rank < count ? rank : count;
+  const V u = rank * inverse_count, v = (count - rank) * inverse_count;
+  const V above = v + shape.eps, from_middle = v + v - shape.c;
   const V root = square_root(from_middle * from_middle + 4 * u * above);
   // Phi/2 = u / (b + root) and (1 - Phi)/2 = above / (c + 2 eps + root), over their common denominator
   const V phi = u * (root + (shape.c + 2 * shape.eps)), rest = above * (root + shape.b);
   return (shape.low * rest + shape.high * phi) / (shape.b * rest + shape.c * phi);
+}
+
+// Smaller weights are 0: their inverses, and the exponentials that they balance, would not be numbers.
+template <class T>
+inline typename Simd<T>::V smallest_weight() {
+  return broadcast<T>(sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022));
+}
+
+// log of a weight not below the smallest, rounded down to a multiple of log 2.
+template <class T>
+inline typename Simd<T>::V log_below(typename Simd<T>::V weight) {
+  using I = typename Simd<T>::I;
+  I bits;
+  memcpy(&bits, &weight, sizeof(bits));
+  bits = (bits >> Exp2Constants<T>::kMantissaBits) - (sizeof(T) == 4 ? 127 : 1023);
+  return __builtin_convertvector(bits, typename Simd<T>::V) * T(0.69314718055994530942);
 }
 
 // The bins of one row of a tile, then the edges of those bins.
@@ -60,8 +78,9 @@ struct RowBins {
       start[j] = edges[0], end[j] = edges[1];
     }
   }
-  typename Simd<T>::V weight(int64_t j, const RankShape<T>& shape, typename Simd<T>::V inverse_count) const {
-    return rank_weight<T>(shape, load(place + j), load(start + j), load(end + j), inverse_count);
+  typename Simd<T>::V weight(int64_t j, const RankShape<T>& shape, typename Simd<T>::V count,
+                             typename Simd<T>::V inverse_count) const {
+    return rank_weight<T>(shape, load(place + j), load(start + j), load(end + j), count, inverse_count);
   }
 
  private:
@@ -122,14 +141,21 @@ struct RankedSumsStrip {
       const T* s = tile.s + i * tile.ld;
       bins.find(s, tile.cols, out.rows.low[i], out.rows.per_logit[i], out.rows.bins);
       bins.load_edges(out.rows.below + i * (out.rows.bins + 1), 0, tile.cols);
-      const V shift = broadcast<T>(out.row_shift[i]), inverse_count = broadcast<T>(out.rows.inverse_count[i]);
-      V sum{}, square{}, weights{}, largest{};
+      const V shift = broadcast<T>(out.row_shift[i]), count = broadcast<T>(out.rows.count[i]);
+      const V inverse_count = broadcast<T>(out.rows.inverse_count[i]), infinite = broadcast<T>(__builtin_inff());
+      V sum{}, square{}, weights{}, largest{}, top = -infinite;
       for (int64_t j = 0; j < tile.cols; j += Simd<T>::kWidth) {
-        V weight = bins.weight(j, out.shape, inverse_count), e = weight * exp_shifted<T>(load(s + j), T(1), shift);
+        const V x = load(s + j);
+        V weight = bins.weight(j, out.shape, count, inverse_count);
+        // what weighs nothing may lie so far above the shift that its exponential is infinite; NaN stays NaN
+        V e = weight >= smallest_weight<T>() ? weight * exp_shifted<T>(x, T(1), shift) : x - x;
+        V term = weight >= smallest_weight<T>() ? x + log_below<T>(weight) : -infinite;
         if (kMasked) {
           weight = keep<T>(classes.pair[r] + j, kColumnIsNegative, weight, V{});
           e = keep<T>(classes.pair[r] + j, kColumnIsNegative, e, V{});
+          term = keep<T>(classes.pair[r] + j, kColumnIsNegative, term, -infinite);
         }
+        top = larger<T>(term, top);
         sum += e;
         square += e * e;
         weights += weight;
@@ -137,6 +163,7 @@ struct RankedSumsStrip {
       }
       out.row_sum[i] = horizontal_sum<T>(sum), out.row_square_sum[i] = horizontal_sum<T>(square);
       out.weight_sum[i] = horizontal_sum<T>(weights), out.weight_max[i] = horizontal_max<T>(largest);
+      out.term_max[i] = horizontal_max<T>(top);
     }
   }
 };
@@ -157,16 +184,20 @@ struct RankedWeightsStrip {
         by_col.load_edges(in.cols.below, in.cols.bins + 1, tile.cols);
       }
       const V row_coef = broadcast<T>(in.row_coef[i]), row_shift = broadcast<T>(kShared ? T(0) : in.row_shift[i]);
-      const V row_inverse = broadcast<T>(in.rows.inverse_count[i]);
+      const V row_count = broadcast<T>(in.rows.count[i]), row_inverse = broadcast<T>(in.rows.inverse_count[i]);
       for (int64_t j = 0; j < tile.cols; j += Simd<T>::kWidth) {
         const V x = load(s + j);
         const V shared = kShared ? exp2_in_range<T>(x, {in.factor, in.factor_low}, T(0)) : V{};
-        V from_row = row_coef * by_row.weight(j, in.shape, row_inverse);
+        const V row_weight = by_row.weight(j, in.shape, row_count, row_inverse);
+        V from_row = row_coef * row_weight;
         from_row *= kShared ? shared : exp_shifted<T>(x, T(1), row_shift);
+        if (!kShared) from_row = row_weight >= smallest_weight<T>() ? from_row : V{};
         if (kMasked) from_row = keep<T>(classes.pair[r] + j, kColumnIsNegative, from_row, V{});
         if (kColumns) {
-          V from_col = load(in.col_coef + j) * by_col.weight(j, in.shape, load(in.cols.inverse_count + j));
+          const V col_weight = by_col.weight(j, in.shape, load(in.cols.count + j), load(in.cols.inverse_count + j));
+          V from_col = load(in.col_coef + j) * col_weight;
           from_col *= kShared ? shared : exp_shifted<T>(x, T(1), load(in.col_shift + j));
+          if (!kShared) from_col = col_weight >= smallest_weight<T>() ? from_col : V{};
           if (kMasked) from_col = keep<T>(classes.pair[r] + j, kRowIsNegative, from_col, V{});
           from_row += from_col;
         }

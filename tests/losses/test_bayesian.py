@@ -71,12 +71,12 @@ def _exact_weight(x):
 
 def _histogram_weight(bins):
     def weight(x):
-        low, per_logit, inverse = histogram_axis(x.min()[None], x.max()[None], torch.tensor([len(x)]).to(x), bins)[:, 0]
+        low, per_logit, number = histogram_axis(x.min()[None], x.max()[None], torch.tensor([len(x)]).to(x), bins)[:, 0]
         position = ((x - low) * per_logit).clamp(0, bins)
         bin_of = position.long().clamp(max=bins - 1)
         count = torch.bincount(bin_of, minlength=bins).to(x.dtype)
         below = count.cumsum(0) - count
-        u = (below[bin_of] + (position - bin_of) * (count[bin_of] - 1) + 1) * inverse
+        u = (below[bin_of] + (position - bin_of) * (count[bin_of] - 1) + 1) / number
         return RANKING.weight(u, 1 - u)
 
     return weight
@@ -486,3 +486,65 @@ def test_a_weight_of_zero_far_above_the_others(run):
     loss = ce.fused_bayesian_loss(z1, z2, 0.01, beta=0.0, eps=0.0, queue=queue, **how)
     assert loss.item() < 1e-40
     assert torch.autograd.grad(loss, z1)[0].abs().max() < 1e-30
+
+
+def _far_above_the_others(dtype, device):
+    """An anchor, its positive and 49 candidates: one with cosine 1, the others 140 logits below it at t = .005."""
+    angles = torch.cat([torch.zeros(1, dtype=torch.float64), torch.linspace(1.2661, 3.1, 48, dtype=torch.float64)])
+    negatives = torch.stack([angles.cos(), angles.sin()], 1)
+    z1, z2 = torch.tensor([[1.0, 0.0]], dtype=dtype), torch.tensor([[0.1, 0.99**0.5]], dtype=dtype)
+    return [x.to(device, dtype).requires_grad_() for x in (z1, z2, negatives)]
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["queue", "negatives"])
+@pytest.mark.parametrize("bins", [0, 7, 256])
+def test_a_highest_rank_of_weight_zero_hides_no_other(run, bins, frozen):
+    """alpha = .5 and beta = eps = tau_plus = 0: omega = 2 (1 - u), exactly 0 for the highest rank alone."""
+    how = {"ranks": "histogram", "bins": bins} if bins else {"ranks": "exact"}
+    how |= {"tau_plus": 0.0, "alpha": 0.5, "beta": 0.0, "eps": 0.0, "return_stats": True}
+
+    def called(dtype, device, backend):
+        z1, z2, negatives = _far_above_the_others(dtype, device)
+        candidates = {"queue": negatives.detach()} if frozen else {"negatives": negatives}
+        loss, stats = ce.fused_bayesian_loss(
+            z1, z2, 0.005, layout="one_way", in_batch_negatives=False, backend=backend, **how, **candidates
+        )
+        leaves = [z1, z2] if frozen else [z1, z2, negatives]
+        return loss.detach(), torch.autograd.grad(loss, leaves), stats.to_dict()
+
+    loss, gradients, stats = called(torch.float32, run[1], run[0])
+    truth, true_gradients, true_stats = called(torch.float64, run[1], "reference")
+    assert truth > 30
+    relative = 32 * torch.finfo(torch.float32).eps * 200  # of every weight: that of a logit
+    torch.testing.assert_close(loss.double(), truth, rtol=relative, atol=0)
+    for ours, true in zip(gradients, true_gradients, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=0, atol=relative * true.abs().max().item())
+    for name, true in true_stats.items():
+        assert stats[name] == pytest.approx(true, rel=relative, abs=1e-5), name
+
+
+@pytest.mark.parametrize("ranks", ["exact", "histogram"])
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_negatives_of_weight_zero_are_no_effective_negatives(run, ranks, backend):
+    z1, z2 = random_pairs(2, 5, torch.float32, run[1])
+    how = {"layout": "one_way", "ranks": ranks, "backend": backend or run[0], "return_stats": True}
+    loss, stats = ce.fused_bayesian_loss(z1, z2, 0.5, beta=0.0, eps=0.0, **how)
+    assert loss == 0 and stats.effective_negatives == 0 and stats.max_weight == 0
+    _, stats = ce.fused_bayesian_loss(z1, z2, 0.5, **how)
+    assert stats.effective_negatives.item() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("usage", RANKED_USAGES, ids=lambda x: x.name)
+def test_the_reference_has_the_histogram_that_is_streamed(run, usage):
+    z1, z2 = random_pairs(9, 6, torch.float64, run[1])
+    z2, options = usage.options(z1, z2)
+    call = options | {"temperature": 0.3, "reduction": "none", "alpha": 0.8, "beta": 0.6}
+    for bins in (2, 5):
+        values = []
+        for backend in ("reference", run[0]):
+            leaves = [x.detach().clone().requires_grad_() for x in (z1, z2)]
+            loss = ce.fused_bayesian_loss(*leaves, ranks="histogram", bins=bins, backend=backend, **call)
+            values.append([loss.detach(), *torch.autograd.grad(loss.sum(), leaves)])
+        _assert_same(*values)
+        exact = ce.fused_bayesian_loss(z1, z2, ranks="exact", backend="reference", **call)
+        assert (exact - values[0][0]).abs().max() > 1e-4

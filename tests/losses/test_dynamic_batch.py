@@ -133,3 +133,10 @@ def test_a_threshold_may_be_symbolic():
     for top_k, threshold in ((3, 0.2), (4, 0.6), (None, 0.3)):
         expected = ce.fused_false_negative_loss(views, top_k=top_k, threshold=threshold)
         torch.testing.assert_close(compiled(views, top_k, threshold), expected)
+
+
+@pytest.mark.parametrize("name", ["infonce", "bayesian", "bayesian_histogram"])
+def test_the_reference_exports(name):
+    call = CALLS[name]
+    dense = Call(call.function, call.tensors, call.constants | {"backend": "reference"})
+    test_exports(dense, strict=False)

@@ -203,8 +203,6 @@ def test_gradients_at_the_ends_of_the_range(run, loss, pairs, upstream):
     """At this temperature one exponential serves both directions, whose factor e^-lse takes a small upstream gradient
     out of the normal range."""
     backend, device = run
-    if backend == "triton":
-        pytest.skip("its factored exponentials are made for upstream gradients from 2^-62 to 2^62.")
     z1, z2 = pairs(33, 16, torch.float32, device)
     options = {"temperature": 0.0226, **loss.parameters, "tau_plus": 0.0}
     if "tau_plus" not in loss.parameters:
@@ -370,3 +368,40 @@ def test_none_at_the_call_of_other_modules_too():
         (ce.SoftTargetLoss(0.07, teacher_temperature=0.1), (Z, Z.flip(0), Z)),
     ):
         assert torch.equal(module(*inputs, temperature=None), module(*inputs))
+
+
+@pytest.mark.parametrize("dtype, last", [(torch.float32, 2.0**16), (torch.float64, 2.0**45)])
+def test_hard_negatives_whose_sums_round_away_are_refused_and_others_are_right(run, dtype, last):
+    """log R = log N + lse_{1+beta} - lse_beta, two numbers of size beta/t: by then R is the largest negative alone."""
+    backend, device = run
+    z1, z2 = random_pairs(9, 5, dtype, device)
+    for beta in (last, 1e20, 1e36):
+        for name in (backend, "reference"):
+            with pytest.raises(ValueError, match="tell their log-sum-exps apart"):
+                ce.fused_hard_negative_loss(z1, z2, 1.0, beta=beta, backend=name)
+    loss, truth = (
+        ce.fused_hard_negative_loss(z1.to(d), z2.to(d), 1.0, tau_plus=0.0, beta=last - 1, backend=b)
+        for d, b in ((dtype, backend), (torch.float64, "reference"))
+    )
+    torch.testing.assert_close(loss.double(), truth, rtol=0, atol=4 * 2.0**-7)
+
+
+@pytest.mark.parametrize("width, operand_dtype", [(8, None), (8, torch.float16), (300, None), (300, torch.float16)])
+@pytest.mark.parametrize("layout", ["two_view", "symmetric"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_small_upstream_gradients_do_not_underflow(run, reduction, layout, width, operand_dtype):
+    """One exponential for both directions takes a coefficient times exp(-lse): at t = .03 up to 1e-15 of it."""
+    backend, device = run
+    z1, z2 = (z.requires_grad_() for z in random_pairs(20, width, torch.float32, device))
+    how = {"layout": layout, "reduction": reduction, "operand_dtype": operand_dtype}
+    if reduction == "mean":
+        how["ids"] = torch.arange(20, device=device) // 2
+    loss = ce.fused_infonce_loss(z1, z2, 0.03, backend=backend, **how)
+    gradients = [
+        torch.autograd.grad(loss, [z1, z2], torch.full_like(loss, 2.0**power), retain_graph=True)
+        for power in (0, -100, 60)
+    ]
+    for plain, small, large in zip(*gradients, strict=True):
+        close = 64 * torch.finfo(torch.float32).eps * plain.abs().max().item()
+        torch.testing.assert_close(small * 2.0**100, plain, rtol=0, atol=close)
+        torch.testing.assert_close(large * 2.0**-60, plain, rtol=0, atol=close)

@@ -20,7 +20,7 @@ ULPS = 64  # two orders of the same few operations on numbers as large as the lo
 
 
 def _operators(backend):
-    return next(b for b in dispatch.BACKENDS if b.name == backend).whole_loss(torch.float32)
+    return next(b for b in dispatch.BACKENDS if b.name == backend).whole_loss(torch.float32, 1)
 
 
 @pytest.fixture
@@ -142,6 +142,8 @@ def test_only_plain_requests_take_the_short_road(extra):
 def test_operators_know_their_shapes(short, layout):
     backend, device, _ = short
     operators = _operators(backend)
+    if backend == "torch":
+        pytest.skip("its operators are plain functions of torch's own, which know theirs.")
     z1, z2 = random_pairs(5, 4, torch.float32, device)
     call = (z1, z2, torch.tensor(2.0, device=device), 0.0, layout, True)
     checks = ("test_schema", "test_faketensor")

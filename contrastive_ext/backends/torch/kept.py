@@ -88,9 +88,13 @@ def backward(
     return du, weight.T.mm(u).mul_(scale) if need_v else None
 
 
+def fits(numbers: int, dtype: torch.dtype) -> bool:
+    """Whether blocks of so many numbers of a dtype are kept."""
+    return 0 < numbers * dtype.itemsize <= KEPT_BYTES
+
+
 def _fits(problem: Problem, blocks: int) -> bool:
-    size = blocks * problem.pairs.num_rows * problem.pairs.num_columns * problem.u.element_size()
-    return 0 < size <= KEPT_BYTES
+    return fits(blocks * problem.pairs.num_rows * problem.pairs.num_columns, problem.u.dtype)
 
 
 def _keep_negatives(s: Tensor, pairs: Pairs, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -115,8 +115,9 @@ def _weight(ranking: Ranking, s: Tensor, keep: Tensor, count: Tensor, table: _Ta
     bin_of, place = _bin(s, table.axis, ranking.bins)
     start = table.below.gather(1, bin_of)
     inside = table.below.gather(1, bin_of + 1) - start
-    u = ((start + place * (inside - 1) + 1) * table.axis[2, :, None]).clamp(0, 1)
-    return ranking.weight(u, 1 - u)
+    count = table.axis[2, :, None]
+    rank = start + place * (inside - 1) + 1
+    return ranking.weight_of_rank(rank.clamp(min=0).minimum(count), count)
 
 
 def _bin(s: Tensor, axis: Tensor, bins: int) -> tuple[Tensor, Tensor]:
@@ -145,4 +146,5 @@ def _nothing(u: Tensor, ranking: Ranking, diagnostics: bool) -> RankedStatistics
 
 
 def log_terms(s: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
+    """log(omega e^s) [rows, columns] of logits s and weights omega; -inf outside `keep` and where omega is 0."""
     return (s + weight.log()).where(keep, -torch.inf)

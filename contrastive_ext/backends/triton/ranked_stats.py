@@ -16,6 +16,8 @@ from . import launch
 from . import pairs as triton_pairs
 from .sweeps import Ranks, Term, gradients, total
 
+WITH_SQUARES = (1.0, 2.0)  # exponents of the weighted terms whose sums the forward makes
+
 
 def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
     """Ranked statistics of `problem`; see `RankedStatistics`."""
@@ -31,16 +33,12 @@ def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> 
         below = u.new_zeros(n, bins + 1)
         below[:, 1:] = counts.cumsum(1)
         count = below[:, -1].clone()
-        axis[2] = 1 / count.clamp(min=1)
-        # finite, so that an infinite logit gives inf and not NaN
-        shift = highest.clamp(max=torch.finfo(u.dtype).max / 4).masked_fill(highest == -torch.inf, 0.0)
-        shape = _shape(ranking, u)
-        partial = _sweep(problem, "SUMS", bins, parts=5, axis=axis, below=below, shape=shape, shift=shift)
-    total = partial.sum(0)
-    lse, squared = total[0].log() + shift, total[1].log() + 2 * shift
-    aux = count[None]
+        axis[2] = count.clamp(min=1)
+        partial = _sweep(problem, "SUMS", bins, parts=5, axis=axis, below=below, shape=_shape(ranking, u))
+    lse, aux = partial[:, 0].logsumexp(0), count[None]
     if diagnostics:
-        aux = torch.stack([count, highest, total[2], squared, total[3], partial[:, 4].amax(0)])
+        total, weights = partial[:, 2].sum(0), partial[:, 3].sum(0)
+        aux = torch.stack([count, highest, total, partial[:, 1].logsumexp(0), weights, partial[:, 4].amax(0)])
     return RankedStatistics(lse, aux, axis, below)
 
 
@@ -67,7 +65,6 @@ def _sweep(
     axis: Tensor | None = None,
     below: Tensor | None = None,
     shape: Tensor | None = None,
-    shift: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
     """Partial results [splits, parts, N] of one pass of the kernel."""
@@ -84,8 +81,9 @@ def _sweep(
         problem.pairs, rows, cols, row_anchors=True, col_anchors=False, guide_chunk=launch.guide_chunk(u.device)
     )
     launch.kernels().histogram_ranks.histogram_ranks_kernel[(tiles, splits)](
-        u, v, scale, axis, below, shape, shift, counts, out, len(u), len(v), span, u.stride(0), v.stride(0),
-        BINS=bins, PASS=name, SCALE_IS_TENSOR=scale_is_tensor, **rules, **launch.tile_arguments(config, u),
+        u, v, scale, axis, below, shape, counts, out, len(u), len(v), span, u.stride(0), v.stride(0),
+        BINS=bins, PASS=name, EXPONENTS=WITH_SQUARES, SCALE_IS_TENSOR=scale_is_tensor, **rules,
+        **launch.tile_arguments(config, u),
     )  # fmt: skip
     return out
 

@@ -248,8 +248,11 @@ class Weights:
         shift = shift_of_weights(problem, self.exponents, row_term is not None and col_term is not None and not ranks)
         self.found = [term for term in (row_term, col_term) if term is not None]
         self.scale, self.scale_is_tensor = launch.scale_argument(problem)
-        self.terms = None if col_term is None else self._column_terms(col_term, shift)
-        self.vectors = (*(row_term or (None, None))[:2], self.terms, col_term and col_term.grad)
+        self.terms: Tensor | None = None
+        power: Tensor | None = None
+        if col_term is not None:
+            self.terms, power = self._column_terms(col_term, row_term, shift)
+        self.vectors = (*(row_term or (None, None))[:2], self.terms, col_term and col_term.grad, power)
         self.vectors += (*_table_of(row_term), *_table_of(col_term), ranks and ranks.shape)
         anchors = {"row_anchors": row_term is not None, "col_anchors": col_term is not None}
         chunk = launch.guide_chunk(rows.x.device)
@@ -259,18 +262,20 @@ class Weights:
         self.flags |= {"BINS": ranks.bins if ranks else 0} | launch.tile_arguments(self.config, rows.x)
         self.tiles_of = launch.tiles_of(self.config, rows.x, cols.x)
 
-    def _column_terms(self, term: Term, shift: str) -> Tensor:
-        """What every tile reads of its columns, made once: see column_terms_kernel."""
+    def _column_terms(self, term: Term, row_term: Term | None, shift: str) -> tuple[Tensor, Tensor | None]:
+        """What every tile reads of its columns, made once, and the power of two in it: see column_terms_kernel."""
         if term.columns is not None:
-            return term.columns
+            return term.columns, None
         blocks = launch.cdiv(self.m, TERMS_BLOCK)
         terms = self.like.new_empty(2 * len(self.exponents), blocks * TERMS_BLOCK)
+        power = None if shift == "online" else self.like.new_empty(1)
+        other = None if row_term is None or row_term.grad is term.grad else row_term.grad
         launch.kernels().row_stats_backward.column_terms_kernel[(blocks,)](
-            term.lse, term.grad, self.scale, terms, self.m, terms.stride(0), EXPONENTS=self.exponents,
-            LARGEST=max(self.exponents), SHIFT=shift, SCALE_IS_TENSOR=self.scale_is_tensor, BLOCK=TERMS_BLOCK,
-            enable_fp_fusion=True,
+            term.lse, term.grad, other, self.scale, terms, power, self.m, self.n, terms.stride(0),
+            EXPONENTS=self.exponents, LARGEST=max(self.exponents), SHIFT=shift, SCALE_IS_TENSOR=self.scale_is_tensor,
+            BLOCK=TERMS_BLOCK, enable_fp_fusion=True,
         )  # fmt: skip
-        return terms
+        return terms, power
 
     def times_columns(self, times_scale: bool = True) -> Tensor:
         """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]."""

@@ -25,7 +25,7 @@ BLOCK_OF_ONE, BLOCK_OF_MANY = 1024, 128  # anchors of a block
 READ_AT_ONCE = 8192  # partial results times anchors
 
 
-def whole_loss(dtype: torch.dtype) -> WholeLossOps | None:
+def whole_loss(dtype: torch.dtype, numbers: int) -> WholeLossOps | None:
     """The operators of the short road; the interpreter truncates to bf16 where a GPU rounds."""
     return None if dtype == torch.bfloat16 and launch.interpreted() else _OPERATORS
 
@@ -80,13 +80,11 @@ def _backward(
     images, columns, features, k = len(z1), len(z2), z1.shape[1], len(exponents)
     problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
     sides, _, anchors = lse.shape
-    if reduction == "none":
-        saved = saved.clone()
     coefficients, as_columns = _coefficients_and_terms(saved, sides, k, anchors)
-    if reduction == "none":
-        coefficients *= grad_loss.view(sides, 1, anchors)
-        as_columns[:, :k, :anchors] *= grad_loss.view(sides, 1, anchors)
     terms = [Term(lse[side], coefficients[side, :k], columns=as_columns[side]) for side in range(sides)]
+    if reduction == "none":  # the gradient of each loss may be small: the sweep makes its terms anew
+        coefficients = coefficients * grad_loss.view(sides, 1, anchors)
+        terms = [Term(lse[side], coefficients[side, :k]) for side in range(sides)]
     dz1, dz2 = torch.empty_like(z1), torch.empty_like(z2)
     with launch.on_device(z1.device):
         du, dv = gradients(problem, terms[0], terms[1] if sides == 2 else None)
