@@ -29,9 +29,11 @@ from pathlib import Path
 import torch
 
 from . import digits, environment, methods, negatives, plots, report
-from .cases import PAIR_LOSSES, Case, cpu_cases, cuda_cases, proof_cases, smoke_cases, speed_cases, tiny
+from .case import Case
+from .cases import cpu_cases, cuda_cases, proof_cases, smoke_cases, speed_cases, tiny
 from .device import Device
 from .harness import Harness
+from .losses import PAIR_LOSSES, dense_of
 from .memory import HostMemory
 from .proof import prove
 from .results import Results
@@ -173,7 +175,7 @@ def _run_cases(
 
 
 def _work(case: Case) -> float:
-    return float(case.n) * case.m * (len(case.dense.exponents) + case.dim / 128)
+    return float(case.n) * case.m * (len(dense_of(case).exponents) + case.dim / 128)
 
 
 def _plot(path: Path) -> int:

@@ -10,9 +10,11 @@ from dataclasses import replace
 import torch
 
 from . import gate, timing
-from .cases import Case, Inputs, executed_flops
+from .case import Case, Inputs
 from .device import Device
+from .flops import executed_flops
 from .gate import Truth
+from .losses import inputs_of
 from .memory import HostMemory, peak_mib_cuda
 from .methods import COMPILED, Method, methods_for
 from .results import NO_TIME, OK, OUT_OF_MEMORY, RED, TOO_SLOW, Row
@@ -51,7 +53,7 @@ class Harness:
         """One row per method (all that can compute the case by default), with times where it is right and fits."""
         with self.device.precision(case.tf32):
             methods = methods_for(case, self.device) if methods is None else methods
-            inputs = case.inputs(self.device.torch)
+            inputs = inputs_of(case, self.device.torch)
             self.say(f"{case.name}: float64 truth")
             truth = gate.truth_of(case, inputs)
             rows = {method.name: self._check(method, case, inputs, truth) for method in methods}
@@ -110,7 +112,7 @@ class Harness:
         if not methods:
             return {}
         self.say(f"{case.name}: timing {', '.join(method.name for method in methods)}")
-        inputs = timing.rotation(self.device, lambda seed: case.inputs(self.device.torch, seed))
+        inputs = timing.rotation(self.device, lambda seed: inputs_of(case, self.device.torch, seed))
         calls = {method.name: _call(method, case) for method in methods}
         gemm = self.device.gemm_tflops(case.torch_dtype)
         timings = timing.interleave(self.device, calls, inputs, self.seconds, self.rounds)

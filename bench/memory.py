@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from .cases import Case
+from .case import Case
 from .device import Device
+from .losses import inputs_of
 from .methods import Method, find_method
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ class HostMemory:
 
 def peak_mib_cuda(method: Method, case: Case, device: Device) -> float:
     """MiB the allocator handed out at the peak beyond the inputs."""
-    inputs = case.inputs(device.torch)
+    inputs = inputs_of(case, device.torch)
     _run(method, case, inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -85,10 +86,10 @@ def _measure(request: dict) -> float:
     torch.set_num_threads(request["threads"])
     device, case = Device("cpu"), Case(**request["case"])
     method = find_method(request["method"], case, device)
-    inputs = case.inputs(device.torch)
+    inputs = inputs_of(case, device.torch)
     n, m = _TINY.get(case.layout, _TINY["queue"])
     tiny = replace(case, n=n, m=m)
-    _run(method, tiny, tiny.inputs(device.torch))
+    _run(method, tiny, inputs_of(tiny, device.torch))
     with contextlib.suppress(OSError):  # where the peak cannot be reset it can only be overstated
         Path("/proc/self/clear_refs").write_text("5")
     before = _resident_kib("VmRSS")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .cases import short_name
+from .case import short_name
 from .frontier import duration, frontier, growing_series, rounded
 from .results import Results, Row
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from .cases import Case, short_name
+from .case import Case, short_name
 from .frontier import duration, frontier, rounded
 from .results import OK, RED, Results, Row
 

@@ -23,7 +23,7 @@ class Row:
     status          "ok", or why there are no times
     forward_ms, backward_ms  medians; *_quartiles_ms are [lower quartile, median, upper quartile]
     peak_extra_mib  peak memory of forward + backward beyond the inputs, gradients included
-    *_gemm_share    executed flops (cases.FLOPS) per second over the library's GEMM rate, gemm_tflops, measured beside
+    *_gemm_share    executed flops (flops.FLOPS) per second over the library's GEMM rate, gemm_tflops, measured beside
     gate            largest error over its tolerance; above 1 is red
     ratios          baseline time / this time, quartiles over rounds; above 1 this method is faster
     graph_ms        forward + backward replayed as a CUDA graph (small N)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive_ext
-from bench import baselines, cases, digits, gate, plots, report, timing
+from bench import baselines, digits, flops, gate, losses, plots, report, timing
 from bench.__main__ import main
+from bench.case import Case
 from bench.device import Device
 from bench.frontier import frontier
 from bench.harness import Harness
@@ -28,7 +29,7 @@ from contrastive_ext.problem.problem import Problem, Upstream
 
 CPU = Device("cpu")
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
-SMALL = cases.Case("fused_infonce_loss", "two_view", 70, 70, 32)
+SMALL = Case("fused_infonce_loss", "two_view", 70, 70, 32)
 
 
 def a_method(name, row_losses, **options):
@@ -69,15 +70,15 @@ def test_smoke_passes_on_the_cpu(capsys):
 
 
 @pytest.mark.parametrize(
-    "loss, layout", [(name, layout) for name, row in cases.LOSSES.items() for layout in row.layouts]
+    "loss, layout", [(name, layout) for name, row in losses.LOSSES.items() for layout in row.layouts]
 )
 @pytest.mark.parametrize("row_losses", [baselines.eager, baselines.chunked], ids=["eager", "chunked"])
 def test_baselines_compute_what_the_reference_computes(loss, layout, row_losses, monkeypatch):
     monkeypatch.setattr(baselines, "CHUNK_ELEMENTS", 300)  # several blocks, the last one ragged
-    case = cases.Case(loss, layout, 34, 34 if layout in ("two_view", "symmetric") else 50, 16, "float64", 0.3)
-    inputs = case.inputs(CPU.torch)
+    case = Case(loss, layout, 34, 34 if layout in ("two_view", "symmetric") else 50, 16, "float64", 0.3)
+    inputs = losses.inputs_of(case, CPU.torch)
     got = row_losses(case, inputs)
-    wanted = cases.fused(case, inputs, "reference", "none")
+    wanted = losses.fused(case, inputs, "reference", "none")
     upstream = torch.randn_like(wanted)
     leaves = inputs.leaves
 
@@ -89,7 +90,7 @@ def test_baselines_compute_what_the_reference_computes(loss, layout, row_losses,
 
 def test_every_public_loss_has_a_bench_row():
     public = {n for n in contrastive_ext.__all__ if n.startswith("fused_") and n.endswith("_loss")} - {"fused_row_loss"}
-    assert set(cases.LOSSES) == public
+    assert set(losses.LOSSES) == public
 
 
 @pytest.mark.parametrize(
@@ -106,15 +107,15 @@ def test_every_public_loss_has_a_bench_row():
     ],
 )
 def test_flops_are_counted_as_executed(method, layout, forward, backward):
-    case = cases.Case("fused_infonce_loss", layout, 10, 10, 4)
-    assert cases.executed_flops(method, case) == (forward * 400, backward * 400)
+    case = Case("fused_infonce_loss", layout, 10, 10, 4)
+    assert flops.executed_flops(method, case) == (forward * 400, backward * 400)
 
 
 def test_two_sets_of_many_features_share_their_weights():
-    case = cases.Case("fused_infonce_loss", "symmetric", 1, 1, cases.STORED_FROM)
-    assert cases.executed_flops("triton", case) == (2 * case.dim, 6 * case.dim)
+    case = Case("fused_infonce_loss", "symmetric", 1, 1, flops.STORED_FROM)
+    assert flops.executed_flops("triton", case) == (2 * case.dim, 6 * case.dim)
     configs = pytest.importorskip("contrastive_ext.triton_kernels.configs", reason="Triton is not installed.")
-    assert cases.STORED_FROM == configs.RESIDENT_FEATURES + 1
+    assert flops.STORED_FROM == configs.RESIDENT_FEATURES + 1
 
 
 def test_flops_of_one_set_follow_its_layout(monkeypatch):
@@ -123,8 +124,8 @@ def test_flops_of_one_set_follow_its_layout(monkeypatch):
     monkeypatch.setattr(triton_launch, "architecture", lambda device: 90)
 
     def per_element(n, dim):
-        case = cases.Case("fused_infonce_loss", "two_view", n, n, dim, "bfloat16")
-        return tuple(flops / (n * n * dim) for flops in cases.executed_flops("triton", case, 132))
+        case = Case("fused_infonce_loss", "two_view", n, n, dim, "bfloat16")
+        return tuple(flops / (n * n * dim) for flops in flops.executed_flops("triton", case, 132))
 
     assert per_element(4096, 128) == (2, 4)
     assert per_element(32768, 128) == (1, 4)
@@ -133,7 +134,7 @@ def test_flops_of_one_set_follow_its_layout(monkeypatch):
 
 def test_triangle_flops_are_what_the_torch_backend_multiplies(monkeypatch):
     monkeypatch.setitem(torch_blocks.TILE, "cpu", 128)
-    case = cases.Case("fused_infonce_loss", "two_view", 1024, 1024, 64)
+    case = Case("fused_infonce_loss", "two_view", 1024, 1024, 64)
     u = F.normalize(torch.randn(case.n, case.dim), dim=1)
     pairs = Pairs(case.n, case.n, num_images=case.n // 2)
     problem = Problem(u, None, 10.0, (1.0,), pairs, unit=True, operand_dtype=u.dtype)
@@ -144,7 +145,7 @@ def test_triangle_flops_are_what_the_torch_backend_multiplies(monkeypatch):
     with FlopCounterMode(display=False, custom_mapping=counted) as backward:
         torch_blocks.backward(problem, Upstream(stats.lse, torch.ones_like(stats.lse), None, None, True, False))
 
-    wanted = cases.executed_flops("torch", case)
+    wanted = flops.executed_flops("torch", case)
     # with 8 x 8 tiles those on the diagonal, multiplied whole, are 1/8 more in the forward
     assert forward.get_total_flops() == pytest.approx(wanted[0] * 9 / 8)
     assert backward.get_total_flops() == pytest.approx(wanted[1], rel=0.05)
@@ -204,8 +205,8 @@ def test_digits_notice_a_wrong_gradient(monkeypatch):
         z1 = z1 if backend == "reference" else z1 + 1e-4 * (z1 - z1.detach())
         return right(z1, z2, *args, backend=backend, **options)
 
-    row = replace(cases.LOSSES["fused_infonce_loss"], function=wrong)
-    monkeypatch.setitem(cases.LOSSES, "fused_infonce_loss", row)
+    row = replace(losses.LOSSES["fused_infonce_loss"], function=wrong)
+    monkeypatch.setitem(losses.LOSSES, "fused_infonce_loss", row)
     assert not digits.train("fused_infonce_loss", 1, CPU)["agrees"]
 
 
@@ -245,7 +246,7 @@ def test_rounds_interleave_methods_and_rotate_inputs():
 
         return loss
 
-    inputs = timing.rotation(CPU, lambda seed: SMALL.inputs(CPU.torch, seed), most=3)
+    inputs = timing.rotation(CPU, lambda seed: losses.inputs_of(SMALL, CPU.torch, seed), most=3)
     timings = timing.interleave(
         CPU, {"a": call("a"), "b": call("b")}, inputs, seconds=0.0, least=timing.LEAST_ROUNDS["cpu"]
     )
@@ -264,7 +265,7 @@ def test_methods_are_the_backends_and_the_baselines():
 
 
 def test_gate_is_derived_from_the_dense_formula():
-    inputs = SMALL.inputs(CPU.torch)
+    inputs = losses.inputs_of(SMALL, CPU.torch)
     truth = gate.truth_of(SMALL, inputs)
     dense_in_float32 = a_method("dense", baselines.eager, is_ours=True)
     assert (

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import cases, tune
+from bench import cases, losses, tune
 from bench.__main__ import main
+from bench.case import Case
 from bench.device import Device
 from bench.proof import prove
 from bench.speed import speed
@@ -74,7 +75,7 @@ def test_proof_shows_what_is_wrong_and_what_does_not_run(tmp_path, monkeypatch):
     from bench.methods import Method
 
     def wrong(case, inputs):
-        return 1.1 * cases.fused(case, inputs, "torch", "none")
+        return 1.1 * losses.fused(case, inputs, "torch", "none")
 
     def broken(case, inputs):
         raise RuntimeError("no such kernel")
@@ -83,11 +84,11 @@ def test_proof_shows_what_is_wrong_and_what_does_not_run(tmp_path, monkeypatch):
 
     def unsteady(case, inputs):
         calls.append(0)
-        return cases.fused(case, inputs, "torch", "none") * (1 + 1e-7 * len(calls))
+        return losses.fused(case, inputs, "torch", "none") * (1 + 1e-7 * len(calls))
 
     methods = [Method(f.__name__, f, f, is_ours=True) for f in (wrong, broken, unsteady)]
     monkeypatch.setattr(proof, "backends_for", lambda case, device: methods)
-    case = cases.tiny(cases.Case("fused_infonce_loss", "two_view", 64, 64, 32, "float32"))
+    case = cases.tiny(Case("fused_infonce_loss", "two_view", 64, 64, 32, "float32"))
     assert prove(CPU, tmp_path / "proof.jsonl", [case]) == 3
     verdicts = {line["backend"]: line for line in map(json.loads, (tmp_path / "proof.jsonl").read_text().splitlines())}
     assert verdicts["wrong"]["ratio"] > 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import contrastive_ext as ce
-from bench.cases import LOSSES as BENCH_LOSSES
+from bench.losses import LOSSES as BENCH_LOSSES
 from rows import LOSSES, RANKED, random_pairs
 
 PUBLIC = {name for name in ce.__all__ if name.startswith("fused_") and name != "fused_row_loss"}
