@@ -21,6 +21,7 @@ The files from the ground up; each imports only what stands above it in this lis
     report.py       what the terminal shows
     plots.py        the picture
     digits.py       training on handwritten digits, every step against the reference
+    run.py          the benchmark itself
     negatives.py, smoke.py, proof.py, speed.py, tune.py    commands of their own
     __main__.py     the command line
 """

@@ -17,7 +17,7 @@ from .gate import Truth
 from .losses import inputs_of
 from .memory import HostMemory, peak_mib_cuda
 from .methods import COMPILED, Method, methods_for
-from .results import NO_TIME, OK, OUT_OF_MEMORY, RED, TOO_SLOW, Row
+from .results import OK, OUT_OF_MEMORY, RED, TOO_SLOW, Row
 from .timing import Timing
 
 # Share of the free memory a case may be estimated to need.
@@ -63,16 +63,6 @@ class Harness:
                     rows[method.name] = self._measure_memory(rows[method.name], method, case)
             to_time = [method for method in methods if rows[method.name].status == OK]
             return list((rows | self._time(rows, to_time, case)).values())
-
-    def run_memory(self, case: Case) -> list[Row]:
-        """Rows with the peak alone, a few calls: for a case that there is no time to check and to repeat."""
-        rows = []
-        for method in methods_for(case, self.device):
-            row = self._unmeasured(method, case)
-            if row.status == OK:
-                row = self._measure_memory(row, method, case)
-            rows.append(replace(row, status=NO_TIME) if row.status == OK else row)
-        return rows
 
     def _unmeasured(self, method: Method, case: Case) -> Row:
         row = Row(
@@ -124,10 +114,10 @@ class Harness:
             # the baselines multiply 16-bit inputs in fp32, which is not the rate measured here
             if method.is_ours or case.torch_dtype == torch.float32:
                 row = _with_shares(row, method, case, self.device.processors)
-            if method.is_ours:
-                row = replace(row, ratios={b: timing.ratio(timings[b], timings[method.name]) for b in baselines})
-                if self.device.is_cuda and case.n <= LARGEST_GRAPH:
-                    row = replace(row, graph_ms=self._replay(calls[method.name], inputs[0]))
+            others = [name for name in baselines if name != method.name]
+            row = replace(row, ratios={b: timing.ratio(timings[b], timings[method.name]) for b in others})
+            if method.is_ours and self.device.is_cuda and case.n <= LARGEST_GRAPH:
+                row = replace(row, graph_ms=self._replay(calls[method.name], inputs[0]))
             timed[method.name] = row
         return timed
 

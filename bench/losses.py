@@ -24,6 +24,7 @@ from .own_losses import OwnLoss
 class LossRow:
     """A public loss and its dense formula; temperature is where it is used, and where a debiased row still learns."""
 
+    title: str
     function: Callable[..., Tensor]
     dense: DenseLoss | OwnLoss
     temperature: float
@@ -35,15 +36,23 @@ class LossRow:
 
 
 LOSSES: dict[str, LossRow] = {
-    "fused_infonce_loss": LossRow(contrastive_ext.fused_infonce_loss, formulas.INFONCE, 0.1),
-    "fused_decoupled_loss": LossRow(contrastive_ext.fused_decoupled_loss, formulas.DECOUPLED, 0.1),
-    "fused_debiased_loss": LossRow(contrastive_ext.fused_debiased_loss, formulas.DEBIASED, 0.5),
-    "fused_bayesian_loss": LossRow(contrastive_ext.fused_bayesian_loss, formulas.BAYESIAN, 0.5),
-    "fused_hard_negative_loss": LossRow(contrastive_ext.fused_hard_negative_loss, formulas.HARD_NEGATIVE, 0.5),
-    "fused_false_negative_loss": LossRow(contrastive_ext.fused_false_negative_loss, own_losses.FALSE_NEGATIVE, 0.1),
-    "fused_supcon_loss": LossRow(contrastive_ext.fused_supcon_loss, own_losses.SUPCON, 0.1),
-    "fused_self_labeling_loss": LossRow(contrastive_ext.fused_self_labeling_loss, own_losses.SELF_LABELING, 0.2),
-    "fused_soft_target_loss": LossRow(contrastive_ext.fused_soft_target_loss, own_losses.SOFT_TARGET, 0.1),
+    "fused_infonce_loss": LossRow("InfoNCE", contrastive_ext.fused_infonce_loss, formulas.INFONCE, 0.1),
+    "fused_decoupled_loss": LossRow("decoupled", contrastive_ext.fused_decoupled_loss, formulas.DECOUPLED, 0.1),
+    "fused_debiased_loss": LossRow("debiased", contrastive_ext.fused_debiased_loss, formulas.DEBIASED, 0.5),
+    "fused_bayesian_loss": LossRow("Bayesian", contrastive_ext.fused_bayesian_loss, formulas.BAYESIAN, 0.5),
+    "fused_hard_negative_loss": LossRow(
+        "hard negatives", contrastive_ext.fused_hard_negative_loss, formulas.HARD_NEGATIVE, 0.5
+    ),
+    "fused_false_negative_loss": LossRow(
+        "FNC", contrastive_ext.fused_false_negative_loss, own_losses.FALSE_NEGATIVE, 0.1
+    ),
+    "fused_supcon_loss": LossRow("SupCon", contrastive_ext.fused_supcon_loss, own_losses.SUPCON, 0.1),
+    "fused_self_labeling_loss": LossRow(
+        "SANE", contrastive_ext.fused_self_labeling_loss, own_losses.SELF_LABELING, 0.2
+    ),
+    "fused_soft_target_loss": LossRow(
+        "soft targets", contrastive_ext.fused_soft_target_loss, own_losses.SOFT_TARGET, 0.1
+    ),
 }
 PAIR_LOSSES = [name for name, row in LOSSES.items() if row.layouts == PAIR_LAYOUTS]
 

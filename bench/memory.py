@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -37,11 +38,13 @@ class HostMemory:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         self._server = subprocess.Popen(
             [sys.executable, "-m", "bench.memory"], cwd=_ROOT, env=os.environ | _RETURN_BLOCKS | {"PYTHONPATH": path},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
         )  # fmt: skip
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error, *_) -> None:
+        if error is not None:  # Ctrl-C does not reach a session of its own: end it with the call it measures
+            os.killpg(self._server.pid, signal.SIGKILL)
         self._server.stdin.close()
         self._server.wait()
 

@@ -34,10 +34,9 @@ def speed(device: Device, out: Path, limit: float, cases: Sequence[Case]) -> int
         if timed and time.monotonic() - began > limit:
             results.left_out.append(case.name)
             continue
-        for row in harness.run(case, [*backends_for(case, device), EAGER]):
-            results.rows.append(row)
-            if row.gemm_tflops:
-                results.gemm_tflops[row.dtype] = max(results.gemm_tflops.get(row.dtype, 0.0), row.gemm_tflops)
+        rows = harness.run(case, [*backends_for(case, device), EAGER])
+        results.add(rows)
+        for row in rows:
             print(_line(case, row), flush=True)
         timed.append(case)
         results.seconds = round(time.monotonic() - began, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +46,7 @@ def not_a_number(case, inputs):
 
 
 @pytest.mark.parametrize("row_losses", [slightly_wrong_gradient, not_a_number])
-def test_red_gate_prints_no_speed(row_losses, capsys):
+def test_red_gate_prints_no_speed(row_losses):
     wrong = a_method("wrong", row_losses, is_ours=True)
     rows = {row.backend: row for row in Harness(CPU, None, 0.0).run(SMALL, [wrong, EAGER])}
 
@@ -54,8 +55,8 @@ def test_red_gate_prints_no_speed(row_losses, capsys):
     assert rows["wrong"].forward_ms is rows["wrong"].backward_ms is rows["wrong"].total_quartiles_ms is None
     results = Results({"available_memory_gib": 1.0}, rows=list(rows.values()))
     assert not results.is_green
-    report.show(results)
-    assert "red gate" in capsys.readouterr().out
+    assert "red gate" in report.group(results.rows) and " ms" not in report.group(results.rows[:1])
+    assert "RED, beyond the tolerance: infonce two_view" in report.closing(results, [], [])
 
 
 def test_wrong_result_fails_smoke(capsys):
@@ -186,9 +187,12 @@ def test_run_writes_table_picture_and_file(tmp_path, capsys):
 def test_names_stay_inside_the_picture(path):
     text = pytest.importorskip("matplotlib.text", reason="matplotlib is not installed.")
     figure = plots.picture(Results.read(path))
-    for name in figure.findobj(text.Annotation):
-        x0, y0, x1, y1 = name.get_window_extent().extents
-        assert x0 >= 0 and y0 >= 0 and x1 <= figure.bbox.x1 and y1 <= figure.bbox.y1, name.get_text()
+    figure.draw_without_rendering()
+    names = [name for name in figure.findobj(text.Text) if name.get_visible() and name.get_text()]
+    boxes = [(name.get_text(), name.get_window_extent()) for name in names]
+    for name, box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, name
+    assert not [(a, b) for (a, one), (b, other) in itertools.combinations(boxes, 2) if one.overlaps(other)]
 
 
 def test_digits_training_agrees_with_the_reference():
@@ -228,12 +232,16 @@ def test_host_memory_sees_the_matrix_and_only_that_of_the_call():
     assert again == pytest.approx(first, rel=0.3)  # memory freed by the first call does not hide the second's
 
 
-def test_frontier_grows_with_the_square_only_where_the_matrix_is_kept():
-    def row(backend, is_ours):
-        return Row("l", backend, is_ours, "two_view", 1000, 1000, 128, "float32", 0.1, peak_extra_mib=1.0)
+def test_frontier_grows_with_the_square_where_the_matrix_is_kept_and_ends_at_a_minute():
+    def row(backend, is_ours, ms):
+        return Row(
+            "fused_infonce_loss", backend, is_ours, "two_view", 1000, 1000, 128, "float32", 0.1,
+            peak_extra_mib=1.0, total_quartiles_ms=[ms] * 3,
+        )  # fmt: skip
 
-    limits = {x.backend: x.largest_n for x in frontier([row("eager", False), row("cpu", True)], 100 * 2**20)}
-    assert limits == {"eager": 10_000, "cpu": 100_000}
+    rows = [row("eager", False, 1.0), row("cpu", True, 1.0), row("torch", True, 60.0)]
+    limits = {x.backend: (x.largest_n, x.bound) for x in frontier(rows, 100 * 2**20)}
+    assert limits == {"eager": (10_000, "memory"), "cpu": (100_000, "memory"), "torch": (31_622, "a minute")}
 
 
 def test_rounds_interleave_methods_and_rotate_inputs():
