@@ -38,7 +38,9 @@ def picture(results: Results):
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
     row, facts = next(iter(series.values()))[0], results.environment
     problem = f"{label(row)}, two views, D = {row.D}"
-    _draw_growth(axes[0, 0], series, colors, f"{problem}: ms", lambda row: (row.total_quartiles_ms or [None] * 2)[1])
+    _draw_growth(
+        axes[0, 0], series, colors, f"{problem}: time, ms", lambda row: (row.total_quartiles_ms or [None] * 2)[1]
+    )
     _draw_growth(axes[0, 1], series, colors, "peak memory beyond the inputs, MiB", lambda row: row.peak_extra_mib)
     _draw_frontier(axes[1, 0], results, colors)
     _draw_speed(axes[1, 1], results.rows, colors)

@@ -139,10 +139,10 @@ def opening(results: Results, cases: int, jobs: int, limit: str) -> str:
     """What is going to happen, and how to read it."""
     facts = results.environment
     return _wrapped(
-        f"{_count(cases, 'case')} and {_count(jobs, 'short training')} on {facts['device']}, {facts['num_threads']} threads, torch "
-        f"{facts['torch']}: {limit}. Every result is checked against float64 before it is timed. A line is forward + "
-        "backward of the loss: time, peak memory beyond the inputs, times faster than the eager formula and than the "
-        "same in chunks that are computed again in the backward."
+        f"{_count(cases, 'case')} and {_count(jobs, 'short training')} on {facts['device']}, {facts['num_threads']} "
+        f"threads, torch {facts['torch']}: {limit}. Every result is checked against float64 before it is timed. "
+        "A line is forward + backward of the loss: time, peak memory beyond the inputs, times faster than the eager "
+        "formula and than the same in chunks that are computed again in the backward."
     )
 
 
