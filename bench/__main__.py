@@ -81,7 +81,10 @@ def _command(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     device = Device(options.device or "cpu")
     table = cuda_cases(options.quick) if device.is_cuda else cpu_cases(options.quick)
-    if options.long and not device.is_cuda:
+    if options.long and device.is_cuda:
+        print("--long belongs to the CPU run; the GPU protocol has one length.", file=sys.stderr)
+        return 2
+    if options.long:
         table += cpu_long_cases()
     jobs = {f"digits {short_name(name)}": name for name in PAIR_LOSSES}
     chosen = _matching(options.only, [*jobs, *(case.name for case in table)])
@@ -157,9 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; smoke: the GPU if there is one")
     parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help="where results go (bench/results/local)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few steps: a look, not a measurement")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="small sizes, few steps: a look, not a measurement")
+    size.add_argument("--long", action="store_true", help="the CPU run with larger N and more: some 15 minutes")
     parser.add_argument("--peers", action="store_true", help="other libraries too, where they are installed")
-    parser.add_argument("--long", action="store_true", help="the CPU run with larger N and more: some 15 minutes")
     parser.add_argument(
         "--only", type=_regex, default=re.compile(""), metavar="REGEX", help="cases and digits jobs whose name matches"
     )

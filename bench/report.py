@@ -135,14 +135,15 @@ def digits_line(job: dict) -> str:
     return _styled(line, _GREEN if job["agrees"] else _RED)
 
 
-def opening(results: Results, cases: int, jobs: int, limit: str) -> str:
+def opening(results: Results, cases: int, jobs: int, limit: float) -> str:
     """What is going to happen, and how to read it."""
     facts = results.environment
     return _wrapped(
         f"{_count(cases, 'case')} and {_count(jobs, 'short training')} on {facts['device']}, {facts['num_threads']} "
-        f"threads, torch {facts['torch']}: {limit}. Every result is checked against float64 before it is timed. "
-        "A line is forward + backward of the loss: time, peak memory beyond the inputs, times faster than the eager "
-        "formula and than the same in chunks that are computed again in the backward."
+        f"threads, torch {facts['torch']}; nothing is begun after {limit / 60:.0f} minutes. Every "
+        "result is checked against float64 before it is timed. A line is forward + backward of the loss: time, peak "
+        "memory beyond the inputs, times faster than the eager formula and than the same in chunks that are computed "
+        "again in the backward."
     )
 
 

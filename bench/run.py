@@ -31,7 +31,7 @@ def run(device: Device, cases: Sequence[Case], jobs: Sequence[str], path: Path, 
         jobs = []
     results, began, stopped = Results(environment.facts(device)), time.monotonic(), False
     results.left_out = [case.name for case in cases]
-    print(report.opening(results, len(cases), len(jobs), f"at most {limit / 60:.0f} minutes"), end="\n\n", flush=True)
+    print(report.opening(results, len(cases), len(jobs), limit), end="\n\n", flush=True)
     progress = report.Progress(len(jobs) + len(cases))
     try:
         with contextlib.ExitStack() as stack:
