@@ -54,7 +54,7 @@ class Harness:
         with self.device.precision(case.tf32):
             methods = methods_for(case, self.device) if methods is None else methods
             inputs = inputs_of(case, self.device.torch)
-            self.say(f"{case.name}: float64 truth")
+            self.say(f"float64 truth of {case.name}")
             truth = gate.truth_of(case, inputs)
             rows = {method.name: self._check(method, case, inputs, truth) for method in methods}
             del truth  # its float64 copies would narrow what fits
@@ -72,7 +72,7 @@ class Harness:
         return row if fits else replace(row, status=OUT_OF_MEMORY)
 
     def _check(self, method: Method, case: Case, inputs: Inputs, truth: Truth) -> Row:
-        self.say(f"{case.name}: checking {method.name}")
+        self.say(f"checking {method.name}: {case.name}")
         row = self._unmeasured(method, case)
         if row.status != OK:
             return row
@@ -89,7 +89,7 @@ class Harness:
         return replace(row, gate=ratio)
 
     def _measure_memory(self, row: Row, method: Method, case: Case) -> Row:
-        self.say(f"{case.name}: memory of {method.name}")
+        self.say(f"memory of {method.name}: {case.name}")
         if self.device.is_cuda:
             return replace(row, peak_extra_mib=peak_mib_cuda(method, case, self.device))
         # in a fresh process torch.compile would compile once more, tens of seconds for one number
@@ -101,7 +101,7 @@ class Harness:
     def _time(self, rows: dict[str, Row], methods: list[Method], case: Case) -> dict[str, Row]:
         if not methods:
             return {}
-        self.say(f"{case.name}: timing {', '.join(method.name for method in methods)}")
+        self.say(f"timing all in turns: {case.name}")
         inputs = timing.rotation(self.device, lambda seed: inputs_of(case, self.device.torch, seed))
         calls = {method.name: _call(method, case) for method in methods}
         gemm = self.device.gemm_tflops(case.torch_dtype)

@@ -100,7 +100,10 @@ def _draw_speed(axis, rows: list[Row], colors: dict[str, str]) -> None:
         low, middle, high = row.ratios["eager"]
         axis.barh(at, middle, color=colors[backend], height=0.9 * height)
         axis.plot([low, high], [at, at], color="black", lw=1)
-        axis.annotate(f" {times(row, 'eager')}x", (max(high, middle), at), va="center", fontsize="small")
+        axis.annotate(
+            f"{times(row, 'eager')}x", (max(high, middle), at), xytext=(4, 0), textcoords="offset points", va="center",
+            fontsize="small", bbox={"fc": "white", "ec": "none", "pad": 0.3},
+        )  # fmt: skip
     axis.set_yticks(range(len(names)), names)
     axis.axvline(1, color="black", lw=0.8, ls=":")
     axis.set(title=f"times faster than eager PyTorch, N = {n:,}")
