@@ -183,7 +183,7 @@ def at_one_size(rows: Sequence[Row]) -> tuple[int, list[Row]]:
     losses: dict[int, set[str]] = {}
     for row in compared:
         losses.setdefault(row.N, set()).add(row.loss)
-    n = max(losses, key=lambda size: len(losses[size]))
+    n = max(losses, key=lambda size: (len(losses[size]), size))
     return n, [row for row in compared if (row.N, row.dtype) == (n, compared[0].dtype)]
 
 

@@ -53,8 +53,8 @@ def run(device: Device, cases: Sequence[Case], jobs: Sequence[str], path: Path, 
 
 _HINTS = (
     ("make bench ARGS=--long", "N up to 16,384, small batches, long queues, bfloat16, torch.compile; some 15 minutes"),
-    ("python -m bench show FILE.json", "these lines and the picture again"),
-    ("python -m bench negatives", "how many negatives are enough, on digits or on your features"),
+    ('make bench ARGS="show FILE.json"', "these lines and the picture again"),
+    ("make bench ARGS=negatives", "how many negatives are enough, on digits or on your features"),
 )
 
 

@@ -188,7 +188,12 @@ def test_names_stay_inside_the_picture(path):
     text = pytest.importorskip("matplotlib.text", reason="matplotlib is not installed.")
     figure = plots.picture(Results.read(path))
     figure.draw_without_rendering()
-    names = [name for name in figure.findobj(text.Text) if name.get_visible() and name.get_text()]
+    titles = {axes.get_title(loc="left") for axes in figure.axes}
+    names = [
+        name for name in figure.findobj(text.Text) if isinstance(name, text.Annotation) or name.get_text() in titles
+    ]
+    names += [name for axes in figure.axes[2:] for name in axes.get_yticklabels()]
+    names += [name for axes in figure.axes[:2] for name in axes.get_legend().get_texts()]
     boxes = [(name.get_text(), name.get_window_extent()) for name in names]
     for name, box in boxes:
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, name

@@ -99,7 +99,7 @@ def test_a_run_shows_progress_that_fits_and_tells_what_comes_next(columns, tmp_p
     assert all(len(line) <= columns or str(tmp_path) in line for line in states)
     assert "1 cases and 0 short trainings" in text or "1 case" in text
     assert any(NUMBERS.match(line) for line in text.splitlines())
-    for promised in ("results of ours are right", ".json", ".md", "ARGS=--long", "bench show", "status 0"):
+    for promised in ("results of ours are right", ".json", ".md", "ARGS=--long", "show FILE", "status 0"):
         assert promised in text, promised
 
 
