@@ -29,15 +29,23 @@ else ifneq ($(strip $(TORCH)),$(strip $(REMEMBERED)))
 $(INSTALLED): FORCE
 endif
 
+# $(call step,what it is,command): one line; what the command prints only if it fails, and what the build has to say
+step = @echo "  $(1)"; mkdir -p $(VENV); { $(2); } > $(LOG) 2>&1 || { cat $(LOG); exit 1; }; grep "^contrastive_ext:" $(LOG) || true
+LOG := $(VENV)/setup.log
+WHICH_TORCH = $(or $(TORCH),$(DEFAULT_TORCH))
+
 $(INSTALLED): pyproject.toml setup.py Makefile
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "setuptools>=77" wheel $(or $(TORCH),$(DEFAULT_TORCH))
-	CONTRASTIVE_EXT_NATIVE=0 $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	@echo "Setup of $(VENV), once: 3 to 10 minutes, mostly downloads. 2.5 GB on disk with a"
+	@echo "torch for CPUs; without being asked pip may take one with CUDA, several GB more."
+	@echo 'Another: make setup TORCH="torch==2.13.0+cpu --extra-index-url URL"'
+	$(call step,1/4 environment $(VENV),$(PYTHON) -m venv $(VENV))
+	$(call step,2/4 $(WHICH_TORCH): the longest download,$(BIN)/pip install -q "setuptools>=77" wheel $(WHICH_TORCH))
+	$(call step,3/4 this package and its tools,CONTRASTIVE_EXT_NATIVE=0 $(BIN)/pip install -q --no-build-isolation -e ".[dev]")
 	@echo '$(strip $(TORCH))' > $@
 
 # in place, so that the objects under build/ are reused; ninja knows which headers each one includes
 $(BUILT): $(INSTALLED) csrc $(CSRC)
-	PATH="$(abspath $(BIN)):$$PATH" $(RUN) setup.py -q build_ext --inplace
+	$(call step,4/4 native kernels: compiling csrc/ takes 1 to 3 minutes,PATH="$(abspath $(BIN)):$$PATH" $(RUN) setup.py -q build_ext --inplace)
 	@touch $@
 
 # The whole suite takes all cores; a part of it, ARGS="tests/losses -x", one process, which starts at once and debugs.

@@ -1,51 +1,48 @@
-"""The benchmark's command line: the main job on real data, then time and memory of every case, one table, one picture.
+"""The benchmark's command line.
 
-    python -m bench                        the CPU run, under five minutes
+    python -m bench                        trainings on digits, time and memory of every case, a picture: five minutes
+    python -m bench --long                 larger N, small batches, long queues, bfloat16 on top
     python -m bench --device cuda          the GPU protocol
+    python -m bench show RESULTS.json      print a results file and draw its picture again
     python -m bench smoke                  correctness at tiny shapes
     python -m bench negatives              how many negatives are enough: losses and bounds against the batch size
     python -m bench proof                  correctness at real shapes on a GPU, a JSON line a case
     python -m bench speed                  the table of goals on a GPU, kernel by kernel
     python -m bench tune                   times other tile sizes of the Triton kernels (a GPU)
-    python -m bench plot RESULTS.json      draw the picture again
 
-A JSON file named after the device collects the results as they come. Exit status 1 says that a result was wrong.
+A JSON file named after the device collects the results as they come, in bench/results/local or in the folder of --out.
+Exit status 1 says that a result was wrong, 2 that the arguments were, 130 that Ctrl-C ended it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import re
 import sys
-import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import digits, environment, methods, negatives, plots, report
-from .cases import PAIR_LOSSES, Case, cpu_cases, cuda_cases, proof_cases, smoke_cases, speed_cases, tiny
+from . import environment, methods, negatives
+from .case import Case, short_name
+from .cases import cpu_cases, cpu_long_cases, cuda_cases, proof_cases, smoke_cases, speed_cases, tiny
 from .device import Device
-from .harness import Harness
-from .memory import HostMemory
+from .losses import PAIR_LOSSES
 from .proof import prove
-from .results import Results
+from .run import STOPPED, run, show
 from .smoke import smoke
 from .speed import speed
 from .tune import DTYPES, prefer, tune
 
-_OUT = Path(__file__).parent / "results"
-_DIGITS_STEPS = {False: 40, True: 5}
-_TIME_LIMIT_S = {"cpu": 270, "cuda": 1500}  # the CPU run promises five minutes, picture and table included
+_OUT = Path(__file__).parent / "results" / "local"  # ignored by git: what is committed is chosen by hand
+_TIME_LIMIT_S = {"cpu": 240, "cuda": 1500}  # begin no case later: the CPU run promises five minutes
+_LONG_TIME_LIMIT_S = 3600
 _SPEED_LIMIT_S = 80.0
-_SECONDS_PER_CASE = {False: 3.0, True: 0.5}
-_FIXED_S = 4.0  # of a case, whatever its size
-_MEMORY_SHARE_OF_TIME = 0.2  # of a case: one call of each method
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # the benchmark itself reports the clamped rows
     warnings.filterwarnings("ignore", message=".*on the floor of the debiased loss")
-    if options.command == "plot":
-        return _plot(options.results)
+    try:
+        return _command(options)
+    except KeyboardInterrupt:
+        print("\nStopped; what was found is above, and in the file where the command writes one.")
+        return STOPPED
+
+
+def _command(options: argparse.Namespace) -> int:
+    if options.command == "show":
+        return show(options.results, options.readme)
     methods.left_out.update(options.without)
     if options.tiles is not None:
         prefer(options.tiles)
@@ -73,9 +78,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return tune(device, options.features, options.rows, options.dtype, options.out, options.shard, options.most)
 
 
+def _bench(options: argparse.Namespace) -> int:
+    device = Device(options.device or "cpu")
+    table = cuda_cases(options.quick) if device.is_cuda else cpu_cases(options.quick)
+    if options.long and device.is_cuda:
+        print("--long belongs to the CPU run; the GPU protocol has one length.", file=sys.stderr)
+        return 2
+    if options.long:
+        table += cpu_long_cases()
+    jobs = {f"digits {short_name(name)}": name for name in PAIR_LOSSES}
+    chosen = _matching(options.only, [*jobs, *(case.name for case in table)])
+    cases = [replace(case, peers=options.peers) for case in table if case.name in chosen]
+    kind = "-quick" if options.quick else "-long" if options.long else ""
+    path = options.out / f"{environment.slug(device)}{kind}.json"
+    limit = options.time_limit or (_LONG_TIME_LIMIT_S if options.long else _TIME_LIMIT_S[device.kind])
+    return run(device, cases, [jobs[name] for name in jobs if name in chosen], path, limit, options.quick)
+
+
+def _matching(only: re.Pattern[str], names: Iterable[str]) -> list[str]:
+    """The names that --only leaves; an error that lists them if it leaves none."""
+    names = list(names)
+    found = [name for name in names if only.search(name)]
+    if not found:
+        print(f"--only {only.pattern}: no such case. The cases are:", *names, sep="\n  ", file=sys.stderr)
+        raise SystemExit(2)
+    return found
+
+
 def _share(cases: list[Case], options: argparse.Namespace) -> list[Case]:
     """The cases that --only, --tiny and --shard leave."""
-    chosen = [case for case in cases if re.search(options.only, case.name)]
+    names = _matching(options.only, [case.name for case in cases])
+    chosen = [case for case in cases if case.name in names]
     index, count = getattr(options, "shard", None) or (0, 1)
     chosen = chosen[index::count]
     return [tiny(case) for case in chosen] if getattr(options, "tiny", False) else chosen
@@ -114,76 +147,11 @@ def _negatives(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(options: argparse.Namespace) -> int:
-    device = Device(options.device or "cpu")
-    limit = options.time_limit or _TIME_LIMIT_S[device.kind]
-    table = (cuda_cases if device.is_cuda else cpu_cases)(options.quick)
-    cases = [replace(case, peers=options.peers) for case in table if re.search(options.only, case.name)]
-    jobs = [name for name in PAIR_LOSSES if re.search(options.only, f"digits {name}")]
-    path = options.out / f"{environment.slug(device)}.json"
-    results, began = Results(environment.facts(device)), time.monotonic()
-    with contextlib.ExitStack() as stack:
-        host_memory = None if device.is_cuda else stack.enter_context(HostMemory())
-        progress = stack.enter_context(report.Progress(len(jobs) + len(cases)))
-        _run_digits(jobs, _DIGITS_STEPS[options.quick], device, results, path, progress)
-        harness = Harness(device, host_memory, _SECONDS_PER_CASE[options.quick], progress.say)
-        _run_cases(cases, harness, began + limit, results, path, progress)
-    results.seconds = round(time.monotonic() - began, 1)
-    results.write(path)
-    report.show(results)
-    print(f"results: {path}")
-    _plot(path)
-    return 0 if results.is_green else 1
-
-
-def _run_digits(
-    jobs: Sequence[str], steps: int, device: Device, results: Results, path: Path, progress: report.Progress
-) -> None:
-    if jobs and importlib.util.find_spec("sklearn") is None:
-        print("The main job on digits is left out: it needs scikit-learn.")
-        return
-    for name in jobs:
-        progress.say(f"digits: {steps} steps with {name}, each compared with the reference")
-        job = digits.train(name, steps, device)
-        results.digits.append(job)
-        results.write(path)
-        progress.finish(f"digits {name}: {'agrees' if job['agrees'] else 'DISAGREES'}")
-
-
-def _run_cases(
-    cases: Sequence[Case], harness: Harness, deadline: float, results: Results, path: Path, progress: report.Progress
-) -> None:
-    pace = 0.0  # seconds per unit of work in the last case, as busy as the machine is now
-    for case in cases:
-        began = time.monotonic()
-        if began + _FIXED_S + pace * _work(case) <= deadline:
-            rows = harness.run(case)
-            if not case.compile:  # compiling says nothing about the next case
-                pace = max(0.0, time.monotonic() - began - _FIXED_S) / _work(case)
-        else:
-            results.left_out.append(case.name)
-            has_time = began + _FIXED_S + _MEMORY_SHARE_OF_TIME * pace * _work(case) <= deadline
-            rows = harness.run_memory(case) if has_time else []
-        for row in rows:
-            results.rows.append(row)
-            if row.gemm_tflops:
-                results.gemm_tflops[row.dtype] = max(results.gemm_tflops.get(row.dtype, 0.0), row.gemm_tflops)
-        results.write(path)
-        progress.finish(report.one_line(rows) if rows else f"{case.name}: left out")
-
-
-def _work(case: Case) -> float:
-    return float(case.n) * case.m * (len(case.dense.exponents) + case.dim / 128)
-
-
-def _plot(path: Path) -> int:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("The picture is left out: it needs matplotlib.")
-        return 0
-    picture = path.with_suffix(".png")
-    plots.draw(Results.read(path), picture)
-    print(f"picture: {picture}")
-    return 0
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression; {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,20 +159,26 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; smoke: the GPU if there is one")
-    parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help="where results go (bench/results)")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few steps: a look, not a measurement")
+    parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help="where results go (bench/results/local)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="small sizes, few steps: a look, not a measurement")
+    size.add_argument("--long", action="store_true", help="the CPU run with larger N and more: some 15 minutes")
     parser.add_argument("--peers", action="store_true", help="other libraries too, where they are installed")
-    parser.add_argument("--only", default="", metavar="REGEX", help="cases and digits jobs whose name matches")
+    parser.add_argument(
+        "--only", type=_regex, default=re.compile(""), metavar="REGEX", help="cases and digits jobs whose name matches"
+    )
     parser.add_argument("--without", nargs="+", default=[], metavar="BACKEND", help="backends not to run")
     parser.add_argument("--tiles", type=Path, metavar="FILE", help="use the fastest tiles of a file of `tune`")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start no case that would end later")
-    commands = parser.add_subparsers(dest="command", metavar="smoke | proof | speed | negatives | tune | plot")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no case later")
+    commands = parser.add_subparsers(dest="command", metavar="show | smoke | negatives | proof | speed | tune")
     smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
     proof_parser = commands.add_parser("proof", help="real shapes against float64, repeats bit by bit: proof-<i>.jsonl")
     speed_parser = commands.add_parser("speed", help="the table of goals, kernel by kernel: speed.json, kernels.json")
     for command in (smoke_parser, proof_parser, speed_parser):
         command.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
-        command.add_argument("--only", default=argparse.SUPPRESS, metavar="REGEX", help="cases whose name matches")
+        command.add_argument(
+            "--only", type=_regex, default=argparse.SUPPRESS, metavar="REGEX", help="cases whose name matches"
+        )
         command.add_argument("--without", nargs="+", default=argparse.SUPPRESS, metavar="BACKEND")
         command.add_argument("--tiles", type=Path, default=argparse.SUPPRESS, metavar="FILE")
         if command is not speed_parser:
@@ -232,8 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument("--shard", type=_shard, metavar="I/N", help="run every N-th tile once and time none")
     tuning.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
     tuning.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
-    plot_parser = commands.add_parser("plot", help="draw the picture of a results file again")
-    plot_parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    show_parser = commands.add_parser("show", help="print a results file and draw its picture again")
+    show_parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    show_parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between the marks of this file")
     return parser
 
 

@@ -1,114 +1,43 @@
-"""What people run today, as code: the four losses in plain PyTorch, written the way a careful user would.
+"""What people run today, as code: the losses in plain PyTorch, written the way a careful user would.
 
     normalise -> u v^T / t -> positives and self set to -inf -> logsumexp over each row -> O(N) formula of the loss
 
 `eager` keeps the N x M matrix, `chunked` recomputes it block by block in the backward (torch.utils.checkpoint),
-`compiled` is torch.compile of `eager`, `autocast` is `eager` with 16-bit products. Nothing here comes from
-contrastive_ext: the same dense formula, run by blocks in float64, is the truth of the correctness gate (gate.py).
+`compiled` is torch.compile of `eager`, `autocast` is `eager` with 16-bit products. Formulas: formulas.py and
+own_losses.py. Run by blocks in float64 they are the truth of the correctness gate (gate.py).
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .case import Case, Inputs
+from .formulas import Ranks, log_rank_weights, ranks_by_comparison
+from .losses import dense_of
 from .own_losses import OwnLoss
-
-if TYPE_CHECKING:
-    from .cases import Case, Inputs
-
-TAU_PLUS = 0.1  # defaults of the public functions, which the timed calls leave untouched
-BETA = 1.0
-ALPHA = BAYESIAN_BETA = 0.9
 
 # Logits per block, 16 MiB in fp32. On two cores at N = 8192: 2^22 to 2^24 equal within the noise, smaller is slower.
 CHUNK_ELEMENTS = 2**22
 
 
-Ranks = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class DenseLoss:
-    """A loss as a formula of its rows: exponents of the log-sum-exps it needs, `formula(lse, pos, count, scale)`.
-
-    ranks  for a loss that weighs negatives by rank: ranks [rows, M] of logits whose ignored pairs are -inf
-    """
-
-    exponents: tuple[float, ...]
-    formula: Callable[[Sequence[Tensor], Tensor, int, float], Tensor]
-    ranks: Ranks | None = None
-
-
-def _infonce(lse, pos, count, scale):
-    gap = lse[0] - pos  # the same as logaddexp(pos, lse) - pos, which is 0 once a row has converged
-    return torch.logaddexp(gap, torch.zeros_like(gap))
-
-
-def _decoupled(lse, pos, count, scale):
-    return lse[0] - pos
-
-
-def _debiased(lse, pos, count, scale):
-    shift = torch.maximum(lse[0], pos).detach()
-    own = torch.exp(pos - shift)
-    negatives = (torch.exp(lse[0] - shift) - TAU_PLUS * count * own) / (1 - TAU_PLUS)
-    negatives = torch.clamp(negatives, min=count * torch.exp(-scale - shift))
-    return torch.log(own + negatives) - (pos - shift)
-
-
-def _hard_negative(lse, pos, count, scale):
-    norm, weighted = lse
-    log_count = torch.log(torch.tensor(float(count), dtype=pos.dtype))
-    return _debiased([log_count + weighted - norm], pos, count, scale)
-
-
-INFONCE = DenseLoss((1.0,), _infonce)
-DECOUPLED = DenseLoss((1.0,), _decoupled)
-DEBIASED = DenseLoss((1.0,), _debiased)
-BAYESIAN = DenseLoss((1.0,), _infonce, ranks=lambda logits: _ranks_by_sorting(logits))
-HARD_NEGATIVE = DenseLoss((BETA, 1.0 + BETA), _hard_negative)
-
-
-def _ranks_by_sorting(logits: Tensor) -> Tensor:
-    ignored, logits = (logits == -torch.inf).sum(1, keepdim=True), logits.contiguous()
-    return torch.searchsorted(logits.sort(1).values.contiguous(), logits, right=True) - ignored
-
-
-def _ranks_by_comparison(logits: Tensor) -> Tensor:
-    """As the released code finds them: every negative against every other, O(N) times the matrix."""
-    negative = (logits > -torch.inf)[:, None, :]
-    return ((logits[:, None, :] <= logits[:, :, None]) & negative).sum(2)
-
-
-def _log_rank_weights(rank: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """log omega of BCL at its defaults (Liu et al., 2023), the root as the released code writes it."""
-    u, eps = rank.clamp(min=1).to(dtype) / count, 1e-3
-    a = (1 - 2 * ALPHA) * (1 - 2 * TAU_PLUS) + eps
-    b = 2 * (ALPHA * (1 - TAU_PLUS) + (1 - ALPHA) * TAU_PLUS)
-    phi = (-b + torch.sqrt(b * b + 4 * a * u)) / (2 * a)
-    share = 2 * ALPHA * (1 - BAYESIAN_BETA) * (1 - phi) + 2 * (1 - ALPHA) * BAYESIAN_BETA * phi
-    norm = ALPHA * (1 - BAYESIAN_BETA) + (1 - ALPHA) * BAYESIAN_BETA + eps
-    return torch.log(share / norm / (b * (1 - phi) + (2 - b) * phi))
-
-
 def comparison(case: Case, inputs: Inputs) -> Tensor:
     """`eager` with ranks by comparison, as the released code of BCL has them."""
-    return eager(case, inputs, ranks=_ranks_by_comparison)
+    return eager(case, inputs, ranks=ranks_by_comparison)
 
 
 def eager(case: Case, inputs: Inputs, ranks: Ranks | None = None) -> Tensor:
     """[R] loss of every row through the whole matrix of logits."""
-    if isinstance(case.dense, OwnLoss):
-        return case.dense.rows(case, case.dense.prepare(case, _unit_inputs(case, inputs)), slice(0, case.n))
+    dense = dense_of(case)
+    if isinstance(dense, OwnLoss):
+        return dense.rows(case, dense.prepare(case, _unit_inputs(case, inputs)), slice(0, case.n))
     u1, u2 = _unit(case, inputs)
     pos = (u1 * u2).sum(1) / case.temperature
     if case.layout == "two_view":
@@ -125,11 +54,11 @@ def chunked(case: Case, inputs: Inputs, *, operand_dtype: torch.dtype | None = N
 
     operand_dtype  round unit vectors to it first, gradients passing through: what 16-bit operands compute exactly
     """
-    size = max(1, CHUNK_ELEMENTS // case.m)
-    if isinstance(case.dense, OwnLoss):
-        tensors = case.dense.prepare(case, _unit_inputs(case, inputs, operand_dtype))
+    size, dense = max(1, CHUNK_ELEMENTS // case.m), dense_of(case)
+    if isinstance(dense, OwnLoss):
+        tensors = dense.prepare(case, _unit_inputs(case, inputs, operand_dtype))
         blocks = [slice(i, min(i + size, case.n)) for i in range(0, case.n, size)]
-        return torch.cat([checkpoint(case.dense.rows, case, tensors, rows, use_reentrant=False) for rows in blocks])
+        return torch.cat([checkpoint(dense.rows, case, tensors, rows, use_reentrant=False) for rows in blocks])
     u1, u2 = _unit(case, inputs, operand_dtype)
     pos = (u1 * u2).sum(1) / case.temperature
     if case.layout == "two_view":
@@ -198,11 +127,11 @@ def _masked_logits(case: Case, u: Tensor, v: Tensor, first: int) -> Tensor:
 
 
 def _row_losses(case: Case, logits: Tensor, pos: Tensor, ranks: Ranks | None = None) -> Tensor:
-    dense = case.dense
+    dense = dense_of(case)
     if dense.ranks is not None:
         with torch.no_grad():
             rank = (ranks or dense.ranks)(logits)
-            log_weight = _log_rank_weights(rank, case.negatives, logits.dtype)
+            log_weight = log_rank_weights(rank, case.negatives, logits.dtype)
         logits = logits + log_weight
     lse = [torch.logsumexp(logits if beta == 1 else beta * logits, 1) for beta in dense.exponents]
     return dense.formula(lse, pos, case.negatives, 1 / case.temperature)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import contrastive_ext
 
-from .cases import LOSSES
 from .device import Device
+from .losses import LOSSES
 
 BATCH = 256  # images, N = 512 anchors
 FEATURES = 64

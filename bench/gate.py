@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from . import baselines
-from .cases import Case, Inputs
+from .case import Case, Inputs
+from .losses import is_ranked
 from .methods import Method
 
 ULPS = 4
@@ -53,7 +54,7 @@ def truth_of(case: Case, inputs: Inputs) -> Truth:
     if case.torch_dtype in RELATIVE_L2:
         return truth
     dense = _results(baselines.chunked, case, inputs, upstream)
-    difference = _relative_l2 if case.is_ranked else _max_difference
+    difference = _relative_l2 if is_ranked(case) else _max_difference
     errors = tuple(difference(*pair) for pair in zip(dense, (truth.losses, *gradients), strict=True))
     return Truth(truth.losses, upstream, gradients, errors)
 
@@ -71,7 +72,7 @@ def error_ratio(method: Method, case: Case, inputs: Inputs, truth: Truth) -> flo
     elif truth.dense_errors is None or method.relative_l2 is not None:
         limit = max(method.relative_l2 or 0.0, RELATIVE_L2.get(case.torch_dtype, 0.0))
         ratios = [_relative_l2(*pair) / limit for pair in zip(got, wanted, strict=True)]
-    elif case.is_ranked:
+    elif is_ranked(case):
         ulp = ULPS * torch.finfo(case.torch_dtype).eps
         ratios = [
             _relative_l2(mine, exact) / (2 * dense + ulp)

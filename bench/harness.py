@@ -10,12 +10,14 @@ from dataclasses import replace
 import torch
 
 from . import gate, timing
-from .cases import Case, Inputs, executed_flops
+from .case import Case, Inputs
 from .device import Device
+from .flops import executed_flops
 from .gate import Truth
+from .losses import inputs_of
 from .memory import HostMemory, peak_mib_cuda
 from .methods import COMPILED, Method, methods_for
-from .results import NO_TIME, OK, OUT_OF_MEMORY, RED, TOO_SLOW, Row
+from .results import OK, OUT_OF_MEMORY, RED, TOO_SLOW, Row
 from .timing import Timing
 
 # Share of the free memory a case may be estimated to need.
@@ -51,8 +53,8 @@ class Harness:
         """One row per method (all that can compute the case by default), with times where it is right and fits."""
         with self.device.precision(case.tf32):
             methods = methods_for(case, self.device) if methods is None else methods
-            inputs = case.inputs(self.device.torch)
-            self.say(f"{case.name}: float64 truth")
+            inputs = inputs_of(case, self.device.torch)
+            self.say(f"float64 truth of {case.name}")
             truth = gate.truth_of(case, inputs)
             rows = {method.name: self._check(method, case, inputs, truth) for method in methods}
             del truth  # its float64 copies would narrow what fits
@@ -62,16 +64,6 @@ class Harness:
             to_time = [method for method in methods if rows[method.name].status == OK]
             return list((rows | self._time(rows, to_time, case)).values())
 
-    def run_memory(self, case: Case) -> list[Row]:
-        """Rows with the peak alone, a few calls: for a case that there is no time to check and to repeat."""
-        rows = []
-        for method in methods_for(case, self.device):
-            row = self._unmeasured(method, case)
-            if row.status == OK:
-                row = self._measure_memory(row, method, case)
-            rows.append(replace(row, status=NO_TIME) if row.status == OK else row)
-        return rows
-
     def _unmeasured(self, method: Method, case: Case) -> Row:
         row = Row(
             case.loss, method.name, method.is_ours, case.layout, case.n, case.m, case.dim, case.dtype, case.temperature
@@ -80,7 +72,7 @@ class Harness:
         return row if fits else replace(row, status=OUT_OF_MEMORY)
 
     def _check(self, method: Method, case: Case, inputs: Inputs, truth: Truth) -> Row:
-        self.say(f"{case.name}: checking {method.name}")
+        self.say(f"checking {method.name}: {case.name}")
         row = self._unmeasured(method, case)
         if row.status != OK:
             return row
@@ -97,7 +89,7 @@ class Harness:
         return replace(row, gate=ratio)
 
     def _measure_memory(self, row: Row, method: Method, case: Case) -> Row:
-        self.say(f"{case.name}: memory of {method.name}")
+        self.say(f"memory of {method.name}: {case.name}")
         if self.device.is_cuda:
             return replace(row, peak_extra_mib=peak_mib_cuda(method, case, self.device))
         # in a fresh process torch.compile would compile once more, tens of seconds for one number
@@ -109,8 +101,8 @@ class Harness:
     def _time(self, rows: dict[str, Row], methods: list[Method], case: Case) -> dict[str, Row]:
         if not methods:
             return {}
-        self.say(f"{case.name}: timing {', '.join(method.name for method in methods)}")
-        inputs = timing.rotation(self.device, lambda seed: case.inputs(self.device.torch, seed))
+        self.say(f"timing all in turns: {case.name}")
+        inputs = timing.rotation(self.device, lambda seed: inputs_of(case, self.device.torch, seed))
         calls = {method.name: _call(method, case) for method in methods}
         gemm = self.device.gemm_tflops(case.torch_dtype)
         timings = timing.interleave(self.device, calls, inputs, self.seconds, self.rounds)
@@ -122,10 +114,10 @@ class Harness:
             # the baselines multiply 16-bit inputs in fp32, which is not the rate measured here
             if method.is_ours or case.torch_dtype == torch.float32:
                 row = _with_shares(row, method, case, self.device.processors)
-            if method.is_ours:
-                row = replace(row, ratios={b: timing.ratio(timings[b], timings[method.name]) for b in baselines})
-                if self.device.is_cuda and case.n <= LARGEST_GRAPH:
-                    row = replace(row, graph_ms=self._replay(calls[method.name], inputs[0]))
+            others = [name for name in baselines if name != method.name]
+            row = replace(row, ratios={b: timing.ratio(timings[b], timings[method.name]) for b in others})
+            if method.is_ours and self.device.is_cuda and case.n <= LARGEST_GRAPH:
+                row = replace(row, graph_ms=self._replay(calls[method.name], inputs[0]))
             timed[method.name] = row
         return timed
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -18,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from .cases import Case
+from .case import Case
 from .device import Device
+from .losses import inputs_of
 from .methods import Method, find_method
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -36,11 +38,13 @@ class HostMemory:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         self._server = subprocess.Popen(
             [sys.executable, "-m", "bench.memory"], cwd=_ROOT, env=os.environ | _RETURN_BLOCKS | {"PYTHONPATH": path},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
         )  # fmt: skip
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error, *_) -> None:
+        if error is not None:  # Ctrl-C does not reach a session of its own: end it with the call it measures
+            os.killpg(self._server.pid, signal.SIGKILL)
         self._server.stdin.close()
         self._server.wait()
 
@@ -53,7 +57,7 @@ class HostMemory:
 
 def peak_mib_cuda(method: Method, case: Case, device: Device) -> float:
     """MiB the allocator handed out at the peak beyond the inputs."""
-    inputs = case.inputs(device.torch)
+    inputs = inputs_of(case, device.torch)
     _run(method, case, inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -85,10 +89,10 @@ def _measure(request: dict) -> float:
     torch.set_num_threads(request["threads"])
     device, case = Device("cpu"), Case(**request["case"])
     method = find_method(request["method"], case, device)
-    inputs = case.inputs(device.torch)
+    inputs = inputs_of(case, device.torch)
     n, m = _TINY.get(case.layout, _TINY["queue"])
     tiny = replace(case, n=n, m=m)
-    _run(method, tiny, tiny.inputs(device.torch))
+    _run(method, tiny, inputs_of(tiny, device.torch))
     with contextlib.suppress(OSError):  # where the peak cannot be reset it can only be overstated
         Path("/proc/self/clear_refs").write_text("5")
     before = _resident_kib("VmRSS")

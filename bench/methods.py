@@ -12,8 +12,9 @@ from torch import Tensor
 import contrastive_ext
 
 from . import baselines
-from .cases import Case, Inputs, fused
+from .case import Case, Inputs
 from .device import Device
+from .losses import dense_of, fused, is_ranked
 
 # Peak bytes per element of the N x M matrix in eager PyTorch, measured at N = 8192 on the CPU: 16.3 with one exponent
 # (logits, softmax, gradient, a temporary), 20.3 with two; 29 with three, self-labels at 1,024 x 17,408. Only decides
@@ -49,8 +50,10 @@ class Method:
 
     def estimated_bytes(self, case: Case) -> int:
         """Memory of the matrix, before trying."""
-        ranked = case.is_ranked
-        per_element = EAGER_BYTES_PER_RANKED_ELEMENT if ranked else EAGER_BYTES_PER_ELEMENT[len(case.dense.exponents)]
+        if is_ranked(case):
+            per_element = EAGER_BYTES_PER_RANKED_ELEMENT
+        else:
+            per_element = EAGER_BYTES_PER_ELEMENT[len(dense_of(case).exponents)]
         return int(self.keeps_matrix * per_element * case.n * case.m)
 
 
@@ -82,7 +85,7 @@ def backends_for(case: Case, device: Device) -> list[Method]:
     if reasons["cuda"] is None:
         reasons["cuda"] = _why_not_cuda(case)
     names = [name for name, reason in reasons.items() if name not in {"reference", *left_out} and reason is None]
-    if not case.is_ranked:
+    if not is_ranked(case):
         return [_backend(name) for name in names]
     exact = [_backend(name, ranks="exact") for name in names]
     error = HISTOGRAM_RELATIVE_L2 + 0.5 / case.negatives
@@ -91,7 +94,7 @@ def backends_for(case: Case, device: Device) -> list[Method]:
 
 def _why_not_cuda(case: Case) -> str | None:
     """Its forward is not complete yet; it raises for what it lacks."""
-    simple = case.layout in ("two_view", "labelled") and len(case.dense.exponents) == 1 and not case.is_ranked
+    simple = case.layout in ("two_view", "labelled") and len(dense_of(case).exponents) == 1 and not is_ranked(case)
     return None if simple else "it makes one log-sum-exp per row and no column statistics or means yet."
 
 
@@ -101,7 +104,7 @@ def methods_for(case: Case, device: Device) -> list[Method]:
     if case.fused_only:
         return methods
     methods += [EAGER, CHUNKED]
-    if case.is_ranked and case.n <= LARGEST_COMPARISON:
+    if is_ranked(case) and case.n <= LARGEST_COMPARISON:
         methods.append(COMPARISON)
     if case.compile:
         methods.append(COMPILED)

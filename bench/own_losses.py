@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .cases import Case, Inputs
+from .case import Case, Inputs
 
 LABEL_TEMPERATURE, MU, LAM = 0.8, 1.0, 0.5  # defaults of the public function, which the timed calls leave untouched
 TEACHER_TEMPERATURE = 0.05
@@ -26,8 +24,8 @@ TOP_K, THRESHOLD = 10, 0.7
 class OwnLoss:
     """A loss with a signature of its own, in the one layout that has its name.
 
-    exponents   one entry per matrix of exponentials, as in baselines.DenseLoss
-    draw        (case, draw) -> (z1, z2 or None, queue or None, constants) of cases.Inputs; draw(rows) is random
+    exponents   one entry per matrix of exponentials, as in formulas.DenseLoss
+    draw        (case, draw) -> (z1, z2 or None, queue or None, constants) of case.Inputs; draw(rows) is random
     call        (function, case, inputs, options) -> the public function's result
     prepare     (case, inputs of unit vectors) -> tensors every block needs
     rows        (case, tensors, rows) -> dense losses of these rows

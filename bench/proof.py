@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from . import baselines, gate
-from .cases import Case, Inputs
+from .case import Case, Inputs
 from .device import Device
+from .losses import inputs_of
 from .methods import Method, backends_for
 
 
@@ -41,7 +42,7 @@ def prove(device: Device, path: Path, cases: Sequence[Case]) -> int:
 def _lines(device: Device, case: Case):
     with device.precision(case.tf32):
         began = time.perf_counter()
-        inputs = case.inputs(device.torch)
+        inputs = inputs_of(case, device.torch)
         truth = gate.truth_of(case, inputs)
         device.synchronize()
         truth_s = time.perf_counter() - began

@@ -1,176 +1,237 @@
-"""What the terminal shows: a progress line while it runs, one table at the end. rich draws both where installed."""
+"""What the terminal shows: a moving line while it runs, a group of lines for every case, what it comes to at the end.
+
+A line says what it counts, so that no heading scrolls away: method, milliseconds, MiB, times faster than eager and than
+chunked PyTorch. These are never cut; more stands to their right as far as the terminal is wide.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from .cases import Case, short_name
-from .frontier import duration, frontier, rounded
-from .results import OK, RED, Results, Row
+from .case import short_name
+from .frontier import frontier, rounded
+from .losses import LOSSES
+from .results import RED, Results, Row
 
-try:
-    import rich.console
-    import rich.progress
-    import rich.table
-except ImportError:  # a GPU machine without network has what it has
-    rich = None  # type: ignore[assignment]
-
-_COLUMNS = (
-    "case", "method", "fwd ms", "bwd ms", "sum ms", "MiB", "GEMM TFLOP/s", "of GEMM, f / b", "gate",
-)  # fmt: skip
 _WIDTH_WITHOUT_TERMINAL = 160
+_METHOD, _CELLS = 17, ((9, " ms"), (8, " MiB"), (7, "x eager"), (7, "x chunked"))
+_BOLD, _CYAN, _RED, _GREEN = "1", "36", "1;31", "32"
+
+
+def width() -> int:
+    """Columns of the terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
 
 
 class Progress:
-    """A bar with what runs now; without a terminal one line per finished step. A context manager."""
+    """One line with what runs now, rewritten in place; without a terminal only finished steps. A context manager."""
 
     def __init__(self, total: int):
-        self._total, self._done, self._began, self._bar = total, 0, time.monotonic(), None
-        if rich is not None and sys.stdout.isatty():
-            self._bar = rich.progress.Progress(
-                rich.progress.SpinnerColumn(),
-                rich.progress.BarColumn(30),
-                rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeElapsedColumn(),
-                rich.progress.TextColumn("{task.description}"),
-            )
-            self._task = self._bar.add_task("", total=total)
+        self._total, self._done, self._began, self._moves = total, 0, time.monotonic(), sys.stdout.isatty()
 
     def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._clear()
 
     def say(self, text: str) -> None:
         """What runs now."""
-        if self._bar is not None:
-            self._bar.update(self._task, description=text)
+        if self._moves:
+            self._clear()
+            print(f"{self._where} {text}"[: width() - 1], end="", flush=True)
 
     def finish(self, text: str) -> None:
         """One step is done; `text` says how it ended."""
         self._done += 1
-        if self._bar is not None:
-            self._bar.advance(self._task)
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(f"[{self._done}/{self._total}, {time.monotonic() - self._began:.0f} s] {text}", flush=True)
+        self._clear()
+        print(text if self._moves else f"{self._where} {text}", flush=True)
+
+    @property
+    def _where(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
+        return f"[{self._done}/{self._total}, {minutes}:{seconds:02}]"
+
+    def _clear(self) -> None:
+        if self._moves:
+            print("\r\x1b[K", end="")
 
 
-def one_line(rows: Sequence[Row]) -> str:
-    """A finished case in a line: total time or status of every method."""
-    first = rows[0]
-    cells = [
-        f"{r.backend} {r.total_quartiles_ms[1]:.1f} ms" if r.total_quartiles_ms else f"{r.backend} {r.status}"
-        for r in rows
-    ]
-    return f"{_case(first)}: {', '.join(cells)}"
-
-
-def show(results: Results) -> None:
-    """The main job, the table of cases, the frontier, and the verdict."""
-    for job in results.digits:
-        _print(_digits_line(job), "green" if job["agrees"] else "bold red")
-    ours = list(dict.fromkeys(row.backend for row in results.rows if row.is_ours))
-    title = (
-        "forward + backward; x: times slower than our backend of that name, with quartiles; gate: error over tolerance"
-    )
-    _table(title, (*_COLUMNS, *(f"x {name}" for name in ours)), _table_rows(results.rows, ours))
-    memory = results.environment["available_memory_gib"]
-    limits = frontier(results.rows, memory * 2**30)
-    cells = [[x.backend, rounded(x.largest_n), duration(x.hours) if x.hours else ""] for x in limits]
-    _table(
-        f"largest N in {memory:g} GiB, from the measured peaks",
-        ("method", "N", "one step there"),
-        [(c, "") for c in cells],
-    )
-    if results.left_out:
-        _print(f"Not timed because of the time limit: {'; '.join(results.left_out)}", "yellow")
-    if not results.is_green:
-        _print("RED: a result of the package differs from the reference beyond the tolerance.", "bold red")
-
-
-def _digits_line(job: dict) -> str:
-    before, after = job["probe_before"], job["probe_after"]
-    used = ", ".join(
-        f"{name} loss {job['max_loss_difference'][name]:.1e}, gradient {job['max_gradient_difference'][name]:.1e}, "
-        f"{share:.2f} of the tolerance"
-        for name, share in job["of_tolerance"].items()
-    )
-    verdict = "agrees with" if job["agrees"] else "DISAGREES with"
-    return (
-        f"digits, {short_name(job['loss'])}, {job['steps']} steps: {verdict} the reference ({used}); "
-        f"loss {job['first_loss']:.3f} -> {job['last_loss']:.3f}, one-shot accuracy {before[0]:.3f} -> {after[0]:.3f} "
-        f"(sd {after[1]:.3f} over draws), clamped rows {job['stats']['clamped_fraction']:.0%}"
-    )
-
-
-def _table_rows(rows: Sequence[Row], ours: Sequence[str]) -> list[tuple[list[str], str]]:
-    ratios = {(_case(row), row.backend): row.ratios for row in rows}
-    cells, previous = [], None
+def group(rows: Sequence[Row], columns: int | None = None) -> str:
+    """A case: its name as title, then a line for every method."""
+    lines = [_styled(rows[0].case_name, _BOLD)]
     for row in rows:
-        case = _case(row)
-        style = "bold red" if row.status == RED and row.is_ours else "cyan" if row.is_ours else ""
-        beaten_by = [_ratio(ratios.get((case, name), {}).get(row.backend)) for name in ours]
-        cells.append(([case if case != previous else "", row.backend, *_measurements(row), *beaten_by], style))
-        previous = case
-    return cells
+        style = _RED if row.status == RED and row.is_ours else _CYAN if row.is_ours else ""
+        lines.append(_styled(_line(row, columns or width()), style))
+    return "\n".join(lines)
 
 
-def _measurements(row: Row) -> list[str]:
-    # a baseline's tolerance only tells whether it is the same loss
-    gate = f"{row.gate:.2f}" if row.gate is not None and (row.is_ours or row.status == RED) else ""
-    peak = "" if row.peak_extra_mib is None else f"{row.peak_extra_mib:,.0f}"
-    if row.status != OK or row.total_quartiles_ms is None:
-        return [row.status, "", "", peak, "", "", gate]
+def _line(row: Row, columns: int) -> str:
+    line = f"  {row.backend:<{_METHOD}}"
+    if row.total_quartiles_ms is None:
+        peak = f", {row.peak_extra_mib:,.0f} MiB" if row.peak_extra_mib is not None else ""
+        return f"{line} {row.status}{peak}" + (f", {row.gate:.2g} of the tolerance" if row.status == RED else "")
+    numbers = (
+        milliseconds(row.total_quartiles_ms[1]),
+        "" if row.peak_extra_mib is None else f"{row.peak_extra_mib:,.0f}",
+        times(row, "eager"),
+        times(row, "chunked"),
+    )
+    for number, (size, unit) in zip(numbers, _CELLS, strict=True):
+        line += f"{number:>{size}}{unit}" if number else " " * (size + len(unit))
+    for size, cell in _MORE:
+        if len(line) + size > columns:
+            break
+        line += f"{cell(row):>{size}}"
+    return line.rstrip()
+
+
+def _parts(row: Row) -> str:
+    return f"{milliseconds(row.forward_ms)} + {milliseconds(row.backward_ms)} ms"
+
+
+def _tolerance(row: Row) -> str:
+    return f"err/tol {row.gate:.2f}" if row.is_ours and row.gate is not None else ""
+
+
+def _shares(row: Row) -> str:
     shares = [f"{share:.0%}" if share else "-" for share in (row.forward_gemm_share, row.backward_gemm_share)]
-    return [
-        _milliseconds(row.forward_ms), _milliseconds(row.backward_ms), _milliseconds(row.total_quartiles_ms[1]), peak,
-        f"{row.gemm_tflops:.3g}" if row.gemm_tflops else "",
-        " / ".join(shares) if row.forward_gemm_share else "", gate,
-    ]  # fmt: skip
+    return f"{'/'.join(shares)} of GEMM" if row.forward_gemm_share else ""
 
 
-def _ratio(quartiles: Sequence[float] | None) -> str:
-    if quartiles is None:
+def _spread(row: Row) -> str:
+    low, _, high = row.ratios.get("eager", (0, 0, 0))
+    return f"quartiles {low:.2g}-{high:.2g}x eager" if high else ""
+
+
+# to the right of the four numbers, where there is room: forward + backward, error of loss and gradient, rate, spread
+_MORE: tuple[tuple[int, Callable[[Row], str]], ...] = ((17, _parts), (16, _tolerance), (17, _shares), (28, _spread))
+
+
+def times(row: Row, baseline: str) -> str:
+    """How many times faster than a baseline; nothing where both were not timed."""
+    if baseline not in row.ratios:
         return ""
-    low, middle, high = quartiles
-    return f"{middle:.2g} ({low:.2g}-{high:.2g})"
+    ratio = row.ratios[baseline][1]
+    return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
 
 
-def _milliseconds(value: float) -> str:
+def milliseconds(value: float) -> str:
+    """Three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _case(row: Row) -> str:
-    return Case(row.loss, row.layout, row.N, row.M, row.D, row.dtype, row.temperature).name
+def digits_line(job: dict) -> str:
+    """How a training run on digits went."""
+    verdict = f"all {job['steps']} steps right" if job["agrees"] else "WRONG"
+    accuracy = f"one-shot accuracy {job['probe_before'][0]:.2f} -> {job['probe_after'][0]:.2f}"
+    line = f"digits {short_name(job['loss'])}: {verdict}, {accuracy}"
+    return _styled(line, _GREEN if job["agrees"] else _RED)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[list[str], str]]) -> None:
-    if rich is None:
-        print(f"\n{title}\n" + "\n".join("  ".join(cells) for cells in [list(columns), *(cells for cells, _ in rows)]))
-        return
-    table = rich.table.Table(title=title, title_justify="left", box=rich.table.box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("case", "method") else "right", no_wrap=name != "case")
-    is_grouped = any(cells[0] == "" for cells, _ in rows)
-    for i, (cells, style) in enumerate(rows):
-        next_goes_on = any(cells[0] == "" for cells, _ in rows[i + 1 : i + 2])
-        table.add_row(*cells, style=style, end_section=not next_goes_on and is_grouped)
-    _console().print(table)
+def opening(results: Results, cases: int, jobs: int, limit: float) -> str:
+    """What is going to happen, and how to read it."""
+    facts = results.environment
+    return _wrapped(
+        f"{_count(cases, 'case')} and {_count(jobs, 'short training')} on {facts['device']}, {facts['num_threads']} "
+        f"threads, torch {facts['torch']}; nothing is begun after {limit / 60:.0f} minutes. Every "
+        "result is checked against float64 before it is timed. A line is forward + backward of the loss: time, peak "
+        "memory beyond the inputs, times faster than the eager formula and than the same in chunks that are computed "
+        "again in the backward."
+    )
 
 
-def _print(text: str, style: str) -> None:
-    if rich is None:
-        print(text)
-    else:
-        _console().print(text, style=style, markup=False, highlight=False)
+def closing(results: Results, files: Sequence[Path], hints: Sequence[tuple[str, str]]) -> str:
+    """What was found, where it is written, what can come next."""
+    ours = [row for row in results.rows if row.is_ours]
+    wrong = [f"{row.case_name} by {row.backend}" for row in ours if row.status == RED]
+    wrong += [f"digits {short_name(job['loss'])}" for job in results.digits if not job["agrees"]]
+    lines = [""]
+    if wrong:
+        lines.append(_styled(_wrapped(f"RED, beyond the tolerance: {'; '.join(wrong)}."), _RED))
+    elif ours or results.digits:
+        lines.append(f"All {len(ours) + len(results.digits)} results of ours are right.")
+    n, bars = at_one_size(results.rows)
+    if bars:
+        best = ", ".join(
+            f"{label(row)} {times(row, 'eager')}x" for row in bars if row.backend.startswith(ours[0].backend)
+        )
+        lines.append(_wrapped(f"`{ours[0].backend}` against eager PyTorch at N = {n:,}: {best}."))
+    limits = frontier(results.rows, results.environment["available_memory_gib"] * 2**30)
+    if limits:
+        largest = ", ".join(f"{x.backend} {rounded(x.largest_n)} ({x.bound})" for x in limits)
+        lines.append(_wrapped(f"Largest N here, extrapolated: {largest}."))
+    if results.left_out:
+        lines.append(_wrapped(f"Not begun within the time limit (--time-limit): {'; '.join(results.left_out)}."))
+    lines += ["", "Files:", *(f"  {path}" for path in files), "Next:"]
+    for command, what in hints:
+        lines += textwrap.wrap(f"{command}: {what}", width() - 1, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
-def _console():
-    return rich.console.Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
+def at_one_size(rows: Sequence[Row]) -> tuple[int, list[Row]]:
+    """The N at which most losses were compared with eager PyTorch, and what was ours there, in the first dtype."""
+    compared = [row for row in rows if row.is_ours and "eager" in row.ratios]
+    if not compared:
+        return 0, []
+    losses: dict[int, set[str]] = {}
+    for row in compared:
+        losses.setdefault(row.N, set()).add(row.loss)
+    n = max(losses, key=lambda size: (len(losses[size]), size))
+    return n, [row for row in compared if (row.N, row.dtype) == (n, compared[0].dtype)]
+
+
+def label(row: Row) -> str:
+    """The problem without its N, for people: "SANE, 4,096 keys"."""
+    layouts = {"symmetric": ", symmetric (CLIP)", "queue": ", queue (MoCo)"}
+    more = (f", {row.M:,} keys" if row.N != row.M else "") + (f", {row.dtype}" if row.dtype != "float32" else "")
+    ranks = {"bayesian": ", histogram" if row.backend.endswith("histogram") else ", exact"}.get(
+        short_name(row.loss), ""
+    )
+    return LOSSES[row.loss].title + ranks + layouts.get(row.layout, "") + more
+
+
+def markdown(results: Results) -> str:
+    """README's table: a line for every problem, ours and the baselines side by side."""
+    backends = list(dict.fromkeys(row.backend.partition(",")[0] for row in results.rows if row.is_ours))
+    heads = ["loss", "N", "eager PyTorch", "chunked recompute", *(f"`{name}` backend" for name in reversed(backends))]
+    heads.append(f"`{backends[0]}` against eager" if backends else "")
+    problems: dict[str, list[Row]] = {}
+    for row in results.rows:
+        problems.setdefault(row.case_name, []).append(row)
+    lines = [heads, ["---"] * len(heads)]
+    for rows in problems.values():
+        found = {row.backend: row for row in rows}
+        for suffix in dict.fromkeys(row.backend.partition(",")[1:] for row in rows if row.is_ours):
+            ours = ["".join((name, *suffix)) for name in backends]
+            cells = [_cell(found.get(name)) for name in ("eager", "chunked", *reversed(ours))]
+            best = found.get(ours[0])
+            ratio = times(best, "eager") if best else ""
+            lines.append([label(best or rows[0]), f"{rows[0].N:,}", *cells, f"{ratio}x" if ratio else ""])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    peak = "" if row.peak_extra_mib is None else f", {row.peak_extra_mib:,.0f} MiB"
+    return (f"{milliseconds(row.total_quartiles_ms[1])} ms" if row.total_quartiles_ms else row.status) + peak
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, width() - 1, break_long_words=False, break_on_hyphens=False)
+
+
+def _styled(text: str, code: str) -> str:
+    is_plain = not code or not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    return text if is_plain else f"\x1b[{code}m{text}\x1b[m"

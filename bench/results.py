@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .case import Case
+
 # What `status` of a row may be; only "ok" has times.
 OK = "ok"
 RED = "red gate"
 OUT_OF_MEMORY = "out of memory"
 TOO_SLOW = "too slow to repeat"
-NO_TIME = "no time left"
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Row:
     status          "ok", or why there are no times
     forward_ms, backward_ms  medians; *_quartiles_ms are [lower quartile, median, upper quartile]
     peak_extra_mib  peak memory of forward + backward beyond the inputs, gradients included
-    *_gemm_share    executed flops (cases.FLOPS) per second over the library's GEMM rate, gemm_tflops, measured beside
+    *_gemm_share    executed flops (flops.FLOPS) per second over the library's GEMM rate, gemm_tflops, measured beside
     gate            largest error over its tolerance; above 1 is red
     ratios          baseline time / this time, quartiles over rounds; above 1 this method is faster
     graph_ms        forward + backward replayed as a CUDA graph (small N)
@@ -53,6 +55,11 @@ class Row:
     backward_gemm_share: float | None = None
     ratios: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def case_name(self) -> str:
+        """The name of its case."""
+        return Case(self.loss, self.layout, self.N, self.M, self.D, self.dtype, self.temperature).name
+
 
 @dataclass
 class Results:
@@ -62,7 +69,7 @@ class Results:
     gemm_tflops: dict[str, float] = field(default_factory=dict)  # dtype -> best rate seen in the run
     digits: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # cases the time limit did not allow
+    left_out: list[str] = field(default_factory=list)  # cases not measured: the time limit, or stopped before
     seconds: float = 0.0
 
     @property
@@ -71,6 +78,17 @@ class Results:
         return all(job["agrees"] for job in self.digits) and not any(
             row.is_ours and row.status == RED for row in self.rows
         )
+
+    def add(self, rows: list[Row]) -> None:
+        """The rows of one more case."""
+        self.rows += rows
+        for row in rows:
+            if row.gemm_tflops:
+                self.gemm_tflops[row.dtype] = max(self.gemm_tflops.get(row.dtype, 0.0), row.gemm_tflops)
+
+    def cases(self) -> list[list[Row]]:
+        """The rows, case by case."""
+        return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row.case_name)]
 
     def write(self, path: Path) -> None:
         """Replace `path` in one step: a killed run leaves the last whole file."""
@@ -82,8 +100,11 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """The results `write` wrote."""
-        content = json.loads(path.read_text())
-        own = {f.name: content.pop(f.name) for f in fields(cls) if f.name != "environment"}
-        own["rows"] = [Row(**row) for row in own["rows"]]
+        """The results `write` wrote; ValueError if the file holds something else."""
+        try:
+            content = json.loads(path.read_text())
+            own = {f.name: content.pop(f.name) for f in fields(cls) if f.name != "environment"}
+            own["rows"] = [Row(**row) for row in own["rows"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no results file of this benchmark: {error!r}") from error
         return cls(environment=content, **own)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import gate
-from .cases import Case
+from .case import Case
 from .device import Device
+from .losses import inputs_of
 from .methods import Method, backends_for
 
 
@@ -14,7 +15,7 @@ def smoke(device: Device, cases: Sequence[Case], more: Sequence[Method] = ()) ->
     """Print one line per case, return the number of wrong results; `more` methods are checked beside the backends."""
     wrong = checked = 0
     for case in cases:
-        inputs = case.inputs(device.torch)
+        inputs = inputs_of(case, device.torch)
         truth = gate.truth_of(case, inputs)
         ratios = {m.name: gate.error_ratio(m, case, inputs, truth) for m in [*backends_for(case, device), *more]}
         device.synchronize()  # an asynchronous error belongs to this case

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from . import environment
-from .cases import Case
+from .case import Case
 from .device import Device
 from .harness import Harness
+from .losses import inputs_of
 from .methods import EAGER, backends_for
 from .results import Results
 
@@ -33,10 +34,9 @@ def speed(device: Device, out: Path, limit: float, cases: Sequence[Case]) -> int
         if timed and time.monotonic() - began > limit:
             results.left_out.append(case.name)
             continue
-        for row in harness.run(case, [*backends_for(case, device), EAGER]):
-            results.rows.append(row)
-            if row.gemm_tflops:
-                results.gemm_tflops[row.dtype] = max(results.gemm_tflops.get(row.dtype, 0.0), row.gemm_tflops)
+        rows = harness.run(case, [*backends_for(case, device), EAGER])
+        results.add(rows)
+        for row in rows:
             print(_line(case, row), flush=True)
         timed.append(case)
         results.seconds = round(time.monotonic() - began, 1)
@@ -50,7 +50,7 @@ def speed(device: Device, out: Path, limit: float, cases: Sequence[Case]) -> int
 def kernel_times(device: Device, case: Case) -> dict[str, dict[str, list[float]]]:
     """Backend -> kernel -> [launches, microseconds] of one forward and backward, as the device's profiler saw them."""
     activities = [torch.profiler.ProfilerActivity.CUDA if device.is_cuda else torch.profiler.ProfilerActivity.CPU]
-    inputs, found = case.inputs(device.torch), {}
+    inputs, found = inputs_of(case, device.torch), {}
     for method in backends_for(case, device):
         with device.precision(case.tf32), torch.profiler.profile(activities=activities) as profile:
             for _ in range(PROFILED_CALLS):

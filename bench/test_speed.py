@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import LOSSES, PAIR_LOSSES, Case
+from .case import Case
 from .device import Device
+from .losses import LOSSES, PAIR_LOSSES, inputs_of
 from .methods import methods_for
 
 DEVICE = Device("cuda" if torch.cuda.is_available() else "cpu")
@@ -16,7 +17,7 @@ PAIRS = [(case, method) for case in CASES for method in methods_for(case, DEVICE
 
 @pytest.mark.parametrize(("case", "method"), PAIRS, ids=[f"{c.loss}-{m.name}" for c, m in PAIRS])
 def test_forward_and_backward(benchmark, case, method):
-    inputs = case.inputs(DEVICE.torch)
+    inputs = inputs_of(case, DEVICE.torch)
     benchmark.group = case.name
 
     def step():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cases import Inputs
+from .case import Inputs
 from .device import Device
 
 # Below: rounds of every measurement; above: where more rounds stop narrowing the quartiles.

@@ -91,7 +91,7 @@ PY
 
 import_library() {
   ls contrastive_ext/_C*.so > /dev/null 2>&1 || cp build/gpu/_C*.so contrastive_ext/ 2> /dev/null
-  "$PYTHON" -c 'from contrastive_ext import native; print(native.build_info())' && return 0
+  "$PYTHON" -c 'from contrastive_ext.backends import native; print(native.build_info())' && return 0
   CONTRASTIVE_EXT_NATIVE=1 "$PYTHON" setup.py -q build_ext --inplace && "$PYTHON" -m contrastive_ext doctor
 }
 

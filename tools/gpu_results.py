@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     (results / f"{slug}-kernels.json").write_text(json.dumps(kernels, indent=1) + "\n")
     for tiles in options.folder.glob("tiles-*.json"):
         (results / f"{slug}-tiles.json").write_text(tiles.read_text())
-    verified = options.root / "contrastive_ext" / "verified.py"
+    verified = options.root / "contrastive_ext" / "backends" / "verified.py"
     verified.write_text(
         with_entries(verified.read_text(), entries(proofs, speed["architecture"], f"{slug}-proof.jsonl"))
     )

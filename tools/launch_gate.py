@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import contrastive_ext
 import rows
-from bench import cases, gate, methods
+from bench import cases, gate, losses, methods
 from bench.device import Device
 from contrastive_ext.backends import dispatch
 from contrastive_ext.backends.triton import launch as triton_launch
@@ -122,7 +122,7 @@ def _step(images: int) -> None:
 def smoke_call(case):
     """A case of the benchmark with its gradient; of results that nobody computed any error will do."""
     device = Device("cpu")
-    inputs = case.inputs(device.torch)
+    inputs = losses.inputs_of(case, device.torch)
     truth = gate.truth_of(case, inputs)
     for method in methods.backends_for(case, device):
         gate.error_ratio(method, case, inputs, truth)

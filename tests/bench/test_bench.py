@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive_ext
-from bench import baselines, cases, digits, gate, plots, report, timing
+from bench import baselines, digits, flops, gate, losses, plots, report, timing
 from bench.__main__ import main
+from bench.case import Case
 from bench.device import Device
 from bench.frontier import frontier
 from bench.harness import Harness
@@ -28,7 +30,7 @@ from repository import ROOT
 
 CPU = Device("cpu")
 RESULTS = ROOT / "bench" / "results"
-SMALL = cases.Case("fused_infonce_loss", "two_view", 70, 70, 32)
+SMALL = Case("fused_infonce_loss", "two_view", 70, 70, 32)
 
 
 def a_method(name, row_losses, **options):
@@ -44,7 +46,7 @@ def not_a_number(case, inputs):
 
 
 @pytest.mark.parametrize("row_losses", [slightly_wrong_gradient, not_a_number])
-def test_red_gate_prints_no_speed(row_losses, capsys):
+def test_red_gate_prints_no_speed(row_losses):
     wrong = a_method("wrong", row_losses, is_ours=True)
     rows = {row.backend: row for row in Harness(CPU, None, 0.0).run(SMALL, [wrong, EAGER])}
 
@@ -53,8 +55,8 @@ def test_red_gate_prints_no_speed(row_losses, capsys):
     assert rows["wrong"].forward_ms is rows["wrong"].backward_ms is rows["wrong"].total_quartiles_ms is None
     results = Results({"available_memory_gib": 1.0}, rows=list(rows.values()))
     assert not results.is_green
-    report.show(results)
-    assert "red gate" in capsys.readouterr().out
+    assert "red gate" in report.group(results.rows) and " ms" not in report.group(results.rows[:1])
+    assert "RED, beyond the tolerance: infonce two_view" in report.closing(results, [], [])
 
 
 def test_wrong_result_fails_smoke(capsys):
@@ -69,15 +71,15 @@ def test_smoke_passes_on_the_cpu(capsys):
 
 
 @pytest.mark.parametrize(
-    "loss, layout", [(name, layout) for name, row in cases.LOSSES.items() for layout in row.layouts]
+    "loss, layout", [(name, layout) for name, row in losses.LOSSES.items() for layout in row.layouts]
 )
 @pytest.mark.parametrize("row_losses", [baselines.eager, baselines.chunked], ids=["eager", "chunked"])
 def test_baselines_compute_what_the_reference_computes(loss, layout, row_losses, monkeypatch):
     monkeypatch.setattr(baselines, "CHUNK_ELEMENTS", 300)  # several blocks, the last one ragged
-    case = cases.Case(loss, layout, 34, 34 if layout in ("two_view", "symmetric") else 50, 16, "float64", 0.3)
-    inputs = case.inputs(CPU.torch)
+    case = Case(loss, layout, 34, 34 if layout in ("two_view", "symmetric") else 50, 16, "float64", 0.3)
+    inputs = losses.inputs_of(case, CPU.torch)
     got = row_losses(case, inputs)
-    wanted = cases.fused(case, inputs, "reference", "none")
+    wanted = losses.fused(case, inputs, "reference", "none")
     upstream = torch.randn_like(wanted)
     leaves = inputs.leaves
 
@@ -89,7 +91,7 @@ def test_baselines_compute_what_the_reference_computes(loss, layout, row_losses,
 
 def test_every_public_loss_has_a_bench_row():
     public = {n for n in contrastive_ext.__all__ if n.startswith("fused_") and n.endswith("_loss")} - {"fused_row_loss"}
-    assert set(cases.LOSSES) == public
+    assert set(losses.LOSSES) == public
 
 
 @pytest.mark.parametrize(
@@ -106,15 +108,15 @@ def test_every_public_loss_has_a_bench_row():
     ],
 )
 def test_flops_are_counted_as_executed(method, layout, forward, backward):
-    case = cases.Case("fused_infonce_loss", layout, 10, 10, 4)
-    assert cases.executed_flops(method, case) == (forward * 400, backward * 400)
+    case = Case("fused_infonce_loss", layout, 10, 10, 4)
+    assert flops.executed_flops(method, case) == (forward * 400, backward * 400)
 
 
 def test_two_sets_of_many_features_share_their_weights():
-    case = cases.Case("fused_infonce_loss", "symmetric", 1, 1, cases.STORED_FROM)
-    assert cases.executed_flops("triton", case) == (2 * case.dim, 6 * case.dim)
+    case = Case("fused_infonce_loss", "symmetric", 1, 1, flops.STORED_FROM)
+    assert flops.executed_flops("triton", case) == (2 * case.dim, 6 * case.dim)
     configs = pytest.importorskip("contrastive_ext.triton_kernels.configs", reason="Triton is not installed.")
-    assert cases.STORED_FROM == configs.RESIDENT_FEATURES + 1
+    assert flops.STORED_FROM == configs.RESIDENT_FEATURES + 1
 
 
 def test_flops_of_one_set_follow_its_layout(monkeypatch):
@@ -123,8 +125,8 @@ def test_flops_of_one_set_follow_its_layout(monkeypatch):
     monkeypatch.setattr(triton_launch, "architecture", lambda device: 90)
 
     def per_element(n, dim):
-        case = cases.Case("fused_infonce_loss", "two_view", n, n, dim, "bfloat16")
-        return tuple(flops / (n * n * dim) for flops in cases.executed_flops("triton", case, 132))
+        case = Case("fused_infonce_loss", "two_view", n, n, dim, "bfloat16")
+        return tuple(flops / (n * n * dim) for flops in flops.executed_flops("triton", case, 132))
 
     assert per_element(4096, 128) == (2, 4)
     assert per_element(32768, 128) == (1, 4)
@@ -133,7 +135,7 @@ def test_flops_of_one_set_follow_its_layout(monkeypatch):
 
 def test_triangle_flops_are_what_the_torch_backend_multiplies(monkeypatch):
     monkeypatch.setitem(torch_blocks.TILE, "cpu", 128)
-    case = cases.Case("fused_infonce_loss", "two_view", 1024, 1024, 64)
+    case = Case("fused_infonce_loss", "two_view", 1024, 1024, 64)
     u = F.normalize(torch.randn(case.n, case.dim), dim=1)
     pairs = Pairs(case.n, case.n, num_images=case.n // 2)
     problem = Problem(u, None, 10.0, (1.0,), pairs, unit=True, operand_dtype=u.dtype)
@@ -144,7 +146,7 @@ def test_triangle_flops_are_what_the_torch_backend_multiplies(monkeypatch):
     with FlopCounterMode(display=False, custom_mapping=counted) as backward:
         torch_blocks.backward(problem, Upstream(stats.lse, torch.ones_like(stats.lse), None, None, True, False))
 
-    wanted = cases.executed_flops("torch", case)
+    wanted = flops.executed_flops("torch", case)
     # with 8 x 8 tiles those on the diagonal, multiplied whole, are 1/8 more in the forward
     assert forward.get_total_flops() == pytest.approx(wanted[0] * 9 / 8)
     assert backward.get_total_flops() == pytest.approx(wanted[1], rel=0.05)
@@ -185,9 +187,17 @@ def test_run_writes_table_picture_and_file(tmp_path, capsys):
 def test_names_stay_inside_the_picture(path):
     text = pytest.importorskip("matplotlib.text", reason="matplotlib is not installed.")
     figure = plots.picture(Results.read(path))
-    for name in figure.findobj(text.Annotation):
-        x0, y0, x1, y1 = name.get_window_extent().extents
-        assert x0 >= 0 and y0 >= 0 and x1 <= figure.bbox.x1 and y1 <= figure.bbox.y1, name.get_text()
+    figure.draw_without_rendering()
+    titles = {axes.get_title(loc="left") for axes in figure.axes}
+    names = [
+        name for name in figure.findobj(text.Text) if isinstance(name, text.Annotation) or name.get_text() in titles
+    ]
+    names += [name for axes in figure.axes[2:] for name in axes.get_yticklabels()]
+    names += [name for axes in figure.axes[:2] for name in axes.get_legend().get_texts()]
+    boxes = [(name.get_text(), name.get_window_extent()) for name in names]
+    for name, box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, name
+    assert not [(a, b) for (a, one), (b, other) in itertools.combinations(boxes, 2) if one.overlaps(other)]
 
 
 def test_digits_training_agrees_with_the_reference():
@@ -204,8 +214,8 @@ def test_digits_notice_a_wrong_gradient(monkeypatch):
         z1 = z1 if backend == "reference" else z1 + 1e-4 * (z1 - z1.detach())
         return right(z1, z2, *args, backend=backend, **options)
 
-    row = replace(cases.LOSSES["fused_infonce_loss"], function=wrong)
-    monkeypatch.setitem(cases.LOSSES, "fused_infonce_loss", row)
+    row = replace(losses.LOSSES["fused_infonce_loss"], function=wrong)
+    monkeypatch.setitem(losses.LOSSES, "fused_infonce_loss", row)
     assert not digits.train("fused_infonce_loss", 1, CPU)["agrees"]
 
 
@@ -227,12 +237,16 @@ def test_host_memory_sees_the_matrix_and_only_that_of_the_call():
     assert again == pytest.approx(first, rel=0.3)  # memory freed by the first call does not hide the second's
 
 
-def test_frontier_grows_with_the_square_only_where_the_matrix_is_kept():
-    def row(backend, is_ours):
-        return Row("l", backend, is_ours, "two_view", 1000, 1000, 128, "float32", 0.1, peak_extra_mib=1.0)
+def test_frontier_grows_with_the_square_where_the_matrix_is_kept_and_ends_at_a_minute():
+    def row(backend, is_ours, ms):
+        return Row(
+            "fused_infonce_loss", backend, is_ours, "two_view", 1000, 1000, 128, "float32", 0.1,
+            peak_extra_mib=1.0, total_quartiles_ms=[ms] * 3,
+        )  # fmt: skip
 
-    limits = {x.backend: x.largest_n for x in frontier([row("eager", False), row("cpu", True)], 100 * 2**20)}
-    assert limits == {"eager": 10_000, "cpu": 100_000}
+    rows = [row("eager", False, 1.0), row("cpu", True, 1.0), row("torch", True, 60.0)]
+    limits = {x.backend: (x.largest_n, x.bound) for x in frontier(rows, 100 * 2**20)}
+    assert limits == {"eager": (10_000, "memory"), "cpu": (100_000, "memory"), "torch": (31_622, "a minute")}
 
 
 def test_rounds_interleave_methods_and_rotate_inputs():
@@ -245,7 +259,7 @@ def test_rounds_interleave_methods_and_rotate_inputs():
 
         return loss
 
-    inputs = timing.rotation(CPU, lambda seed: SMALL.inputs(CPU.torch, seed), most=3)
+    inputs = timing.rotation(CPU, lambda seed: losses.inputs_of(SMALL, CPU.torch, seed), most=3)
     timings = timing.interleave(
         CPU, {"a": call("a"), "b": call("b")}, inputs, seconds=0.0, least=timing.LEAST_ROUNDS["cpu"]
     )
@@ -264,7 +278,7 @@ def test_methods_are_the_backends_and_the_baselines():
 
 
 def test_gate_is_derived_from_the_dense_formula():
-    inputs = SMALL.inputs(CPU.torch)
+    inputs = losses.inputs_of(SMALL, CPU.torch)
     truth = gate.truth_of(SMALL, inputs)
     dense_in_float32 = a_method("dense", baselines.eager, is_ours=True)
     assert (

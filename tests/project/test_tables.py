@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 import contrastive_ext as ce
-from bench.cases import LOSSES as BENCH_LOSSES
+from bench.losses import LOSSES as BENCH_LOSSES
 from repository import ROOT
 from rows import LOSSES, RANKED, random_pairs
 

@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from bench import cases, tune
+from bench import cases, losses, tune
 from bench.__main__ import main
+from bench.case import Case
 from bench.device import Device
 from bench.proof import prove
 from bench.speed import speed
@@ -69,7 +70,7 @@ def test_proof_shows_what_is_wrong_and_what_does_not_run(tmp_path, monkeypatch):
     from bench.methods import Method
 
     def wrong(case, inputs):
-        return 1.1 * cases.fused(case, inputs, "torch", "none")
+        return 1.1 * losses.fused(case, inputs, "torch", "none")
 
     def broken(case, inputs):
         raise RuntimeError("no such kernel")
@@ -78,11 +79,11 @@ def test_proof_shows_what_is_wrong_and_what_does_not_run(tmp_path, monkeypatch):
 
     def unsteady(case, inputs):
         calls.append(0)
-        return cases.fused(case, inputs, "torch", "none") * (1 + 1e-7 * len(calls))
+        return losses.fused(case, inputs, "torch", "none") * (1 + 1e-7 * len(calls))
 
     methods = [Method(f.__name__, f, f, is_ours=True) for f in (wrong, broken, unsteady)]
     monkeypatch.setattr(proof, "backends_for", lambda case, device: methods)
-    case = cases.tiny(cases.Case("fused_infonce_loss", "two_view", 64, 64, 32, "float32"))
+    case = cases.tiny(Case("fused_infonce_loss", "two_view", 64, 64, 32, "float32"))
     assert prove(CPU, tmp_path / "proof.jsonl", [case]) == 3
     verdicts = {line["backend"]: line for line in map(json.loads, (tmp_path / "proof.jsonl").read_text().splitlines())}
     assert verdicts["wrong"]["ratio"] > 1
@@ -128,7 +129,8 @@ def brought(tmp_path):
     folder, root = tmp_path / "out", tmp_path / "root"
     (root / "bench" / "results").mkdir(parents=True)
     (root / "contrastive_ext").mkdir()
-    (root / "contrastive_ext" / "verified.py").write_text((ROOT / "contrastive_ext" / "verified.py").read_text())
+    verified = Path("contrastive_ext") / "backends" / "verified.py"
+    (root / verified).write_text((ROOT / verified).read_text())
     (root / "README.md").write_text(f"before\n{gpu_results.MARKS[0]}\nold\n{gpu_results.MARKS[1]}\nafter\n")
     folder.mkdir()
     row = {
@@ -158,7 +160,7 @@ def brought(tmp_path):
 def test_results_are_taken_over(brought):
     folder, root = brought
     assert gpu_results.main([str(folder), "--root", str(root)]) == 0
-    verified = (root / "contrastive_ext" / "verified.py").read_text()
+    verified = (root / "contrastive_ext" / "backends" / "verified.py").read_text()
     assert '("triton", "sm_91", torch.bfloat16): "nvidia-made-up-proof.jsonl"' in verified
     assert '("triton", "sm_90", torch.bfloat16)' in verified  # what other devices have shown stays
     assert '"sm_91", torch.float32' not in verified  # TF32 is not proven
