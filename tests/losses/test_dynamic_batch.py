@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import wraps
 
 import pytest
 import torch
@@ -17,6 +18,25 @@ from rows import LOSSES, RANKED, USAGES, random_pairs
 D = 4
 TRACED, OTHERS = 12, (3, 29)  # batch sizes: the one that is traced, others that the graph has to take
 EXACT = RANKED[0].parameters | {"ranks": "exact"}  # "auto" depends on the batch
+
+
+def _parts(options: dict) -> dict:
+    """The tensors of `Columns` and `Guide` beside the others, by the name of the field: those are what a graph takes."""
+    found = {}
+    for name, x in options.items():
+        whole = is_dataclass(x)
+        inside = {f"{name}.{f.name}": getattr(x, f.name) for f in fields(x)} if whole else {name: x}
+        found |= {n: v for n, v in inside.items() if not whole or isinstance(v, Tensor)}
+    return found
+
+
+def _whole(arguments: dict) -> dict:
+    """`_parts` put back into the objects of another batch size, which are there too."""
+    made = {name: x for name, x in arguments.items() if "." not in name}
+    for name in arguments.keys() - made.keys():
+        outer, _, field = name.partition(".")
+        made[outer] = replace(made[outer], **{field: arguments[name]})
+    return made
 
 
 @dataclass(frozen=True)
@@ -35,12 +55,20 @@ def _over_pairs(loss, usage, parameters=None) -> Call:
         z2, options = usage.options(z1, z2)
         return {"z1": z1, "z2": z2} | loss.vectors(z1) | options
 
+    def tensors(b: int) -> dict:
+        return {name: x for name, x in _parts(options(b)).items() if is_tensor(x)}
+
     def is_tensor(x) -> bool:
         return all(isinstance(leaf, Tensor) for leaf in tree_flatten(x)[0])
 
     constants = {name: x for name, x in options(TRACED).items() if not is_tensor(x)}
     constants |= loss.parameters if parameters is None else parameters
-    return Call(loss.function, lambda b: {name: x for name, x in options(b).items() if is_tensor(x)}, constants)
+
+    @wraps(loss.function)
+    def function(**arguments):
+        return loss.function(**_whole(arguments))
+
+    return Call(function, tensors, constants)
 
 
 def _vectors(*names: str, **more: Callable[[int], Tensor]) -> Callable[[int], dict[str, Tensor]]:

@@ -128,8 +128,8 @@ def brought(tmp_path):
     """A made-up folder of results, and a checkout to take them over to."""
     folder, root = tmp_path / "out", tmp_path / "root"
     (root / "bench" / "results").mkdir(parents=True)
-    (root / "contrastive_ext").mkdir()
-    verified = Path("contrastive_ext") / "backends" / "verified.py"
+    verified = "contrastive_ext/backends/verified.py"
+    (root / verified).parent.mkdir(parents=True)
     (root / verified).write_text((ROOT / verified).read_text())
     (root / "README.md").write_text(f"before\n{gpu_results.MARKS[0]}\nold\n{gpu_results.MARKS[1]}\nafter\n")
     folder.mkdir()
