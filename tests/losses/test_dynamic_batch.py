@@ -21,7 +21,7 @@ EXACT = RANKED[0].parameters | {"ranks": "exact"}  # "auto" depends on the batch
 
 
 def _parts(options: dict) -> dict:
-    """The tensors of `Columns` and `Guide` beside the others, by the name of the field: those are what a graph takes."""
+    """The tensors of `Columns` and `Guide` beside the others, by the name of the field: what a graph takes."""
     found = {}
     for name, x in options.items():
         whole = is_dataclass(x)
