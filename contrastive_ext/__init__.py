@@ -28,6 +28,7 @@ from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
+from .losses.matryoshka import Matryoshka
 from .losses.pair_loss import fused_row_loss
 from .losses.row_loss import RowLoss, RowStatistics
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
@@ -75,6 +76,7 @@ __all__ = [
     "InfoNCELoss",
     "LogitScale",
     "LossStats",
+    "Matryoshka",
     "MemoryEstimate",
     "NegativeQueue",
     "RowLoss",

@@ -18,7 +18,7 @@ from .checks import check_keywords
 from .losses import false_negative, self_labeling, soft_target, supcon
 from .losses.bayesian import Bayesian
 from .losses.debiased import Debiased
-from .losses.decoupled import Decoupled, fused_decoupled_loss
+from .losses.decoupled import Decoupled
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
@@ -82,22 +82,27 @@ class RowLossModule(_LossModule):
     be copied or pickled. Values that no batch could make right raise here already.
     """
 
-    of_the_call: tuple[str, ...] = ("positives",)  # keywords beside `LossOptions` that a call may give
+    # keywords beside `LossOptions` that a call may give: inputs, and parameters of the loss
+    of_the_call: tuple[str, ...] = ("positives",)
+    parameters_of_the_call: tuple[str, ...] = ()
 
     def __init__(self, row_loss: RowLoss, temperature: float | None = None, **options: Unpack[LossOptions]):
         check_row_loss(row_loss)
         inputs = ("row_loss", "z1", "z2", "positives")
         super().__init__(fused_row_loss, check_request, inputs, {"temperature": temperature, **options})
-        self.keywords = ("temperature", *LossOptions.__annotations__, *self.of_the_call)
+        own = self.of_the_call + self.parameters_of_the_call
+        self.keywords = ("temperature", *LossOptions.__annotations__, *own)
         self.row_loss = row_loss
 
     @method_returns_stats
     def forward(self, /, z1: Tensor, z2: Tensor, **call) -> Tensor | tuple[Tensor, LossStats]:
         """Loss of the pairs z1, z2 [B, D]; call-time keywords as in the function."""
-        return self._loss(z1, z2, **self._arguments(call))
-
-    def _loss(self, z1: Tensor, z2: Tensor, **arguments) -> Tensor | tuple[Tensor, LossStats]:
-        return fused_row_loss(self.row_loss, z1, z2, **arguments)
+        arguments, row_loss = self._arguments(call), self.row_loss
+        given = {name: arguments.pop(name) for name in self.parameters_of_the_call if name in arguments}
+        parameters = {name: x for name, x in given.items() if x is not None}
+        if parameters:
+            row_loss = replace(row_loss, **parameters)  # type: ignore[type-var]
+        return fused_row_loss(row_loss, z1, z2, **arguments)
 
     def extra_repr(self) -> str:
         options = dict(self.options)
@@ -127,17 +132,17 @@ class InfoNCELoss(RowLossModule):
 class DecoupledLoss(RowLossModule):
     """Module of `fused_decoupled_loss`; `positive_weight` is given to the call."""
 
-    of_the_call = ("positive_weight",)
+    of_the_call = ()
+    parameters_of_the_call = ("positive_weight",)
 
     def __init__(self, temperature: float | None = None, **options: Unpack[LossOptions]):
         super().__init__(Decoupled(), temperature, **options)
 
-    def _loss(self, z1: Tensor, z2: Tensor, **arguments) -> Tensor | tuple[Tensor, LossStats]:
-        return fused_decoupled_loss(z1, z2, **arguments)
-
 
 class DebiasedLoss(RowLossModule):
-    """Module of `fused_debiased_loss`: DCL with prior `tau_plus`; `positives` is given to the call."""
+    """Module of `fused_debiased_loss`: DCL with prior `tau_plus`; `positives`, a prior for each pair at the call."""
+
+    parameters_of_the_call = ("tau_plus",)
 
     def __init__(self, temperature: float | None = None, tau_plus: float = 0.1, **options: Unpack[LossOptions]):
         super().__init__(Debiased(tau_plus), temperature, **options)
@@ -145,6 +150,8 @@ class DebiasedLoss(RowLossModule):
 
 class HardNegativeLoss(RowLossModule):
     """Module of `fused_hard_negative_loss`: HCL with prior `tau_plus` and concentration `beta`."""
+
+    parameters_of_the_call = ("tau_plus",)
 
     def __init__(
         self,
@@ -253,7 +260,8 @@ class SoftTargetLoss(_LossModule):
 class BayesianLoss(RowLossModule):
     """Module of `fused_bayesian_loss`: BCL; `alpha` may be given to the call, for a schedule."""
 
-    of_the_call = ("alpha",)
+    of_the_call = ()
+    parameters_of_the_call = ("alpha",)
 
     def __init__(
         self,
@@ -268,8 +276,3 @@ class BayesianLoss(RowLossModule):
         **options: Unpack[LossOptions],
     ):
         super().__init__(Bayesian(tau_plus, alpha, beta, ranks, bins, eps), temperature, **options)
-
-    def _loss(self, z1: Tensor, z2: Tensor, *, alpha: float | None = None, **arguments):
-        assert isinstance(self.row_loss, Bayesian)
-        row_loss = self.row_loss if alpha is None else replace(self.row_loss, alpha=alpha)
-        return fused_row_loss(row_loss, z1, z2, **arguments)

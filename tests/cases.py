@@ -170,7 +170,7 @@ PAIR_FACTORS = {
     "operand_dtype": Factor((None, torch.float16, torch.bfloat16), ("operand_dtype",)),
     "group": Factor((False, True), ("group",)),  # of one rank: more are tests/batch/test_distributed.py
     "positive_weight": Factor((False, True), ("positive_weight",)),
-    "tau_plus": Factor((None, 0.0, 0.02, 0.5), ("tau_plus",)),
+    "tau_plus": Factor((None, 0.0, 0.02, 0.5, "pairs", "rows"), ("tau_plus",)),
     "beta": Factor((None, 0.0, 0.3, 1.0), ("beta",)),
     "detach_weights": Factor((None, True), ("detach_weights",)),
     "alpha": Factor((None, 0.5, 0.7), ("alpha",)),
@@ -214,6 +214,9 @@ def pair_rules(case: Mapping) -> bool:
         get("guide") == "self" and get("kind") not in (None, "random"),
         get("guide") == "self" and get("shape") is not None and get("shape")[1] < 5,
         get("operand_dtype") is not None and get("dtype") not in (None, "float32"),
+        get("tau_plus") in ("pairs", "rows") and loss == "bayesian",  # its weights are made from one prior
+        get("tau_plus") == "rows" and layout not in ("two_view", "symmetric", None),
+        get("tau_plus") == "rows" and (get("in_batch") is False or (get("scale") or "").endswith("rows")),
         loss == "bayesian" and (negatives or "").startswith("own"),
         loss == "bayesian" and negatives in ("shared", "shared ids") and get("margin") is not None,
         loss == "bayesian" and negatives in ("shared", "shared ids") and get("guide") not in (None, "none", "own"),
@@ -362,7 +365,11 @@ def _parameters(case, draw: Draw, b: int, constants: dict) -> dict:
     """The loss's own parameters, put into the arguments; the result is what the formula takes."""
     own = {}
     for name in ("tau_plus", "beta", "detach_weights", "alpha", "eps"):
-        if case[name] is not None:
+        if case[name] in ("pairs", "rows"):
+            prior = torch.rand(b if case[name] == "pairs" else 2 * b, generator=draw.generator) * 0.2
+            prior[::3] = 0.0
+            constants[name] = own[name] = draw.place(prior[:, None])[:, 0]
+        elif case[name] is not None:
             constants[name] = own[name] = case[name]
     if case["ranks"] is not None:
         ranks, bins = case["ranks"]

@@ -363,15 +363,16 @@ def hard(how: Arithmetic, p: Problem, tau_plus: float = 0.1, beta: float = 1.0, 
     return _debiased_tail(how, p, log_number + p.lse(1 + beta) - p.lse(beta), tau_plus)
 
 
-def _debiased_tail(how: Arithmetic, p: Problem, log_sum_exp: Tensor, tau: float) -> Tensor:
+def _debiased_tail(how: Arithmetic, p: Problem, log_sum_exp: Tensor, tau: float | Tensor) -> Tensor:
     """The loss of Ng = max((e^log_sum_exp - tau N e^c)/(1 - tau), N e^{-1/t}); below the floor there is no gradient."""
+    tau = torch.as_tensor(tau, dtype=torch.float64)
+    tau = tau.repeat(len(p.pos) // len(tau)) if tau.dim() else tau
+    log_tau = tau.log()  # -inf of a prior of 0: nothing is taken away
     log_number, exists = p.count.clamp(min=1).log(), p.negative.any(1)
     log_floor = log_number - p.scale
     with torch.no_grad():  # who is on the floor, from float64 exponents relative to the largest
         shift = torch.maximum(log_sum_exp, log_floor).double()
-        hidden = torch.zeros_like(shift)
-        if tau > 0:
-            hidden = torch.exp(p.correction.double() + log_number.double() + math.log(tau) - shift)
+        hidden = torch.exp(p.correction.double() + log_number.double() + log_tau - shift)
         raw = (torch.exp(log_sum_exp.double() - shift) - hidden) / (1 - tau)
         distance = raw - torch.exp(log_floor.double() - shift)
         clamped = distance < 0
@@ -383,10 +384,11 @@ def _debiased_tail(how: Arithmetic, p: Problem, log_sum_exp: Tensor, tau: float)
         steepest = max([0.0, *steep[exists & ~clamped].tolist()])
         how.blur = max(how.blur, steepest * how.largest_logit * torch.finfo(how.decides).eps)
     p.on_floor = (clamped & ~near & exists, (clamped | near) & exists)
-    ratio = torch.zeros_like(log_sum_exp)
-    if tau > 0:  # e^{c - lse + log tau N}: below 1 in every row that is not on the floor
-        ratio = torch.exp((p.correction + log_number + math.log(tau) - log_sum_exp).masked_fill(clamped, -torch.inf))
-    log_raw = log_sum_exp + torch.log1p(-ratio.clamp(max=1 - torch.finfo(ratio.dtype).eps)) - math.log1p(-tau)
+    # e^{c - lse + log tau N}: below 1 in every row that is not on the floor
+    share = p.correction + log_number + log_tau.to(p.pos.dtype) - log_sum_exp
+    ratio = torch.exp(share.masked_fill(clamped | (tau == 0), -torch.inf))
+    rest = torch.log1p(-ratio.clamp(max=1 - torch.finfo(ratio.dtype).eps))
+    log_raw = log_sum_exp + rest - torch.log1p(-tau).to(p.pos.dtype)
     return log1p_exp(torch.where(clamped, log_floor, log_raw) - p.pos)
 
 

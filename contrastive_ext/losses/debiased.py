@@ -10,13 +10,14 @@ t = .1 that is every row from tau = .01 on. Chuang et al., NeurIPS 2020, arXiv:2
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..checks import check_number
+from ..batch.request import Request
+from ..checks import can_read, check_number, describe
 from ..numerics import softplus
 from ..problem.problem import Formula
 from .dense import DenseLogits
@@ -27,14 +28,15 @@ from .stats import LossStats
 _OVERWHELMED = 60.0  # e^60 times the sum itself: far below the floor, and finite in float32
 
 
-def debias(log_sum: Tensor, stats: RowStatistics, tau_plus: float) -> tuple[Tensor, Tensor]:
+def debias(log_sum: Tensor, stats: RowStatistics, tau_plus: float | Tensor) -> tuple[Tensor, Tensor]:
     """log Ng [R] for a sum of exponentials e^{log_sum} over negatives, and where the floor replaced it (bool [R])."""
+    tau_plus = _of_rows(tau_plus, stats.pos)
     log_count = stats.count.log()
     log_floor = log_count - stats.scale
     shift = torch.maximum(log_sum, log_floor).detach()
     raw = torch.exp(log_sum - shift)
-    if tau_plus > 0:
-        raw = raw - torch.exp((stats.correction + log_count + math.log(tau_plus) - shift).clamp(max=_OVERWHELMED))
+    if isinstance(tau_plus, Tensor) or tau_plus > 0:
+        raw = raw - torch.exp((stats.correction + log_count + _log(tau_plus) - shift).clamp(max=_OVERWHELMED))
         raw = raw / (1 - tau_plus)
     # written so that NaN is not "clamped": it must reach the loss
     clamped = (raw < torch.exp(log_floor - shift)) | (raw <= 0)
@@ -42,41 +44,81 @@ def debias(log_sum: Tensor, stats: RowStatistics, tau_plus: float) -> tuple[Tens
     return torch.where(clamped, log_floor, log_raw), clamped
 
 
-def dense_debias(sum_exp: Tensor, logits: DenseLogits, shift: Tensor, tau_plus: float) -> Tensor:
+def dense_debias(sum_exp: Tensor, logits: DenseLogits, shift: Tensor, tau_plus: float | Tensor) -> Tensor:
     """[R] log(1 + Ng / e^p) with Ng as in the paper, every exponential taken relative to e^shift."""
+    tau_plus = _of_rows(tau_plus, logits.pos)
     tiny = torch.finfo(shift.dtype).tiny  # log 0 has no gradient
     floor = logits.count * torch.exp(-logits.scale - shift)
     corrected = sum_exp
-    if tau_plus > 0:  # `positives` may lie far above everything else in the row
-        share = torch.exp((logits.correction + math.log(tau_plus) - shift).clamp(max=_OVERWHELMED))
+    if isinstance(tau_plus, Tensor) or tau_plus > 0:  # `positives` may lie far above everything else in the row
+        share = torch.exp((logits.correction + _log(tau_plus) - shift).clamp(max=_OVERWHELMED))
         corrected = (sum_exp - logits.count * share) / (1 - tau_plus)
+    on_floor = (corrected < floor) | (corrected <= tiny)  # a sum that equals the floor keeps its gradient
     # the floor by its logarithm: far below e^shift it underflows
-    log_negatives = torch.where(
-        corrected <= floor.clamp(min=tiny), logits.count.log() - logits.scale, corrected.clamp(min=tiny).log() + shift
-    )
+    log_negatives = torch.where(on_floor, logits.count.log() - logits.scale, corrected.clamp(min=tiny).log() + shift)
     return softplus(log_negatives - logits.pos)
 
 
-def check_tau_plus(tau_plus: float) -> None:
-    """TypeError or ValueError unless 0 <= tau_plus < 1."""
+def _of_rows(tau_plus: float | Tensor, pos: Tensor) -> float | Tensor:
+    """The prior of every row [R], or the one of all."""
+    if not isinstance(tau_plus, Tensor):
+        return tau_plus
+    return tau_plus.detach().to(pos.dtype).repeat(pos.shape[0] // tau_plus.shape[0])
+
+
+def _log(tau_plus: float | Tensor) -> float | Tensor:
+    return tau_plus.log() if isinstance(tau_plus, Tensor) else math.log(tau_plus)
+
+
+def check_tau_plus(tau_plus: float | Tensor) -> None:
+    """TypeError or ValueError unless 0 <= tau_plus < 1, a number or a vector of them."""
+    if isinstance(tau_plus, Tensor):
+        if tau_plus.dim() != 1 or not tau_plus.is_floating_point():
+            raise ValueError(f"tau_plus must be a number or floating-point [B] or [2B]; got {describe(tau_plus)}.")
+        if can_read(tau_plus) and not bool(((tau_plus >= 0) & (tau_plus < 1)).all()):
+            raise ValueError(f"tau_plus holds probabilities in [0, 1); got {tau_plus.min()} to {tau_plus.max()}.")
+        return
     check_number("tau_plus", tau_plus)
     if not 0 <= tau_plus < 1:
         raise ValueError(f"tau_plus is a probability in [0, 1); got {tau_plus}.")
+
+
+def check_prior_of_rows(tau_plus: float | Tensor, request: Request) -> None:
+    """ValueError unless a vector has one prior for every pair or row."""
+    if not isinstance(tau_plus, Tensor):
+        return
+    pairs = request.z1.shape[0]
+    lengths = (pairs,) if request.is_one_way else (pairs, 2 * pairs)
+    if tau_plus.shape[0] not in lengths or tau_plus.device != request.z1.device:
+        wanted = " or ".join(f"[{n}]" for n in lengths)
+        raise ValueError(
+            f"tau_plus must be a number or floating-point {wanted} on {request.z1.device}; got {describe(tau_plus)}."
+        )
 
 
 @dataclass(frozen=True)
 class Debiased(RowLoss):
     """The row loss softplus(log Ng - pos) with the debiased negatives' sum Ng."""
 
-    tau_plus: float = 0.1
+    tau_plus: float | Tensor = 0.1
 
     def __post_init__(self) -> None:
         check_tau_plus(self.tau_plus)
 
+    def check(self, request: Request) -> None:
+        """One prior, or one for every pair or row."""
+        super().check(request)
+        check_prior_of_rows(self.tau_plus, request)
+
+    def of_rows(self, rows: slice, total: int) -> RowLoss:
+        """With the priors of these rows, where every row has one."""
+        every = isinstance(self.tau_plus, Tensor) and self.tau_plus.shape[0] == total
+        return replace(self, tau_plus=self.tau_plus[rows]) if every else self  # type: ignore[index]
+
     @property
-    def formula(self) -> Formula:  # type: ignore[override]
-        """The fused spelling."""
-        return Formula("debiased", (self.tau_plus,))
+    def formula(self) -> Formula | None:  # type: ignore[override]
+        """The fused spelling, of one prior."""
+        return None if isinstance(self.tau_plus, Tensor) else Formula("debiased", (self.tau_plus,))
 
     def from_stats(self, stats: RowStatistics) -> Tensor:
         """[R] loss of every row."""
@@ -99,7 +141,7 @@ def fused_debiased_loss(
     z1: Tensor,
     z2: Tensor,
     temperature: float | Tensor | None = None,
-    tau_plus: float = 0.1,
+    tau_plus: float | Tensor = 0.1,
     *,
     positives: Tensor | None = None,
     **options: Unpack[LossOptions],
@@ -110,7 +152,8 @@ def fused_debiased_loss(
 
     z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair
     temperature  > 0, or a 0-d tensor to learn it; cosine units; default 0.5
-    tau_plus     in [0, 1), probability that a negative shares the anchor's class; 0 is InfoNCE
+    tau_plus     in [0, 1), probability that a negative shares the anchor's class; 0 is InfoNCE. Or
+                 constants, [B] of the pairs or [2B] of the rows (two_view, symmetric)
     positives    [M, B, D] further views of each image that estimate the correction term in place of the partner
     options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`
     Returns      0-d float32 ("mean", "sum") or one value per anchor ("none"); nats

@@ -8,16 +8,17 @@ holds them constant. beta = 0 is the debiased loss. Robinson et al., ICLR 2021, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..batch.request import Request
 from ..checks import check_number
 from ..numerics import softplus
 from ..problem.problem import Formula
-from .debiased import check_tau_plus, debias, dense_debias
+from .debiased import check_prior_of_rows, check_tau_plus, debias, dense_debias
 from .dense import DenseLogits
 from .pair_loss import LossOptions, fused_row_loss, loss_function
 from .row_loss import RowLoss, RowStatistics
@@ -28,7 +29,7 @@ from .stats import LossStats
 class HardNegative(RowLoss):
     """The row loss softplus(log Ng - pos) with importance-weighted, debiased negatives."""
 
-    tau_plus: float = 0.1
+    tau_plus: float | Tensor = 0.1
     beta: float = 1.0
     detach_weights: bool = False
 
@@ -38,14 +39,26 @@ class HardNegative(RowLoss):
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta, the concentration on hard negatives, must be finite and >= 0; got {self.beta}.")
 
+    def check(self, request: Request) -> None:
+        """One prior, or one for every pair or row."""
+        super().check(request)
+        check_prior_of_rows(self.tau_plus, request)
+
+    def of_rows(self, rows: slice, total: int) -> RowLoss:
+        """With the priors of these rows, where every row has one."""
+        every = isinstance(self.tau_plus, Tensor) and self.tau_plus.shape[0] == total
+        return replace(self, tau_plus=self.tau_plus[rows]) if every else self  # type: ignore[index]
+
     @property
     def exponents(self) -> tuple[float, ...]:  # type: ignore[override]
         """beta and 1 + beta; beta = 0 needs one sweep statistic only."""
         return (self.beta, 1.0 + self.beta) if self.beta > 0 else (1.0,)
 
     @property
-    def formula(self) -> Formula:  # type: ignore[override]
-        """The fused spelling; beta = 0 is the debiased loss."""
+    def formula(self) -> Formula | None:  # type: ignore[override]
+        """The fused spelling, of one prior; beta = 0 is the debiased loss."""
+        if isinstance(self.tau_plus, Tensor):
+            return None
         if self.beta == 0:
             return Formula("debiased", (self.tau_plus,))
         return Formula("hard_negative", (self.tau_plus, self.beta, float(self.detach_weights)))
@@ -86,7 +99,7 @@ def fused_hard_negative_loss(
     z1: Tensor,
     z2: Tensor,
     temperature: float | Tensor | None = None,
-    tau_plus: float = 0.1,
+    tau_plus: float | Tensor = 0.1,
     beta: float = 1.0,
     *,
     detach_weights: bool = False,
@@ -100,7 +113,8 @@ def fused_hard_negative_loss(
 
     z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair
     temperature  > 0, or a 0-d tensor to learn it; cosine units; default 0.5
-    tau_plus     in [0, 1), probability that a negative shares the anchor's class
+    tau_plus     in [0, 1), probability that a negative shares the anchor's class. Or
+                 constants, [B] of the pairs or [2B] of the rows (two_view, symmetric)
     beta         >= 0, concentration on hard negatives; 0 is the debiased loss. (1 + beta)/temperature goes up to 65,536
                  (float64 3.5e13): rounding leaves the difference of two log-sum-exps no second decimal there
     detach_weights  hold the weights constant in the gradient; the released code does not

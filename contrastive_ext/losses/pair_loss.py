@@ -25,6 +25,7 @@ from ..batch.request import Layout, Request
 from ..checks import check_exponents, check_keywords
 from ..operators.whole_loss import operators_for, whole_loss
 from .dense import dense_logits
+from .matryoshka import Matryoshka
 from .overloads import LossFunction, returns_stats
 from .row_loss import RowLoss, RowStatistics, check_row_loss
 from .stats import Diagnostics, LossStats, summarize, warn_if_clamped
@@ -138,7 +139,14 @@ def fused_row_loss(
         normalize=normalize, reduction=reduction, return_stats=return_stats, backend=backend,
         operand_dtype=operand_dtype, group=group,
     ).checked()  # fmt: skip
+    return _computed(row_loss, request)
+
+
+def _computed(row_loss: RowLoss, request: Request) -> Tensor | tuple[Tensor, LossStats]:
     row_loss.check(request)
+    if isinstance(row_loss, Matryoshka):
+        return _over_prefixes(row_loss, request)
+    z1, z2, layout, backend = request.z1, request.z2, request.layout, request.backend
     with numerics.without_autocast(z1):
         scale = request.row_scale()
         check_exponents(row_loss.exponents, scale, numerics.stats_dtype(z1.dtype))
@@ -146,19 +154,33 @@ def fused_row_loss(
         if request.is_plain and row_loss.formula is not None and isinstance(layout, str) and not by_row:
             operators = operators_for(len(row_loss.exponents), z1, z2, layout, backend)
             if operators is not None:
-                options = scale, layout, normalize, reduction
+                options = scale, layout, request.normalize, request.reduction
                 loss, clamped = whole_loss(operators, row_loss.formula, row_loss.exponents, z1, z2, *options)
                 if clamped is not None:
                     warn_if_clamped(lambda: clamped, z1.device)
                 return loss
         road = _dense if request.is_dense else _streamed
         batches = arrangements(request, scale)
-        losses, stats, diagnostics = _end_to_end([road(row_loss, batch, return_stats, backend) for batch in batches])
+        total, rows, parts = sum(batch.pos.shape[0] for batch in batches), 0, []
+        for batch in batches:
+            own = slice(rows, rows := rows + batch.pos.shape[0])
+            parts.append(road(row_loss.of_rows(own, total), batch, request.return_stats, backend))
+        losses, stats, diagnostics = _end_to_end(parts)
         loss = request.reduce(losses)
         if diagnostics is None:
             return loss
         rounding = torch.cat([batch.rounding() for batch in batches])
-        return loss, summarize(stats, diagnostics, row_loss.clamped(stats), rounding, normalize)
+        return loss, summarize(stats, diagnostics, row_loss.clamped(stats), rounding, request.normalize)
+
+
+def _over_prefixes(row_loss: Matryoshka, request: Request) -> Tensor | tuple[Tensor, LossStats]:
+    losses, stats = [], None
+    for weight, part in row_loss.parts(request):
+        result = _computed(row_loss.loss, part)
+        loss, stats = result if isinstance(result, tuple) else (result, None)
+        losses.append(weight * loss)
+    total = torch.stack(losses).sum(0)
+    return total if stats is None else (total, stats)
 
 
 _Rows = tuple[Tensor, RowStatistics, Diagnostics | None]  # losses, what they were made of, what was asked beside

@@ -70,6 +70,10 @@ class RowLoss:
                 "use 'one_way', 'symmetric' or 'two_view'."
             )
 
+    def of_rows(self, rows: slice, total: int) -> RowLoss:
+        """The loss of some of `total` rows, for one that has a parameter of each."""
+        return self
+
     def hardness_of(self, own: bool) -> float:
         """What is added, times the constant cosine, to the logits of an anchor's own or of all other candidates."""
         return 0.0
