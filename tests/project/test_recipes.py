@@ -80,6 +80,16 @@ def sentence_pairs(training: Training, x: Tensor, labels: Tensor) -> Tensor:
     return training.shown("sentence pairs (MNRL)", a=a, b=torch.cat([b, training.encoder(augment(x.flip(3)))]))
 
 
+def every_direction(training: Training, x: Tensor, labels: Tensor) -> Tensor:
+    a, b = training.views(x)
+    return training.shown("sentence pairs in every direction", a=a, b=b)
+
+
+def prefixes(training: Training, x: Tensor, labels: Tensor) -> Tensor:
+    z1, z2 = training.views(x)
+    return training.shown("an embedding that may be cut off (Matryoshka)", z1=z1, z2=z2)
+
+
 def hard_negatives(training: Training, x: Tensor, labels: Tensor) -> Tensor:
     z1, z2 = training.views(x)
     return ce.fused_infonce_loss(z1, z2, layout="one_way", negatives=training.encoder(augment(x.flip(3))))
@@ -130,8 +140,10 @@ RECIPES: dict[str, Callable[[Training, Tensor, Tensor], Tensor]] = {
     "MoCo": moco,
     "MoCo with soft labels (SANE)": soft_labels,
     "sentence pairs (MNRL)": sentence_pairs,
+    "sentence pairs in every direction": every_direction,
     "explicit hard negatives": hard_negatives,
     "a learned temperature": learned_temperature,
+    "an embedding that may be cut off (Matryoshka)": prefixes,
     "false negatives you know of": known_false_negatives,
     "a model that knows better (GISTEmbed)": guided,
     "false negatives to be found": false_negatives,
