@@ -124,7 +124,7 @@ def _backward(
         first + pull * u[images : 2 * images], second[:images] + pull * u[:images], second[images:]
     ])  # fmt: skip
     if normalize:
-        unit = u if u.dtype == z1.dtype else torch.cat([z1, z2]).to(u.dtype) * lengths  # before it was rounded
+        unit = u if u.dtype == z1.dtype else _unit(torch.cat([z1, z2]).to(u.dtype))[0]  # before it was rounded
         du = torch.addcmul(du, unit, (unit * du).sum(1, keepdim=True), value=-1) * lengths
     return du[:images].to(z1.dtype), du[images:].to(z2.dtype), dscale
 
