@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 
 import torch
@@ -80,3 +81,25 @@ def test_a_users_row_loss_runs_on_every_backend(run):
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
     assert ce.RowLossModule(Hinge(0.5), 0.3)(z1, z2).item() > 0
+
+
+def _documented(function) -> dict[str, str]:
+    """What a docstring says of each argument, and of what is returned, raised and needed."""
+    said, name = {}, None
+    for line in inspect.getdoc(function).splitlines():
+        entry = re.match(r"(\w[\w, ]*?)  +(\S.*)", line)
+        name = entry[1] if entry else name if line.startswith("  ") else None
+        if name is not None:
+            said[name] = f"{said[name]} {line.strip()}" if name in said else entry[2]
+    return said
+
+
+def test_docstrings_say_the_same_of_the_same():
+    """Each loss is read by itself, in an editor too: what several take is written out in each, in the same words."""
+    over_pairs = [_documented(loss.function) for loss in {loss.function: loss for loss in LOSSES + RANKED}.values()]
+    assert all(
+        words >= {"z1, z2", "temperature", "Returns", "Raises", "Memory", "Paper"} for words in map(set, over_pairs)
+    )
+    for name in ("z1, z2", "temperature", "tau_plus", "positives", "options", "Returns", "Raises"):
+        first_clauses = {re.split(r"[;.] ", said[name])[0] for said in over_pairs if name in said}
+        assert len(first_clauses) == 1, (name, first_clauses)
