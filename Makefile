@@ -58,11 +58,12 @@ test-torch: ## the tests under another torch, which .venv-torch-TORCH keeps (som
 	$(if $(filter file,$(origin TORCH)),$(error which torch? make test-torch TORCH=2.11.0))
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=torch==$(TORCH)
 
-lint: $(BUILT) ## ruff, clang-format, mypy on the public API
+lint: $(BUILT) ## ruff, clang-format, mypy on the public API, the floors of the package
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 	$(BIN)/mypy contrastive_ext
+	$(RUN) -m pytest -q -p no:cacheprovider tests/project/test_floors.py
 
 format: $(INSTALLED) ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
