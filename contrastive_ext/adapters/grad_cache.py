@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import check_tensor, describe
 from ..losses.infonce import fused_infonce_loss
 from ..problem.pairs import integers
-from .hosts import rows_first
+from .hosts import alone, rows_first
 
 
 class SimpleContrastiveLoss:
@@ -63,10 +63,10 @@ class SimpleContrastiveLoss:
                     f"got {len(y)}."
                 )
             index = torch.arange(0, len(x) * stride, stride, device=x.device)
-        return fused_infonce_loss(
+        loss = fused_infonce_loss(
             x, rows_first(y, index), logit_scale=1.0, layout="one_way", normalize=False, reduction=reduction
         )
+        return alone(loss)
 
     def __repr__(self) -> str:
         return f"SimpleContrastiveLoss(n_hard_negatives={self.n_hard_negatives})"
-

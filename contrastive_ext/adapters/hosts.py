@@ -12,14 +12,20 @@ from ..batch.distributed import AllRanks
 def missing(package: str, extra: str) -> ImportError:
     """The error of an adapter whose host is not installed."""
     return ImportError(
-        f"this adapter subclasses classes of {package}, which is not installed: pip install 'contrastive_ext[{extra}]', "
-        f"or pip install {package}."
+        f"this adapter subclasses classes of {package}, which is not installed: pip install {package}, "
+        f"or pip install 'contrastive_ext[{extra}]'."
     )
 
 
 def all_ranks_if(gather: bool) -> AllRanks | None:
     """All ranks where the caller asked for them and there are any: hosts ignore the wish in a single process."""
     return AllRanks() if gather and dist.is_available() and dist.is_initialized() else None
+
+
+def alone(loss: object) -> Tensor:
+    """What a loss without `return_stats` returns, for the type checker."""
+    assert isinstance(loss, Tensor)
+    return loss
 
 
 def rows_first(x: Tensor, index: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..batch.call import check_call
 from ..checks import check_choice, check_tensor, describe
 from ..losses.infonce import fused_infonce_loss
+from .hosts import alone
 
 NegativeMode = Literal["unpaired", "paired"]
 NEGATIVE_MODES = {"unpaired": "[M, D]", "paired": "[N, M, D]"}
@@ -52,7 +53,7 @@ def info_nce(
                 f"with negative_mode={negative_mode!r} negative_keys must be {NEGATIVE_MODES[negative_mode]}; "
                 f"got {describe(negative_keys)}."
             )
-    return fused_infonce_loss(
+    loss = fused_infonce_loss(
         query,
         positive_key,
         temperature,
@@ -61,6 +62,7 @@ def info_nce(
         in_batch_negatives=negative_keys is None,
         reduction=reduction,
     )
+    return alone(loss)
 
 
 class InfoNCE(nn.Module):

@@ -22,7 +22,7 @@ from ..batch.queue import NegativeQueue
 from ..checks import check_positive
 from ..losses.decoupled import fused_decoupled_loss
 from ..losses.infonce import fused_infonce_loss
-from .hosts import all_ranks_if
+from .hosts import all_ranks_if, alone
 
 
 class NTXentLoss(nn.Module):
@@ -51,7 +51,7 @@ class NTXentLoss(nn.Module):
         """
         group = all_ranks_if(self.gather_distributed)
         if not self.memory_bank_size[0]:
-            return fused_infonce_loss(out0, out1, self.temperature, group=group)
+            return alone(fused_infonce_loss(out0, out1, self.temperature, group=group))
         if self.memory_bank is None:
             self.memory_bank = _new_bank(self.memory_bank_size[0], out1.shape[1], out1.device)
         loss = fused_infonce_loss(
@@ -59,7 +59,7 @@ class NTXentLoss(nn.Module):
         )
         if out0.requires_grad:
             self.memory_bank.enqueue(out1, group=group)
-        return loss
+        return alone(loss)
 
     def extra_repr(self) -> str:
         return (
@@ -102,12 +102,12 @@ class DCLLoss(nn.Module):
         """0-d loss of the pairs out0, out1 [B, D]. Memory O(B D); time O(B^2 D); once differentiable"""
         group = all_ranks_if(self.gather_distributed)
         if self.weight_fn is None:
-            return fused_decoupled_loss(out0, out1, self.temperature, group=group)
+            return alone(fused_decoupled_loss(out0, out1, self.temperature, group=group))
         dtype = numerics.stats_dtype(out0.dtype)
         unit0, unit1 = (numerics.normalize(x.to(dtype)) for x in (out0, out1))
         # both anchors of a pair share its positive, so that the mean of their weights is all that counts
         weight = (self.weight_fn(unit0, unit1) + self.weight_fn(unit1, unit0)) / 2
-        loss = fused_decoupled_loss(out0, out1, self.temperature, positive_weight=weight.detach(), group=group)
+        loss = alone(fused_decoupled_loss(out0, out1, self.temperature, positive_weight=weight.detach(), group=group))
         if weight.requires_grad:  # the loss takes weights as constants: their own gradient, and no value
             pos = (unit0 * unit1).sum(1).detach() / self.temperature
             loss = loss - ((weight - weight.detach()) * pos).mean()

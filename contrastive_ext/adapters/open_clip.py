@@ -3,8 +3,8 @@
 What differs. Across ranks the gradient is always exact: DistributedDataParallel averages it to that of the whole batch,
 as open_clip's does with `gather_with_grad=True`. `local_loss` decides only which value is reported. With
 `gather_with_grad=False`, the default there, open_clip's gradient is 1/world_size of it (`local_loss=False`) or points
-elsewhere (`local_loss=True`); that is refused, as is horovod. A bias on every logit changes neither value nor gradient of
-a softmax: `logit_bias` gets a gradient of zero. 16-bit features are computed and returned in float32.
+elsewhere (`local_loss=True`); that is refused, as is horovod. A bias on every logit changes neither value nor gradient
+of a softmax: `logit_bias` gets a gradient of zero. 16-bit features are computed and returned in float32.
 
 Classes derived from open_clip's own (`CoCaLoss`, `DistillClipLoss`) do not use this one.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..batch.distributed import AllRanks
 from ..losses.infonce import fused_infonce_loss
+from .hosts import alone
 
 
 class ClipLoss(nn.Module):
@@ -74,10 +75,10 @@ class ClipLoss(nn.Module):
                 f"world_size={self.world_size}, but torch.distributed has {dist.get_world_size()} ranks; give "
                 "world_size=torch.distributed.get_world_size()."
             )
-        loss = fused_infonce_loss(
+        found = fused_infonce_loss(
             image_features, text_features, logit_scale=logit_scale, layout="symmetric", normalize=False, group=group
         )
-        assert isinstance(loss, Tensor)
+        loss = alone(found)
         if isinstance(logit_bias, Tensor):  # in the graph: DistributedDataParallel waits for every parameter
             loss = loss + 0.0 * logit_bias.sum()
         if group is not None and not self.local_loss:

@@ -1,14 +1,15 @@
 """`SupConLoss` and `NTXentLoss` of pytorch-metric-learning, without the matrix of similarities: `from
 contrastive_ext.adapters.pytorch_metric_learning import SupConLoss`.
 
-They are subclasses of the host's that compute the losses of rows and pairs; reducers, regularizers, `SelfSupervisedLoss`,
-`CrossBatchMemory` and `DistributedLossWrapper` do what they do there. (The wrapper's value is world_size times the loss,
-its gradient that of the whole batch; with `efficient=True` it is not.)
+They are subclasses of the host's that compute the losses of rows and pairs; reducers, regularizers,
+`SelfSupervisedLoss`, `CrossBatchMemory` and `DistributedLossWrapper` do what they do there. (The wrapper's value is
+world_size times the loss, its gradient that of the whole batch; with `efficient=True` it is not.)
 
-What differs. Distances other than CosineSimilarity and DotProductSimilarity are refused. `NTXentLoss` takes rows with at
-most one positive: with several it sums over pairs, which no statistic of a row gives. `indices_tuple` is taken where it
-says what the labels say, checked by numbers and sums of indices; pairs that a miner chose are refused. 16-bit embeddings
-are computed in float32. Memory is O((N + M) D) without an `indices_tuple`; CrossBatchMemory itself makes all N x M pairs.
+What differs. Distances other than CosineSimilarity and DotProductSimilarity are refused. `NTXentLoss` takes rows with
+at most one positive: with several it sums over pairs, which no statistic of a row gives. `indices_tuple` is taken where
+it says what the labels say, checked by numbers and sums of indices; pairs that a miner chose are refused. 16-bit
+embeddings are computed in float32. Memory is O((N + M) D) without an `indices_tuple`; CrossBatchMemory itself makes all
+N x M pairs.
 """
 
 from __future__ import annotations
@@ -45,7 +46,12 @@ class _RowLosses:
             )
 
     def _row_losses(
-        self, embeddings: Tensor, labels: Tensor | None, indices_tuple: tuple | None, ref_emb: Tensor, ref_labels: Tensor
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None,
+        indices_tuple: tuple | None,
+        ref_emb: Tensor,
+        ref_labels: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Losses [N], numbers of positives [N] and sums of their indices [N]; None for a batch whose loss is 0."""
         if labels is None or ref_labels is None:
@@ -72,9 +78,7 @@ class _RowLosses:
             columns = z if same_set else numerics.operand(ref_emb.to(embeddings.dtype), unit)
             if own is not None and not same_set:
                 columns, ref_labels = (rows_first(x, own) for x in (columns, ref_labels))
-            rows, _ = out_against(
-                z, labels, columns, ref_labels, 1 / self.temperature, own=own is not None, unit=unit
-            )
+            rows, _ = out_against(z, labels, columns, ref_labels, 1 / self.temperature, own=own is not None, unit=unit)
         return rows, number, total
 
 
@@ -155,4 +159,3 @@ def _refuse() -> None:
         "apart from itself: pairs or triplets that a miner chose are no function of labels; use the host's loss for "
         "them, or leave the miner out."
     )
-

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..batch.call import check_call
 from ..checks import check_choice, check_positive, check_tensor, describe
 from ..losses.supcon import fused_supcon_loss
+from .hosts import alone
 
 
 class SupConLoss(nn.Module):
@@ -56,8 +57,7 @@ class SupConLoss(nn.Module):
             labels = _labels_of(mask, views.shape[1])
         elif labels is None:
             labels = torch.arange(views.shape[1], device=features.device)
-        rows = fused_supcon_loss(views, labels, self.temperature, normalize=False, reduction="none")
-        assert isinstance(rows, Tensor)
+        rows = alone(fused_supcon_loss(views, labels, self.temperature, normalize=False, reduction="none"))
         anchors = rows if self.contrast_mode == "all" else rows[0]
         return self.temperature / self.base_temperature * anchors.mean()
 

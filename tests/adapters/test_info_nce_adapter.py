@@ -23,7 +23,11 @@ def _inputs(mode: str, kind: str = "random"):
 @pytest.mark.parametrize("mode", NEGATIVES)
 def test_same_as_the_package(mode, reduction, kind):
     host = pytest.importorskip("info_nce")
-    options = {"temperature": 0.2, "reduction": reduction, "negative_mode": "paired" if mode == "paired" else "unpaired"}
+    options = {
+        "temperature": 0.2,
+        "reduction": reduction,
+        "negative_mode": "paired" if mode == "paired" else "unpaired",
+    }
     assert_same(adapter.InfoNCE(**options), host.InfoNCE(**options), *_inputs(mode, kind))
     assert_same(
         lambda *x: adapter.info_nce(*x, **options), lambda *x: host.info_nce(*x, **options), *_inputs(mode, kind)
