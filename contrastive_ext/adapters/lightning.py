@@ -30,7 +30,7 @@ class LossStatsCallback(Callback):
 
     prefix         before the name, for instance "train/"
     every_n_steps  how often; None: the trainer's log_every_n_steps
-    A loss that already returns its statistics to the training step goes on doing so. Adapters of other libraries and the
+    A loss that already returns its statistics to the training step goes on doing so. Adapters of other libraries and
     functions (`fused_..._loss`) are not seen, nor SelfLabelingLoss and SoftTargetLoss, which take no return_stats.
     """
 
@@ -53,8 +53,8 @@ class LossStatsCallback(Callback):
         }
         if not losses:
             raise TypeError(
-                f"{type(pl_module).__name__} holds no loss module of contrastive_ext that has statistics: make the loss "
-                "an attribute (self.criterion = DebiasedLoss(...)), or drop this callback."
+                f"{type(pl_module).__name__} holds no loss module of contrastive_ext that has statistics: make the "
+                "loss an attribute (self.criterion = DebiasedLoss(...)), or drop this callback."
             )
         for name, loss in losses.items():
             self._handles.append(loss.register_forward_pre_hook(self._ask, with_kwargs=True))
