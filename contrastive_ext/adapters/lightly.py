@@ -4,8 +4,8 @@ contrastive_ext.adapters.lightly import NTXentLoss`.
 What differs. A temperature < 0, which lightly accepts, is refused. The memory bank is a `NegativeQueue` in the buffers
 of the module: it is saved with it (lightly's is not), and a batch that reaches its end wraps around (lightly drops the
 tail). It begins with random unit rows, as there. DCL is that of lightly 1.6, one log-sum-exp over all negatives; older
-versions added up one for each view. A batch of one pair has loss 0 where lightly's is NaN or -inf. `weight_fn` sees
-both orders of the views and counts with its mean. 16-bit inputs are computed and returned in float32.
+versions added up one for each view. DCL of a batch of one pair is 0 where lightly's is -inf. `weight_fn` sees both
+orders of the views and counts with its mean. 16-bit inputs are computed and returned in float32.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from contrastive_ext.adapters.lightly import DCLLoss, DCLWLoss, NTXentLoss
 from parity import assert_compiles, assert_same, assert_survives_copies
 from rows import INPUTS, random_pairs
+from two_ranks import WORLD, on_both_ranks
 
 KINDS = ["random", "peaked", "crowded"]
 
@@ -61,6 +62,12 @@ def test_defaults_are_lightlys():
     assert_same(NTXentLoss(), lambda a, b: _ntxent(a, b, 0.5), *pair)
     assert_same(DCLLoss(), lambda a, b: _dcl(a, b, 0.1), *pair)
     assert_same(DCLWLoss(), lambda a, b: _dcl(a, b, 0.1, _von_mises), *pair)
+
+
+def test_one_pair_alone_has_loss_zero():
+    pair = random_pairs(1, 5, torch.float64)
+    for module in (NTXentLoss(), DCLLoss(), DCLWLoss()):
+        assert module(*pair) == 0
 
 
 @pytest.mark.parametrize("size", [(9, 5), [9, 5], 9])
@@ -125,3 +132,28 @@ def test_modules_are_values(module):
 def test_refused_options(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def _gathered(rank: int) -> dict:
+    torch.manual_seed(0)
+    pair = random_pairs(4 * WORLD, 5, torch.float64)
+    own, found = slice(4 * rank, 4 * rank + 4), {}
+    for module in (NTXentLoss(0.3, gather_distributed=True), DCLLoss(0.3, gather_distributed=True)):
+        a, b = (x[own].clone().requires_grad_() for x in pair)
+        loss = module(a, b)
+        found[type(module).__name__] = loss.detach(), *torch.autograd.grad(loss, (a, b))
+    module = NTXentLoss(0.3, (9, 5), gather_distributed=True)
+    module(*(x[own].clone().requires_grad_() for x in pair))
+    return found | {"bank": module.memory_bank.data[:8].clone()}
+
+
+def test_gathering_averages_to_the_whole_batch(tmp_path):
+    ranks = on_both_ranks(_gathered, tmp_path)
+    pair = [x.requires_grad_() for x in random_pairs(4 * WORLD, 5, torch.float64)]
+    close = {"rtol": 1e-12, "atol": 1e-13}
+    for name, whole in (("NTXentLoss", _ntxent(*pair, 0.3)), ("DCLLoss", _dcl(*pair, 0.3))):
+        torch.testing.assert_close(sum(rank[name][0] for rank in ranks) / WORLD, whole.detach(), **close)
+        for i, wanted in enumerate(torch.autograd.grad(whole, pair)):
+            torch.testing.assert_close(torch.cat([rank[name][1 + i] for rank in ranks]) / WORLD, wanted, **close)
+    for rank in ranks:  # the keys of both entered, in rank order
+        torch.testing.assert_close(rank["bank"], F.normalize(pair[1].detach()).float())

@@ -167,6 +167,17 @@ def test_half_precision_is_computed_in_float32(both):
     torch.testing.assert_close(ours(0.3)(x, labels), ours(0.3)(x.float(), labels), rtol=0.01, atol=0.01)
 
 
+def test_it_compiles_around_the_hosts_reducer(both):
+    """Graphs break where the host looks at numbers of pairs, as its own do."""
+    ours, _, labels = both
+    module, x = ours(0.3), _rows(labels).requires_grad_()
+    torch._dynamo.reset()
+    compiled, expected = torch.compile(module, backend="aot_eager")(x, labels), module(x, labels)
+    torch.testing.assert_close(compiled, expected, rtol=1e-12, atol=1e-13)
+    got, wanted = (torch.autograd.grad(loss, x)[0] for loss in (compiled, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
 @needs_proc
 @pytest.mark.parametrize("loss", ["SupConLoss", "NTXentLoss"])
 def test_memory_is_linear(loss):

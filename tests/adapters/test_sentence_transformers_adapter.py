@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import contrastive_ext as ce
 from parity import assert_same
 from rows import INPUTS, random_pairs
+from two_ranks import on_both_ranks
 
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed (make test-hosts)")
 
@@ -122,6 +123,24 @@ def test_cached_gradients_reach_the_representations():
     torch.testing.assert_close(value, expected.detach())
     for parts, wanted in zip(reps, torch.autograd.grad(expected, whole), strict=True):
         torch.testing.assert_close(torch.cat([x.grad for x in parts]), wanted, rtol=1e-12, atol=1e-14)
+
+
+def _gathered(rank: int) -> dict:
+    torch.manual_seed(0)
+    columns = _embeddings("random", 3)
+    found = {}
+    for name in NAMES:
+        for which, module in (("ours", adapter), ("theirs", host)):
+            own = [x[3 * rank : 3 * rank + 3].clone().requires_grad_() for x in columns]
+            loss = _from_embeddings(_new(module, name, gather_across_devices=True), *own)
+            found[name, which] = loss.detach(), *torch.autograd.grad(loss, own)
+    return found
+
+
+def test_gathering_across_devices_is_the_packages(tmp_path):
+    for rank in on_both_ranks(_gathered, tmp_path):
+        for name in NAMES:
+            torch.testing.assert_close(rank[name, "ours"], rank[name, "theirs"], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize(
