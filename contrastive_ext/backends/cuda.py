@@ -1,6 +1,6 @@
 """The `cuda` backend: hand-written Hopper kernels (csrc/cuda/), 128 features, 16-bit operands. Taken by name only.
 
-Correct on an H200 (tests/cuda_kernels, `python -m bench proof`), slower than the Triton triangle, which does half the
+Correct on an H200 (tests/csrc/cuda, `python -m bench proof`), slower than the Triton triangle, which does half the
 work (docs/measurements.md).
 
 Forward only: lse at one exponent and the counts of the rows. The gradient is computed by the Triton kernels, from these
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..problem.problem import Problem, Statistics, Upstream
 from ..problem.ranking import RankedStatistics, Ranking
 from . import native
+from .backend import Backend
 from .triton import row_stats as triton
 
 NAME = "cuda"
@@ -111,3 +112,16 @@ def top_columns(
 ) -> tuple[Tensor, Tensor]:
     """Raises: no such kernel yet."""
     raise RuntimeError(f"backend {NAME!r} cannot run this call: it has no search for the best columns. Use 'triton'.")
+
+
+BACKEND = Backend(
+    name=NAME,
+    why_not=why_not,
+    forward=forward,
+    backward=backward,
+    top_columns=top_columns,
+    ranked_forward=ranked_forward,
+    ranked_backward=ranked_backward,
+    needs_proof=True,
+    note=NOTE,
+)

@@ -3,7 +3,7 @@
 // c comes as a sum of two numbers and f from fused multiply-adds, so the result is as accurate for a large |x c| as for
 // a small one; an integer shift only moves the exponent field and costs no accuracy (that is what lets a static shift
 // be as accurate as subtracting the maximum). p is minimax in relative error with p(0) = 1: 2.6e-9 at degree 6
-// (float), 1.8e-17 at degree 11 (double). Bounds, measured by tests/native on every compiled path: 1.25 ulp in the
+// (float), 1.8e-17 at degree 11 (double). Bounds, measured by tests/csrc/cpu on every compiled path: 1.25 ulp in the
 // normal range with FMA; without FMA (generic on x86-64) 1.6 ulp plus |x c| ulp, since the products round. NaN stays
 // NaN.
 #pragma once

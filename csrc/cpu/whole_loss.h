@@ -3,8 +3,8 @@
 // arithmetic.
 #pragma once
 
-#include "prologue.h"
 #include "../row_losses.h"
+#include "prologue.h"
 #include "row_stats_backward.h"
 #include "row_stats_forward.h"
 

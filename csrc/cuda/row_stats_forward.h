@@ -1,4 +1,4 @@
-// The launcher of the Hopper forward, free of torch so that it compiles and runs on its own (tests/cuda_kernels).
+// The launcher of the Hopper forward, free of torch so that it compiles and runs on its own (tests/csrc/cuda).
 #pragma once
 
 #include <cuda_runtime_api.h>

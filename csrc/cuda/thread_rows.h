@@ -1,5 +1,5 @@
 // What a thread makes of its logits: two rows, 32 columns of each in a tile of 64 x 128 (see Fragment). Plain
-// arithmetic, so that a host can play whole blocks (tests/native).
+// arithmetic, so that a host can play whole blocks (tests/csrc/cuda).
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,7 @@ from ...problem.ranking import RankedStatistics, Ranking, histogram_axis
 from ..torch import ranked_stats as torch_ranked
 from . import launch
 from . import pairs as triton_pairs
-from .sweeps import Ranks, Term, gradients, total
+from .gradient import Ranks, Term, gradients, total
 
 
 def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
@@ -80,12 +80,10 @@ def _sweep(
     tiles = launch.cdiv(len(u), config.block_m)
     splits, span = launch.split(tiles, len(v), config.block_n, 2 * launch.processors(u.device))
     out = problem.u.new_empty(splits, parts, len(u))
-    rules = triton_pairs.arguments(
-        problem.pairs, rows, cols, row_anchors=True, col_anchors=False, guide_chunk=launch.guide_chunk(u.device)
-    )
     launch.kernels().histogram_ranks.histogram_ranks_kernel[(tiles, splits)](
-        u, v, scale, axis, below, shape, shift, counts, out, len(u), len(v), span, u.stride(0), v.stride(0),
-        BINS=bins, PASS=name, SCALE_IS_TENSOR=scale_is_tensor, **rules, **launch.tile_arguments(config, u),
+        (u, u.stride(0)), (v, v.stride(0)), scale, (axis, below), shape, shift, counts, out, span,
+        PASS=name, BINS=bins, SCALE_IS_TENSOR=scale_is_tensor, **launch.tile_arguments(config, u),
+        **triton_pairs.arguments(problem.pairs, rows, cols, row_anchors=True, col_anchors=False),
     )  # fmt: skip
     return out
 
