@@ -64,8 +64,8 @@ def rank_weights(
 
 @triton.jit(do_not_specialize=[*SIZES])
 def histogram_ranks_kernel(
-    u, v, scale, histograms, p_shape, p_shift, p_counts, p_out, span,
-    num_rows, num_columns, num_images, shard, first_row, first_column, list_groups, scorer_groups, num_scorers, rules,
+    u, v, scale, histograms, p_shape, p_shift, p_counts, p_out, num_rows, num_columns, span,
+    rules, list_groups, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     PASS: tl.constexpr, BINS: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, HAS_IMAGES: tl.constexpr,
     RULES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def histogram_ranks_kernel(
     p_counts           [rows, bins], COUNT
     p_out              [splits, parts, rows]: RANGE smallest, largest; SUMS sum, of squares, of logits, of weights,
                        largest weight
-    num_rows .. rules  see pairs.py
+    sizes and rules    see pairs.py
     """
     i0, i_split = tl.program_id(0) * TILE.rows, tl.program_id(1)
     sizes = Sizes(num_rows, num_columns, num_images, shard, first_row, first_column, list_groups, scorer_groups,

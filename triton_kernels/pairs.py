@@ -32,7 +32,8 @@ class Sizes(NamedTuple):
 
     Triton takes tuples as arguments, but specialises every number in one: as `sizes` in a single argument every batch
     size would compile kernels of its own. So kernels take the numbers one by one and put them together themselves;
-    for the same reason pointers that may be unaligned stay outside of tuples.
+    for the same reason pointers that may be unaligned stay outside of tuples. The order of a kernel's arguments is part
+    of its table in docs/compiled: another one costs up to 28 registers.
     """
 
     num_rows: int

@@ -237,8 +237,8 @@ def sweep(
 )
 def row_stats_backward_kernel(
     u, d_u, v, d_v, scale, p_lse, p_grad, col_terms, p_col_grad, ranks, out, p_factor,
-    row_begin, col_begin, col_end, span,
-    num_rows, num_columns, num_images, shard, first_row, first_column, list_groups, scorer_groups, num_scorers, rules,
+    num_rows, num_columns, row_begin, col_begin, col_end, span,
+    rules, list_groups, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, BINS: tl.constexpr, TIMES_SCALE: tl.constexpr,
     HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TILE: tl.constexpr,
@@ -252,7 +252,7 @@ def row_stats_backward_kernel(
                            and what makes a rank a weight
     out, p_factor          out = (pointer, stride of its rows): du [splits, rows, D], or with D > TILE.chunk weights
                            [rows, columns of this launch] and the factor that undoes their scaling
-    num_rows .. rules      see pairs.py
+    sizes and rules        see pairs.py
 
     SHIFT: "plain" one exponential for both terms, "online" two, "device" decided by the scale tensor.
     """

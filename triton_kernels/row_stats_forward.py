@@ -105,8 +105,8 @@ def sweep(
 # partial results may begin anywhere: a ragged batch must not compile
 @triton.jit(do_not_specialize=[*SIZES, "first_tile"], do_not_specialize_on_alignment=["p_rows", "p_columns"])
 def row_stats_forward_kernel(
-    u, d_u, v, d_v, scale, p_rows, p_columns, p_mean, first_tile, span,
-    num_rows, num_columns, num_images, shard, first_row, first_column, list_groups, scorer_groups, num_scorers, rules,
+    u, d_u, v, d_v, scale, p_rows, p_columns, p_mean, num_rows, num_columns, first_tile, span,
+    rules, list_groups, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
     PARTS: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr,
     MEANS: tl.constexpr, TILE: tl.constexpr,
@@ -115,7 +115,7 @@ def row_stats_forward_kernel(
 
     u, d_u, v, d_v      operands, see `load_tile`
     p_rows, p_columns   partial results, see merge.py; p_mean [splits, rows, D] or None
-    num_rows .. rules   see pairs.py
+    sizes and rules     see pairs.py
 
     SHIFT is "plain", "online", or "device" where the scale is a tensor: then the whole program takes one of the two.
     """

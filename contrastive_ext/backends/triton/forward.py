@@ -135,8 +135,9 @@ class Forward:
 
     def _sweep(self, first_tile, grid, span, row_partials, col_partials, mean_partials) -> None:
         launch.kernels().row_stats_forward.row_stats_forward_kernel[grid](
-            *self.operands, row_partials, col_partials, mean_partials, first_tile, span, **self.sweep_arguments
-        )
+            *self.operands, row_partials, col_partials, mean_partials, first_tile=first_tile, span=span,
+            **self.sweep_arguments,
+        )  # fmt: skip
 
     def _candidates_of_rows(self) -> tuple[int, int, int, int]:
         """(candidates, those of the same image, first anchor and number of anchors that have the latter)"""

@@ -191,8 +191,8 @@ class Weights:
     def _sweep(self, rows, columns, splits: int, span: int, out: Tensor, undo: Tensor, times_scale: bool) -> None:
         tiles = launch.cdiv(rows[1] - rows[0], self.config.block_m)
         launch.kernels().row_stats_backward.row_stats_backward_kernel[tiles, splits](
-            *self.operands, *self.terms, self.ranks, (out, out.stride(-2)), undo, rows[0], *columns, span,
-            TIMES_SCALE=times_scale, **self.sweep_arguments,
+            *self.operands, *self.terms, self.ranks, (out, out.stride(-2)), undo, row_begin=rows[0],
+            col_begin=columns[0], col_end=columns[1], span=span, TIMES_SCALE=times_scale, **self.sweep_arguments,
         )  # fmt: skip
 
     def _largest_undo(self) -> Tensor | None:

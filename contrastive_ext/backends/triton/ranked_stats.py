@@ -81,8 +81,8 @@ def _sweep(
     splits, span = launch.split(tiles, len(v), config.block_n, 2 * launch.processors(u.device))
     out = problem.u.new_empty(splits, parts, len(u))
     launch.kernels().histogram_ranks.histogram_ranks_kernel[(tiles, splits)](
-        (u, u.stride(0)), (v, v.stride(0)), scale, (axis, below), shape, shift, counts, out, span,
-        PASS=name, BINS=bins, SCALE_IS_TENSOR=scale_is_tensor, **launch.tile_arguments(config, u),
+        (u, u.stride(0)), (v, v.stride(0)), scale, (axis, below), shape, shift, counts, out,
+        span=span, PASS=name, BINS=bins, SCALE_IS_TENSOR=scale_is_tensor, **launch.tile_arguments(config, u),
         **triton_pairs.arguments(problem.pairs, rows, cols, row_anchors=True, col_anchors=False),
     )  # fmt: skip
     return out
