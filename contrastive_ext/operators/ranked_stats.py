@@ -33,6 +33,7 @@ def ranked_stats(
     positive_offset: int = 0,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    ignored: Tensor | None = None,
     gate: Gate | None = None,
     diagnostics: bool = False,
     unit: bool = False,
@@ -41,7 +42,7 @@ def ranked_stats(
 ) -> RankedStatistics:
     """Log-sum-exp over the negatives of every row, weighted by their rank in the row.
 
-    u, v, scale, num_images, positive_offset, row_ids, col_ids, gate, unit, operand_dtype, backend
+    u, v, scale, num_images, positive_offset, row_ids, col_ids, ignored, gate, unit, operand_dtype, backend
                  as in `row_stats`
     ranking      the weight as a function of the rank, and the number of histogram bins (0: exact ranks)
     diagnostics  also what `RankedStatistics.aux` lists
@@ -51,8 +52,8 @@ def ranked_stats(
                  and their gradients: a block of whole rows per thread, and (bins + 4) N numbers for a histogram
     """
     check_problem(u, v, scale, (1.0,), num_images, positive_offset, row_ids, col_ids, False, False, backend)
-    check_cancelled(u, v, row_ids, col_ids, False, None, gate, False)
-    rules = num_images, positive_offset, False, row_ids, col_ids, None, *schema.gate_arguments(gate)
+    check_cancelled(u, v, row_ids, col_ids, False, ignored, gate, False)
+    rules = num_images, positive_offset, False, row_ids, col_ids, ignored, *schema.gate_arguments(gate)
     call = as_arguments(u, v, scale, [1.0], (*rules, unit), operand_dtype, backend)
     parameters = [ranking.tau_plus, ranking.alpha, ranking.beta, ranking.eps]
     return RankedStatistics(
