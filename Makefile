@@ -11,7 +11,7 @@ BIN       := $(VENV)/bin
 RUN       := $(BIN)/python
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
-CSRC      := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
+CSRC      := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/csrc/*/*.cpp tests/csrc/*/*.cu)
 
 .PHONY: help setup test test-torch test-hosts lint format bench sanitize gate launches interpret fuzz gpu gpu-files clean FORCE
@@ -114,7 +114,7 @@ sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer 
 	mkdir -p build/sanitize
 	T=$$($(RUN) -c "import os, torch; print(os.path.dirname(torch.__file__))") && \
 	$(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined \
-	  -Wall -Wextra -fPIC -shared -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem $$T/include csrc/cpu/*.cpp \
+	  -Wall -Wextra -fPIC -fvisibility=hidden -shared -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem $$T/include csrc/*.cpp csrc/cpu/*.cpp \
 	  -L$$T/lib -ltorch_cpu -ltorch -lc10 -Wl,-rpath,$$T/lib -o build/sanitize/_C.so
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

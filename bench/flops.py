@@ -73,19 +73,19 @@ def executed_flops(method: str, case: Case, processors: int | None = None) -> tu
 
 
 def _as_laid_out(case: Case, processors: int, forward: float, backward: float) -> tuple[float, float]:
-    """One set as contrastive_ext.backends.triton.sweeps lays it out: squares where triangles do not pay."""
+    """One set as contrastive_ext.backends.triton.forward lays it out: squares where triangles do not pay."""
+    from contrastive_ext.backends.triton import forward as triton_forward
     from contrastive_ext.backends.triton import launch as triton_launch
-    from contrastive_ext.backends.triton import sweeps as triton_sweeps
 
     products = {"float32": "ieee", "tf32": "tf32", "float64": "fp64"}.get(case.dtype, "16-bit")
     config = triton_launch.kernels().configs.choose(
         "forward", products, case.dim, triton_launch.architecture(torch.device("cuda"))
     )
-    if -(-case.n // config.block_m) < triton_sweeps.TRIANGLE_FROM * processors:
+    if -(-case.n // config.block_m) < triton_forward.TRIANGLE_FROM * processors:
         forward += 1
     if case.dim >= STORED_FROM:  # blocks on the diagonal are multiplied whole
-        is_wide = case.dim > triton_sweeps.WIDE_FEATURES
-        limit = triton_sweeps.WIDE_WORKSPACE_BYTES if is_wide else triton_sweeps.WORKSPACE_BYTES
+        is_wide = case.dim > triton_launch.WIDE_FEATURES
+        limit = triton_launch.WIDE_WORKSPACE_BYTES if is_wide else triton_launch.WORKSPACE_BYTES
         side = math.isqrt(limit // case.torch_dtype.itemsize)
         backward += 1 / -(-case.n // side)
     return forward, backward

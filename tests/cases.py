@@ -197,7 +197,6 @@ def pair_rules(case: Mapping) -> bool:
         layout not in (None, "one_way") and get("in_batch") is False,
         layout is not None and "2" in layout and loss not in ("infonce", "decoupled"),
         layout is not None and "2" in layout and get("positives") is not None,
-        layout is not None and "index" in layout and loss == "bayesian",
         layout is not None and not layout.startswith("one_way") and (get("scale") or "").endswith("rows"),
         (get("scale") or "").endswith("rows") and get("dtype") not in (None, "float32", "float64"),
         (get("scale") or "").endswith("rows") and get("operand_dtype") is not None,

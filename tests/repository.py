@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def load_tool(name: str) -> ModuleType:
     """tools/<name>.py as a module."""
+    if str(ROOT / "tools") not in sys.path:
+        sys.path.append(str(ROOT / "tools"))  # a tool may be several files
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import online_lse
-from .pairs import SIZES, keep_tile, load_anchors
+from .pairs import SIZES, Sizes, keep_tile, load_anchors
 from .scores import LOG2E, chunked_scores, load_rows, load_scale
 
 
@@ -35,9 +35,13 @@ def find_bin(b_logit, p_axis, o_anchors, num_anchors, BINS: tl.constexpr, AXIS: 
 
 @triton.jit
 def rank_weights(
-    b_logit, p_axis, p_below, p_shape, first, num_anchors, BLOCK: tl.constexpr, BINS: tl.constexpr, AXIS: tl.constexpr
+    b_logit, histograms, p_shape, first, num_anchors, BLOCK: tl.constexpr, BINS: tl.constexpr, AXIS: tl.constexpr
 ):  # fmt: skip
-    """omega of a tile of logits, by the histograms of its rows (AXIS 1) or of its columns (AXIS 0) from `first` on."""
+    """omega of a tile of logits, by the histograms of its rows (AXIS 1) or of its columns (AXIS 0) from `first` on.
+
+    histograms = (axis, below) as `RankedStatistics` has them; p_shape: b, c, eps, low, high of `Ranking.coefficients`
+    """
+    p_axis, p_below = histograms
     o_anchors = first + tl.arange(0, BLOCK)
     b_bin, b_place = find_bin(b_logit, p_axis, o_anchors, num_anchors, BINS, AXIS)
     m_anchors = tl.expand_dims(o_anchors < num_anchors, AXIS)
@@ -63,56 +67,60 @@ def rank_weights(
 
 @triton.jit(do_not_specialize=[*SIZES])
 def histogram_ranks_kernel(
-    p_u, p_v, scale, p_axis, p_below, p_shape, p_counts, p_out, num_rows, num_columns, span,
-    stride_u, stride_v,
-    p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
-    p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BINS: tl.constexpr,
-    PASS: tl.constexpr, EXPONENTS: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, HAS_IMAGES: tl.constexpr,
-    RULES: tl.constexpr, PRECISION: tl.constexpr,
+    u, v, scale, histograms, p_shape, p_counts, p_out, num_rows, num_columns, span,
+    rules, list_groups, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
+    PASS: tl.constexpr, BINS: tl.constexpr, EXPONENTS: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
+    HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): tile i of the rows against columns split * span up to the next split.
 
-    p_out [splits, parts, rows]: RANGE smallest, largest; SUMS what `ranking.RankedStatistics` has of a split: lse, log
-    of the sum of squares, sum of logits, of weights, largest weight
+    u, v             operands, (pointer, stride of the rows)
+    histograms       of the rows: axis in COUNT and SUMS, below in SUMS
+    p_shape          SUMS: what makes a rank a weight
+    p_counts         [rows, bins], COUNT
+    p_out            [splits, parts, rows]: RANGE smallest, largest; SUMS what `ranking.RankedStatistics` has of a
+                     split: lse, log of the sum of squares, sum of logits, of weights, largest weight
+    sizes and rules  see pairs.py
     """
-    i0, i_split = tl.program_id(0) * BLOCK_M, tl.program_id(1)
-    operands = (p_u, p_v, stride_u, stride_v)
-    images = (num_images, shard, first_row, first_column)
-    guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
-    listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
-    rules = ((p_row_ids, p_col_ids), guide, listed, listing)
+    i0, i_split = tl.program_id(0) * TILE.rows, tl.program_id(1)
+    sizes = Sizes(num_rows, num_columns, num_images, shard, first_row, first_column, list_groups, scorer_groups,
+                  num_scorers)  # fmt: skip
+    D: tl.constexpr = TILE.features
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.columns
+    BLOCK_D: tl.constexpr = TILE.chunk
+    PRECISION: tl.constexpr = TILE.precision
     DTYPE: tl.constexpr = p_out.dtype.element_ty
     RESIDENT: tl.constexpr = BLOCK_D >= D
     scale = load_scale(scale, SCALE_IS_TENSOR)
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     m_i = o_i < num_rows
     j_begin, j_end = i_split * span, tl.minimum(i_split * span + span, num_columns)
-    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else ()
+    anchors = load_anchors(o_i, j_begin, sizes, rules) if RULES is not None else ()
     b_nothing = tl.zeros((BLOCK_M,), DTYPE)
     b_lowest, b_highest = b_nothing + float("inf"), b_nothing + float("-inf")
     b_total, b_weights, b_largest = b_nothing, b_nothing, b_nothing
     state = online_lse.init(2, BLOCK_M, DTYPE, True)
     if RESIDENT:
-        b_u = load_rows(p_u, o_i, o_d, num_rows, stride_u, D, BLOCK_D)
+        b_u = load_rows(u[0], o_i, o_d, num_rows, u[1], D, BLOCK_D)
     for j0 in range(j_begin, j_end, BLOCK_N):
         o_j = j0 + tl.arange(0, BLOCK_N)
         if RESIDENT:
-            b_v = load_rows(p_v, o_j, o_d, num_columns, stride_v, D, BLOCK_D)
+            b_v = load_rows(v[0], o_j, o_d, num_columns, v[1], D, BLOCK_D)
             b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
         else:
-            b_s = chunked_scores(operands, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+            b_s = chunked_scores(u, v, o_i, o_j, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
         b_logit = b_s * scale
-        m_keep, _, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, num_rows, num_columns, images, rules, anchors,
-                                       BLOCK_M, BLOCK_N, HAS_IMAGES, RULES)  # fmt: skip
+        m_keep, _, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, sizes, rules, anchors, BLOCK_M, BLOCK_N, HAS_IMAGES,
+                                       RULES)  # fmt: skip
         if PASS == "RANGE":
             b_lowest = tl.minimum(b_lowest, tl.min(tl.where(m_keep, b_logit, float("inf")), 1))
             b_highest = tl.maximum(b_highest, tl.max(tl.where(m_keep, b_logit, float("-inf")), 1))
         elif PASS == "COUNT":
-            b_bin, _ = find_bin(b_logit, p_axis, o_i, num_rows, BINS, 1)
+            b_bin, _ = find_bin(b_logit, histograms[0], o_i, num_rows, BINS, 1)
             tl.atomic_add(p_counts + o_i.to(tl.int64)[:, None] * BINS + b_bin, 1, mask=m_keep, sem="relaxed")
         else:
-            b_weight = rank_weights(b_logit, p_axis, p_below, p_shape, i0, num_rows, BLOCK_M, BINS, 1)
+            b_weight = rank_weights(b_logit, histograms, p_shape, i0, num_rows, BLOCK_M, BINS, 1)
             b_weight = tl.where(m_keep, b_weight, 0.0)
             # the weight within the exponent: the largest logit may weigh nothing and hide all others
             b_x = tl.where(m_keep, b_logit * LOG2E + tl.log2(b_weight), float("-inf"))

@@ -10,6 +10,8 @@ lanes over blocks of rows, then over lanes, then over programs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -21,6 +23,19 @@ from .scores import LOG2E, load_scale
 OVERWHELMED = tl.constexpr(60.0)  # e^60 times the sum itself: far below the floor, and finite in float32
 
 
+class Formula(NamedTuple):
+    """The constant FORMULA: a name of csrc/row_losses.h and its parameters.
+
+    by_first, by_second  dS/dlse_0 and dS/dlse_1 of what the formula takes, see `row_loss`
+    """
+
+    name: str
+    tau_plus: float
+    log_tau_plus: float
+    by_first: float
+    by_second: float
+
+
 @triton.jit
 def log1p(b_x):
     """log(1 + x) for x >= 0 to a few ulps: the rounding of 1 + x is divided out (Kahan)."""
@@ -30,20 +45,20 @@ def log1p(b_x):
 
 
 @triton.jit
-def debias(b_sum, b_pos, b_log_count, scale, TAU_PLUS: tl.constexpr, LOG_TAU_PLUS: tl.constexpr):
+def debias(b_sum, b_pos, b_log_count, scale, FORMULA: tl.constexpr):
     """log Ng, its derivatives by log sum, pos and scale, and where the floor replaced it."""
     b_floor = b_log_count - scale
     b_shift = tl.where(b_sum > b_floor, b_sum, b_floor)
     b_exp = tl.exp(b_sum - b_shift)
     b_hidden = tl.zeros_like(b_exp)
-    if TAU_PLUS > 0:
-        b_exponent = b_pos + b_log_count + LOG_TAU_PLUS - b_shift
+    if FORMULA.tau_plus > 0:
+        b_exponent = b_pos + b_log_count + FORMULA.log_tau_plus - b_shift
         b_hidden = tl.exp(tl.where(b_exponent > OVERWHELMED, OVERWHELMED, b_exponent))
-    b_raw = (b_exp - b_hidden) / (1 - TAU_PLUS)
+    b_raw = (b_exp - b_hidden) / (1 - FORMULA.tau_plus)
     # written so that NaN is not "clamped": it must reach the loss
     m_clamped = (b_raw < tl.exp(b_floor - b_shift)) | (b_raw <= 0)
     b_raw = tl.where(m_clamped, 1.0, b_raw)
-    b_inverse = tl.where(m_clamped, 0.0, 1.0 / ((1 - TAU_PLUS) * b_raw))
+    b_inverse = tl.where(m_clamped, 0.0, 1.0 / ((1 - FORMULA.tau_plus) * b_raw))
     b_log = tl.where(m_clamped, b_floor, b_shift + tl.log(b_raw))
     b_by_sum = tl.where(m_clamped, 0.0, b_exp * b_inverse)
     b_by_pos = tl.where(m_clamped, 0.0, -b_hidden * b_inverse)
@@ -51,23 +66,19 @@ def debias(b_sum, b_pos, b_log_count, scale, TAU_PLUS: tl.constexpr, LOG_TAU_PLU
 
 
 @triton.jit
-def row_loss(
-    b_lse, b_pos, b_count, scale, FORMULA: tl.constexpr, TAU_PLUS: tl.constexpr, LOG_TAU_PLUS: tl.constexpr
-):  # fmt: skip
+def row_loss(b_lse, b_pos, b_count, scale, FORMULA: tl.constexpr):
     """(loss, dL/dS, dL/dpos, dL/dscale, clamped) of rows with negatives; S is lse or log count + lse_1 - lse_0."""
     b_zero = tl.zeros_like(b_pos)
     m_clamped = b_zero > 1.0
-    if FORMULA == "decoupled":
+    if FORMULA.name == "decoupled":
         return b_lse[0] - b_pos, b_zero + 1.0, b_zero - 1.0, b_zero, m_clamped
     else:
         b_log, b_by_sum, b_by_pos, b_by_scale = b_lse[0], b_zero + 1.0, b_zero, b_zero
-        if FORMULA != "infonce":
+        if FORMULA.name != "infonce":
             b_log_count = tl.log(b_count)
-            if FORMULA == "hard_negative":
+            if FORMULA.name == "hard_negative":
                 b_log = b_log_count + b_lse[1] - b_lse[0]
-            b_log, b_by_sum, b_by_pos, b_by_scale, m_clamped = debias(
-                b_log, b_pos, b_log_count, scale, TAU_PLUS, LOG_TAU_PLUS
-            )
+            b_log, b_by_sum, b_by_pos, b_by_scale, m_clamped = debias(b_log, b_pos, b_log_count, scale, FORMULA)
         b_gap = b_log - b_pos
         b_small = tl.exp(-tl.abs(b_gap))  # softplus and its derivative, exact on both tails
         b_loss = log1p(b_small) + tl.where(b_gap > 0, b_gap, 0.0)
@@ -86,10 +97,9 @@ def row_losses_kernel(
     p_rows, num_row_partials, row_of_tiles, p_columns, num_col_partials, col_of_tiles, first_tile,
     p_cosine, scale, p_lse, p_coefficients, p_terms, p_losses, p_sums, p_clamped, num_anchors, num_images, count,
     stride_terms, span,
-    EXPONENTS: tl.constexpr, NUM_PARTS: tl.constexpr, HAS_SHIFT: tl.constexpr, TRIANGLE: tl.constexpr,
-    FORMULA: tl.constexpr, TAU_PLUS: tl.constexpr, LOG_TAU_PLUS: tl.constexpr, BY_FIRST: tl.constexpr,
-    BY_SECOND: tl.constexpr, SIDES: tl.constexpr, MEAN: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    LARGEST: tl.constexpr, BACKWARD_SHIFT: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    EXPONENTS: tl.constexpr, PARTS: tl.constexpr, TRIANGLE: tl.constexpr, FORMULA: tl.constexpr, SIDES: tl.constexpr,
+    MEAN: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, LARGEST: tl.constexpr, BACKWARD_SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Program p: anchors p * span .. of each side; their lse, coefficients, share of the loss and clamped share.
 
@@ -97,7 +107,6 @@ def row_losses_kernel(
     p_terms            [sides, 2 K, stride_terms] what the backward reads of its columns, see column_terms_kernel
     p_losses           [sides, anchors] every loss, or None where only the sums are wanted
     count              negatives of every anchor
-    BY_FIRST, BY_SECOND  dS/dlse_0 and dS/dlse_1
     """
     scale = load_scale(scale, SCALE_IS_TENSOR)
     DTYPE: tl.constexpr = p_lse.dtype.element_ty
@@ -113,8 +122,7 @@ def row_losses_kernel(
         for start in range(0, span, BLOCK):
             o_anchor = tl.program_id(0) * span + start + tl.arange(0, BLOCK)
             m_anchor = o_anchor < num_anchors
-            state, _ = merged(partials, o_anchor, num_anchors, EXPONENTS, NUM_PARTS, HAS_SHIFT, False, False, TRIANGLE,
-                              BLOCK, AT_ONCE)  # fmt: skip
+            state, _ = merged(partials, o_anchor, num_anchors, EXPONENTS, PARTS, TRIANGLE, BLOCK, AT_ONCE)
             b_lse = ()
             for k in tl.static_range(NUM_LSE):
                 b_lse = b_lse + (online_lse.finish(state, k, EXPONENTS),)
@@ -123,12 +131,12 @@ def row_losses_kernel(
             b_count = tl.zeros((BLOCK,), DTYPE) + count
             m_full = b_count > 0
             b_loss, b_by_sum, b_by_pos, b_by_scale, m_clamped = row_loss(
-                b_lse, b_pos, tl.where(m_full, b_count, 1.0), scale, FORMULA, TAU_PLUS, LOG_TAU_PLUS
+                b_lse, b_pos, tl.where(m_full, b_count, 1.0), scale, FORMULA
             )
             b_loss = tl.where(m_full, b_loss, 0.0 * b_pos)
-            b_by_lse = (tl.where(m_full & m_anchor, b_by_sum * BY_FIRST, 0.0),)
+            b_by_lse = (tl.where(m_full & m_anchor, b_by_sum * FORMULA.by_first, 0.0),)
             if NUM_LSE == 2:
-                b_by_lse = b_by_lse + (tl.where(m_full & m_anchor, b_by_sum * BY_SECOND, 0.0),)
+                b_by_lse = b_by_lse + (tl.where(m_full & m_anchor, b_by_sum * FORMULA.by_second, 0.0),)
             p_out = p_coefficients + i_side * (NUM_LSE + 2) * length + o_anchor
             b_lses, b_factors = (), ()
             for k in tl.static_range(NUM_LSE):

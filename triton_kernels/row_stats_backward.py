@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .histogram_ranks import rank_weights
 from .online_lse import exponentials
-from .pairs import SIZES, first_masked, keep_images, keep_tile, load_anchors
+from .pairs import SIZES, Sizes, first_masked, keep_images, keep_tile, load_anchors
 from .scores import LOG2E, load_scale, load_tile, round_to, scores_by_chunks
 
 # One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
@@ -115,8 +115,9 @@ def column_terms_kernel(
 
 
 @triton.jit
-def load_columns(p_terms, j0, stride, EXPONENTS: tl.constexpr, FACTORED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`load_term` of a tile of columns, from what column_terms_kernel has made of them."""
+def load_columns(terms, j0, EXPONENTS: tl.constexpr, FACTORED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`load_term` of a tile of columns, from what column_terms_kernel has made of them: terms = (p_terms, stride)."""
+    p_terms, stride = terms
     b_lses, b_factors = (), ()
     p_tile = p_terms + j0 + tl.arange(0, BLOCK_N)
     for k in tl.static_range(len(EXPONENTS)):
@@ -182,67 +183,68 @@ def fp16_factor(
 
 @triton.jit
 def sweep(
-    operands, sizes, images, rules, terms, ranks, outputs, where, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
-    FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr,
-    RULES: tl.constexpr, TIMES_SCALE: tl.constexpr, PRECISION: tl.constexpr, BINS: tl.constexpr,
+    u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules,
+    EXPONENTS: tl.constexpr, FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, BINS: tl.constexpr,
+    TIMES_SCALE: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the backward."""
-    p_u, d_u, stride_u = operands[0]
-    p_v, d_v, stride_v = operands[1]
-    num_rows, num_columns = sizes
-    p_lse, p_grad, p_col_terms, stride_terms, p_col_grad, p_power = terms
-    p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape = ranks
-    p_out, p_factor, stride_out = outputs
+    num_rows, num_columns = sizes.num_rows, sizes.num_columns
+    p_lse, p_grad = row_term
+    col_terms, p_col_grad, p_power = col_term
+    p_out, stride_out, p_factor = outputs
     i0, row_begin, col_begin, j_begin, j_end = where
     DTYPE: tl.constexpr = p_factor.dtype.element_ty
+    D: tl.constexpr = TILE.features
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.columns
+    BLOCK_D: tl.constexpr = TILE.chunk
+    PRECISION: tl.constexpr = TILE.precision
     RESIDENT: tl.constexpr = BLOCK_D >= D
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    anchors = load_anchors(o_i, num_rows, j_begin, rules) if RULES is not None else ()
+    anchors = load_anchors(o_i, j_begin, sizes, rules) if RULES is not None else ()
     HAS_POWER: tl.constexpr = FACTORED and p_power is not None
     power = tl.load(p_power) if HAS_POWER else 1.0
-    row_term = load_term(p_lse, p_grad, power, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
-    IS_FP16: tl.constexpr = p_u.dtype.element_ty == tl.float16
+    b_row_term = load_term(p_lse, p_grad, power, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
+    IS_FP16: tl.constexpr = u[0].dtype.element_ty == tl.float16
     if IS_FP16:
         b_factor = fp16_factor(p_grad, p_col_grad, o_i, num_rows, num_columns, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
         b_to_fp16 = b_factor / power
     if RESIDENT:
-        b_u = load_tile(p_u, d_u, stride_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
+        b_u = load_tile(u, d_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
         b_sum = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
-    j_masked = first_masked(i0, j_begin, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES, False)
+    j_masked = first_masked(i0, j_begin, sizes, BLOCK_M, BLOCK_N, HAS_IMAGES, False)
     for j_tile in range(j_begin // BLOCK_N, tl.cdiv(j_end, BLOCK_N)):
         j0 = j_tile * BLOCK_N
         o_j = j0 + tl.arange(0, BLOCK_N)
         if RESIDENT:
-            b_v = load_tile(p_v, d_v, stride_v, j0, 0, num_columns, D, BLOCK_N, BLOCK_D)
+            b_v = load_tile(v, d_v, j0, 0, num_columns, D, BLOCK_N, BLOCK_D)
             b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
         else:
-            b_s = scores_by_chunks(operands, i0, j0, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+            b_s = scores_by_chunks(u, d_u, v, d_v, i0, j0, num_rows, num_columns, TILE)
         b_x = b_s * (scale * LOG2E)
-        col_term = load_columns(p_col_terms, j0, stride_terms, EXPONENTS, FACTORED, BLOCK_N) if REVERSE else None
+        b_col_term = load_columns(col_terms, j0, EXPONENTS, FACTORED, BLOCK_N) if REVERSE else None
         b_row_omega, b_col_omega = None, None
         if FORWARD and BINS > 0:
-            b_row_omega = rank_weights(b_s * scale, p_row_axis, p_row_below, p_shape, i0, num_rows, BLOCK_M, BINS, 1)
+            b_row_omega = rank_weights(b_s * scale, ranks[0], ranks[2], i0, num_rows, BLOCK_M, BINS, 1)
         if REVERSE and BINS > 0:
-            b_col_omega = rank_weights(b_s * scale, p_col_axis, p_col_below, p_shape, j0, num_columns, BLOCK_N, BINS, 0)
+            b_col_omega = rank_weights(b_s * scale, ranks[1], ranks[2], j0, num_columns, BLOCK_N, BINS, 0)
         if RULES is not None:
-            m_keep, m_reverse, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, num_rows, num_columns, images, rules,
-                                                   anchors, BLOCK_M, BLOCK_N, HAS_IMAGES, RULES)  # fmt: skip
-            b_weight = weight_tile(b_x, row_term, col_term, b_row_omega, b_col_omega, m_keep, m_reverse, EXPONENTS,
+            m_keep, m_reverse, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, sizes, rules, anchors, BLOCK_M, BLOCK_N,
+                                                   HAS_IMAGES, RULES)  # fmt: skip
+            b_weight = weight_tile(b_x, b_row_term, b_col_term, b_row_omega, b_col_omega, m_keep, m_reverse, EXPONENTS,
                                    FACTORED, FORWARD, REVERSE)  # fmt: skip
         else:
-            b_weight = weight_tile(b_x, row_term, col_term, b_row_omega, b_col_omega, None, None, EXPONENTS, FACTORED,
-                                   FORWARD, REVERSE)  # fmt: skip
+            b_weight = weight_tile(b_x, b_row_term, b_col_term, b_row_omega, b_col_omega, None, None, EXPONENTS,
+                                   FACTORED, FORWARD, REVERSE)  # fmt: skip
             if j0 >= j_masked:
-                m_keep = keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES)
+                m_keep = keep_images(o_i, o_j, sizes, HAS_IMAGES)
                 b_weight = tl.where(m_keep, b_weight, 0.0)
-                j_masked = first_masked(i0, j0 + BLOCK_N, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES,
-                                        False)  # fmt: skip
+                j_masked = first_masked(i0, j0 + BLOCK_N, sizes, BLOCK_M, BLOCK_N, HAS_IMAGES, False)
         if IS_FP16:
             b_weight = b_weight * b_to_fp16[:, None]
         elif HAS_POWER and not RESIDENT:  # what is stored is a weight
             b_weight = b_weight / power
-        b_weight = round_to(b_weight.to(p_u.dtype.element_ty), PRECISION)
+        b_weight = round_to(b_weight.to(u[0].dtype.element_ty), PRECISION)
         if RESIDENT:
             b_sum = tl.dot(b_weight, b_v, b_sum, input_precision=PRECISION, out_dtype=DTYPE)
         else:
@@ -268,45 +270,45 @@ def sweep(
     do_not_specialize_on_alignment=["p_lse", "p_grad", "p_col_grad"],
 )
 def row_stats_backward_kernel(
-    p_u, d_u, p_v, d_v, scale, p_lse, p_grad, p_col_terms, p_col_grad, p_power,
-    p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape, p_out, p_factor,
-    num_rows, num_columns, row_begin, col_begin, col_end, span, stride_u, stride_v, stride_terms, stride_out,
-    p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
-    p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
-    LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, FORWARD: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TIMES_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, BINS: tl.constexpr,
+    u, d_u, v, d_v, scale, p_lse, p_grad, col_terms, p_col_grad, p_power, ranks, out, p_factor,
+    num_rows, num_columns, row_begin, col_begin, col_end, span,
+    rules, list_groups, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
+    EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, BINS: tl.constexpr, TIMES_SCALE: tl.constexpr,
+    HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): rows from row_begin + i * BLOCK_M, columns from col_begin + split * span, before col_end.
 
-    Writes du [splits, rows, D], or with D > BLOCK_D weights [rows, columns of this launch] and the factor that undoes
-    their scaling. SHIFT: "plain" one exponential for both terms, "online" two, "device" decided by the scale tensor.
-    BINS > 0: each term times omega, looked up in the histograms of its anchors.
+    u, d_u, v, d_v         operands, see `load_tile`
+    p_lse, p_grad          lse and coefficients of the rows, FORWARD
+    col_terms, p_col_grad  `load_columns` of the columns and their coefficients, REVERSE
+    p_power                power of two in the columns' terms, see column_terms_kernel; None: 1
+    ranks                  BINS > 0, each term times omega: histograms (axis, below) of the rows, of the columns,
+                           and what makes a rank a weight
+    out, p_factor          out = (pointer, stride of its rows): du [splits, rows, D], or with D > TILE.chunk weights
+                           [rows, columns of this launch] and the factor that undoes their scaling
+    sizes and rules        see pairs.py
+
+    SHIFT: "plain" one exponential for both terms, "online" two, "device" decided by the scale tensor.
     """
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     scale = load_scale(scale, SCALE_IS_TENSOR)
-    operands = ((p_u, d_u, stride_u), (p_v, d_v, stride_v))
-    sizes = (num_rows, num_columns)
-    images = (num_images, shard, first_row, first_column)
-    guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
-    listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
-    rules = ((p_row_ids, p_col_ids), guide, listed, listing)
-    terms = (p_lse, p_grad, p_col_terms, stride_terms, p_col_grad, p_power)
-    ranks = (p_row_axis, p_row_below, p_col_axis, p_col_below, p_shape)
-    if BLOCK_D >= D:
-        p_out += i_split.to(tl.int64) * num_rows * D
-    outputs = (p_out, p_factor, stride_out)
-    i0, j_begin = row_begin + i_tile * BLOCK_M, col_begin + i_split * span
+    sizes = Sizes(num_rows, num_columns, num_images, shard, first_row, first_column, list_groups, scorer_groups,
+                  num_scorers)  # fmt: skip
+    row_term, col_term = (p_lse, p_grad), (col_terms, p_col_grad, p_power)
+    p_out, stride_out = out
+    if TILE.chunk >= TILE.features:
+        p_out += i_split.to(tl.int64) * num_rows * TILE.features
+    outputs = (p_out, stride_out, p_factor)
+    i0, j_begin = row_begin + i_tile * TILE.rows, col_begin + i_split * span
     where = (i0, row_begin, col_begin, j_begin, tl.minimum(j_begin + span, col_end))
     if SHIFT == "device":
         if is_factored(scale, LARGEST, SHIFT):
-            sweep(operands, sizes, images, rules, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
-                  EXPONENTS, True, FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION, BINS)  # fmt: skip
+            sweep(u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules, EXPONENTS, True,
+                  FORWARD, REVERSE, BINS, TIMES_SCALE, HAS_IMAGES, RULES, TILE)  # fmt: skip
         else:
-            sweep(operands, sizes, images, rules, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
-                  EXPONENTS, False, FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION, BINS)  # fmt: skip
+            sweep(u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules, EXPONENTS, False,
+                  FORWARD, REVERSE, BINS, TIMES_SCALE, HAS_IMAGES, RULES, TILE)  # fmt: skip
     else:
-        sweep(operands, sizes, images, rules, terms, ranks, outputs, where, scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
-              EXPONENTS, SHIFT == "plain", FORWARD, REVERSE, HAS_IMAGES, RULES, TIMES_SCALE, PRECISION,
-              BINS)  # fmt: skip
+        sweep(u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules, EXPONENTS,
+              SHIFT == "plain", FORWARD, REVERSE, BINS, TIMES_SCALE, HAS_IMAGES, RULES, TILE)  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import online_lse
 from .merge import pack, store_parts
-from .pairs import SIZES, first_masked, keep_images, keep_tile, load_anchors
+from .pairs import SIZES, Sizes, first_masked, keep_images, keep_tile, load_anchors
 from .scores import LOG2E, load_scale, load_tile, round_to, scores_by_chunks
 
 FP16_RANGE = tl.constexpr(16384.0)  # exponentials up to 1 use the upper half of fp16's range, small ones stay normal
@@ -33,53 +33,54 @@ def tally(counts, b_x, m_keep, AXIS: tl.constexpr):
 
 @triton.jit
 def sweep(
-    operands, sizes, images, rules, outputs, where, log2_scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
-    ONLINE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr,
-    COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, MEANS: tl.constexpr, DIAGNOSTICS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    u, d_u, v, d_v, log2_scale, outputs, where, sizes, rules,
+    EXPONENTS: tl.constexpr, ONLINE: tl.constexpr, PARTS: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr,
+    COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, MEANS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the forward."""
-    p_u, d_u, stride_u = operands[0]
-    p_v, d_v, stride_v = operands[1]
-    num_rows, num_columns = sizes
+    num_rows, num_columns = sizes.num_rows, sizes.num_columns
     p_rows, p_columns, p_mean = outputs
     i0, j_begin, j_end = where
     DTYPE: tl.constexpr = p_rows.dtype.element_ty
+    D: tl.constexpr = TILE.features
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.columns
+    BLOCK_D: tl.constexpr = TILE.chunk
+    PRECISION: tl.constexpr = TILE.precision
     RESIDENT: tl.constexpr = BLOCK_D >= D
     COUNTED: tl.constexpr = RULES is not None
+    MASKED: tl.constexpr = COUNTED or PARTS.diagnostics
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    anchors = load_anchors(o_i, num_rows, j_begin, rules) if COUNTED else ()
+    anchors = load_anchors(o_i, j_begin, sizes, rules) if COUNTED else ()
     if RESIDENT:
-        b_u = load_tile(p_u, d_u, stride_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
+        b_u = load_tile(u, d_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
     state = online_lse.init(len(EXPONENTS), BLOCK_M, DTYPE, ONLINE)
     b_nothing = tl.zeros((BLOCK_M,), DTYPE)
     counts = b_nothing, b_nothing + float("-inf"), b_nothing
     if MEANS:
         b_mean = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
-    j_masked = first_masked(i0, j_begin, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES, COLUMNS)
+    j_masked = first_masked(i0, j_begin, sizes, BLOCK_M, BLOCK_N, HAS_IMAGES, COLUMNS)
     for j_tile in range(j_begin // BLOCK_N, tl.cdiv(j_end, BLOCK_N)):
         j0 = j_tile * BLOCK_N
         o_j = j0 + tl.arange(0, BLOCK_N)
         if RESIDENT:
-            b_v = load_tile(p_v, d_v, stride_v, j0, 0, num_columns, D, BLOCK_N, BLOCK_D)
+            b_v = load_tile(v, d_v, j0, 0, num_columns, D, BLOCK_N, BLOCK_D)
             b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
         else:
-            b_s = scores_by_chunks(operands, i0, j0, num_rows, num_columns, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)
+            b_s = scores_by_chunks(u, d_u, v, d_v, i0, j0, num_rows, num_columns, TILE)
         b_x = b_s * log2_scale
         b_reverse = b_x
-        if COUNTED or DIAGNOSTICS:
-            m_keep, m_reverse, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, num_rows, num_columns, images, rules,
-                                                   anchors, BLOCK_M, BLOCK_N, HAS_IMAGES, RULES)  # fmt: skip
+        if MASKED:
+            m_keep, m_reverse, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, sizes, rules, anchors, BLOCK_M, BLOCK_N,
+                                                   HAS_IMAGES, RULES)  # fmt: skip
             b_reverse = tl.where(m_reverse, b_x, float("-inf"))
             b_x = tl.where(m_keep, b_x, float("-inf"))
             counts = tally(counts, b_x, m_keep, 1)
         else:
             if j0 >= j_masked:
-                m_keep = keep_images(o_i, o_j, num_rows, num_columns, images, HAS_IMAGES)
+                m_keep = keep_images(o_i, o_j, sizes, HAS_IMAGES)
                 b_x = tl.where(m_keep, b_x, float("-inf"))
-                j_masked = first_masked(i0, j0 + BLOCK_N, num_rows, num_columns, images, BLOCK_M, BLOCK_N, HAS_IMAGES,
-                                        COLUMNS)  # fmt: skip
+                j_masked = first_masked(i0, j0 + BLOCK_N, sizes, BLOCK_M, BLOCK_N, HAS_IMAGES, COLUMNS)
             b_reverse = b_x
         state, b_exp, b_rescale = online_lse.update(state, b_x, EXPONENTS, 1, ONLINE)
         if MEANS:
@@ -91,12 +92,12 @@ def sweep(
             col_state, _, _ = online_lse.update(col_state, b_reverse, EXPONENTS, 0, ONLINE)
             b_none = tl.zeros((BLOCK_N,), DTYPE)
             col_counts = b_none, b_none + float("-inf"), b_none
-            if COUNTED or DIAGNOSTICS:
+            if MASKED:
                 col_counts = tally(col_counts, b_reverse, m_reverse, 0)
-            store_parts(p_columns, o_j, num_columns, pack(col_state, col_counts, HAS_SHIFT, COUNTED, DIAGNOSTICS))
-    store_parts(p_rows, o_i, num_rows, pack(state, counts, HAS_SHIFT, COUNTED, DIAGNOSTICS))
+            store_parts(p_columns, o_j, num_columns, pack(col_state, col_counts, PARTS))
+    store_parts(p_rows, o_i, num_rows, pack(state, counts, PARTS))
     if MEANS:
-        b_mean = b_mean / FP16_RANGE if p_v.dtype.element_ty == tl.float16 else b_mean
+        b_mean = b_mean / FP16_RANGE if u[0].dtype.element_ty == tl.float16 else b_mean
         m_mean = (o_i < num_rows)[:, None] & (o_d < D)[None, :]
         tl.store(p_mean + o_i.to(tl.int64)[:, None] * D + o_d[None, :], b_mean, mask=m_mean)
 
@@ -104,42 +105,39 @@ def sweep(
 # partial results may begin anywhere: a ragged batch must not compile
 @triton.jit(do_not_specialize=[*SIZES, "first_tile"], do_not_specialize_on_alignment=["p_rows", "p_columns"])
 def row_stats_forward_kernel(
-    p_u, d_u, p_v, d_v, scale, p_rows, p_columns, p_mean, num_rows, num_columns, first_tile, span, stride_u, stride_v,
-    p_row_ids, p_col_ids, p_listed_starts, p_listed, list_groups, p_listing_starts, p_listing, p_row_guide, p_col_guide,
-    p_row_limit, p_col_limit, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPONENTS: tl.constexpr,
-    LARGEST: tl.constexpr, NUM_PARTS: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, MEANS: tl.constexpr,
-    DIAGNOSTICS: tl.constexpr, PRECISION: tl.constexpr,
+    u, d_u, v, d_v, scale, p_rows, p_columns, p_mean, num_rows, num_columns, first_tile, span,
+    rules, list_groups, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
+    EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
+    PARTS: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr,
+    MEANS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): tile first_tile + i of the rows against columns split * span up to the next split.
+
+    u, d_u, v, d_v      operands, see `load_tile`
+    p_rows, p_columns   partial results, see merge.py; p_mean [splits, rows, D] or None
+    sizes and rules     see pairs.py
 
     SHIFT is "plain", "online", or "device" where the scale is a tensor: then the whole program takes one of the two.
     """
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     log2_scale = load_scale(scale, SCALE_IS_TENSOR) * LOG2E
-    operands = ((p_u, d_u, stride_u), (p_v, d_v, stride_v))
-    sizes = (num_rows, num_columns)
-    images = (num_images, shard, first_row, first_column)
-    guide = (p_row_guide, p_col_guide, p_row_limit, p_col_limit, scorer_groups, num_scorers)
-    listed, listing = (p_listed_starts, p_listed, list_groups), (p_listing_starts, p_listing, num_rows)
-    rules = ((p_row_ids, p_col_ids), guide, listed, listing)
-    p_rows += i_split.to(tl.int64) * NUM_PARTS * num_rows
+    sizes = Sizes(num_rows, num_columns, num_images, shard, first_row, first_column, list_groups, scorer_groups,
+                  num_scorers)  # fmt: skip
+    p_rows += i_split.to(tl.int64) * PARTS.number * num_rows
     if COLUMNS:
-        p_columns += i_tile.to(tl.int64) * NUM_PARTS * num_columns
+        p_columns += i_tile.to(tl.int64) * PARTS.number * num_columns
     if MEANS:
-        p_mean += i_split.to(tl.int64) * num_rows * D
+        p_mean += i_split.to(tl.int64) * num_rows * TILE.features
     outputs = (p_rows, p_columns, p_mean)
-    i0, j_begin = (first_tile + i_tile) * BLOCK_M, i_split * span
+    i0, j_begin = (first_tile + i_tile) * TILE.rows, i_split * span
     where = (i0, tl.maximum(j_begin, i0) if TRIANGLE else j_begin, tl.minimum(j_begin + span, num_columns))
     if SHIFT == "device":
         if log2_scale * LARGEST <= online_lse.MAX_PLAIN:
-            sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  False, True, HAS_IMAGES, RULES, COLUMNS, TRIANGLE, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+            sweep(u, d_u, v, d_v, log2_scale, outputs, where, sizes, rules, EXPONENTS, False, PARTS, HAS_IMAGES, RULES,
+                  COLUMNS, TRIANGLE, MEANS, TILE)  # fmt: skip
         else:
-            sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-                  True, True, HAS_IMAGES, RULES, COLUMNS, TRIANGLE, MEANS, DIAGNOSTICS, PRECISION)  # fmt: skip
+            sweep(u, d_u, v, d_v, log2_scale, outputs, where, sizes, rules, EXPONENTS, True, PARTS, HAS_IMAGES, RULES,
+                  COLUMNS, TRIANGLE, MEANS, TILE)  # fmt: skip
     else:
-        sweep(operands, sizes, images, rules, outputs, where, log2_scale, D, BLOCK_M, BLOCK_N, BLOCK_D, EXPONENTS,
-              SHIFT == "online", SHIFT == "online", HAS_IMAGES, RULES, COLUMNS, TRIANGLE, MEANS, DIAGNOSTICS,
-              PRECISION)  # fmt: skip
+        sweep(u, d_u, v, d_v, log2_scale, outputs, where, sizes, rules, EXPONENTS, SHIFT == "online", PARTS, HAS_IMAGES,
+              RULES, COLUMNS, TRIANGLE, MEANS, TILE)  # fmt: skip

@@ -6,11 +6,26 @@ tiles come in chunks of features and the product accumulates.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Tile(NamedTuple):
+    """The constant TILE of the sweeps: `rows` x `columns` logits, vectors of `features` in chunks of `chunk`.
+
+    precision  `input_precision` of the products
+    """
+
+    features: int
+    rows: int
+    columns: int
+    chunk: int
+    precision: str
 
 
 @triton.jit
@@ -34,10 +49,11 @@ def load_rows(p_x, o_rows, o_features, num_rows, stride, D: tl.constexpr, BLOCK_
 
 @triton.jit
 def load_tile(
-    p_x, d_x, stride, first, first_feature, num_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    x, d_x, first, first_feature, num_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """BLOCK rows of x from `first` on, BLOCK_D features from `first_feature` on, zero outside.
 
+    x    (pointer, stride of the rows)
     d_x  a tensor descriptor, by which Hopper's copy engine brings the tile without an address or a mask in the program;
          None on other devices and where rows are not aligned to 16 bytes
     """
@@ -45,37 +61,31 @@ def load_tile(
         return d_x.load([first, first_feature])
     else:
         o_rows, o_features = first + tl.arange(0, BLOCK), first_feature + tl.arange(0, BLOCK_D)
-        return load_rows(p_x, o_rows, o_features, num_rows, stride, D, BLOCK_D)
+        return load_rows(x[0], o_rows, o_features, num_rows, x[1], D, BLOCK_D)
 
 
 @triton.jit
-def scores_by_chunks(
-    operands, i0, j0, num_rows, num_columns,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """<u_i, v_j> for the tile of pairs from (i0, j0) on, features in chunks of BLOCK_D."""
-    p_u, d_u, stride_u = operands[0]
-    p_v, d_v, stride_v = operands[1]
-    b_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if p_u.dtype.element_ty == tl.float64 else tl.float32)
-    for o_d in range(0, D, BLOCK_D):
-        b_u = load_tile(p_u, d_u, stride_u, i0, o_d, num_rows, D, BLOCK_M, BLOCK_D)
-        b_v = load_tile(p_v, d_v, stride_v, j0, o_d, num_columns, D, BLOCK_N, BLOCK_D)
-        b_s = tl.dot(b_u, tl.trans(b_v), b_s, input_precision=PRECISION, out_dtype=b_s.dtype)
+def scores_by_chunks(u, d_u, v, d_v, i0, j0, num_rows, num_columns, TILE: tl.constexpr):
+    """<u_i, v_j> for the tile of pairs from (i0, j0) on, features in chunks."""
+    b_s = tl.zeros((TILE.rows, TILE.columns), tl.float64 if u[0].dtype.element_ty == tl.float64 else tl.float32)
+    for o_d in range(0, TILE.features, TILE.chunk):
+        b_u = load_tile(u, d_u, i0, o_d, num_rows, TILE.features, TILE.rows, TILE.chunk)
+        b_v = load_tile(v, d_v, j0, o_d, num_columns, TILE.features, TILE.columns, TILE.chunk)
+        b_s = tl.dot(b_u, tl.trans(b_v), b_s, input_precision=TILE.precision, out_dtype=b_s.dtype)
     return b_s
 
 
 @triton.jit
 def chunked_scores(
-    operands, o_i, o_j, num_rows, num_columns,
+    u, v, o_i, o_j, num_rows, num_columns,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<u_i, v_j> for a tile of any rows and columns, features in chunks of BLOCK_D."""
-    p_u, p_v, stride_u, stride_v = operands
-    b_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if p_u.dtype.element_ty == tl.float64 else tl.float32)
+    """<u_i, v_j> for a tile of any rows and columns, features in chunks of BLOCK_D; u, v = (pointer, stride)."""
+    b_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if u[0].dtype.element_ty == tl.float64 else tl.float32)
     for o_d in range(0, D, BLOCK_D):
         o_features = o_d + tl.arange(0, BLOCK_D)
-        b_u = load_rows(p_u, o_i, o_features, num_rows, stride_u, D, BLOCK_D)
-        b_v = load_rows(p_v, o_j, o_features, num_columns, stride_v, D, BLOCK_D)
+        b_u = load_rows(u[0], o_i, o_features, num_rows, u[1], D, BLOCK_D)
+        b_v = load_rows(v[0], o_j, o_features, num_columns, v[1], D, BLOCK_D)
         b_s = tl.dot(b_u, tl.trans(b_v), b_s, input_precision=PRECISION, out_dtype=b_s.dtype)
     return b_s
 
@@ -88,14 +98,14 @@ def largest_scores(
 ):  # fmt: skip
     """max_s <scorers[s, i mod groups], features_j>, or with the roles swapped; NaN where any of them is."""
     b_largest = tl.full((BLOCK_M, BLOCK_N), float("-inf"), p_rows.dtype.element_ty)
-    operands = (p_rows, p_columns, D, D)
+    rows, columns = (p_rows, D), (p_columns, D)
     num_scorer_rows = num_scorers * groups
     for i_scorer in range(num_scorers):
         if SCORERS_ARE_COLUMNS:
-            b_s = chunked_scores(operands, o_i, i_scorer * groups + o_j % groups, num_rows, num_scorer_rows, D,
+            b_s = chunked_scores(rows, columns, o_i, i_scorer * groups + o_j % groups, num_rows, num_scorer_rows, D,
                                  BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)  # fmt: skip
         else:
-            b_s = chunked_scores(operands, i_scorer * groups + o_i % groups, o_j, num_scorer_rows, num_columns, D,
+            b_s = chunked_scores(rows, columns, i_scorer * groups + o_i % groups, o_j, num_scorer_rows, num_columns, D,
                                  BLOCK_M, BLOCK_N, BLOCK_D, PRECISION)  # fmt: skip
         b_largest = tl.where((b_s > b_largest) | (b_s != b_s), b_s, b_largest)
     return b_largest

@@ -19,13 +19,15 @@ MAX_LISTED = 128  # a list is held in registers
 @triton.jit(do_not_specialize=["groups", "num_columns", "num_images", "num_scorers", "span"])
 def top_columns_kernel(
     p_scorers, p_features, p_col_ids, p_scores, p_columns, groups, num_columns, num_images, num_scorers, span,
-    D: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, split): BLOCK_M images from i * BLOCK_M on, columns split * span up to the next split.
+    """Program (i, split): tile i of the images, columns split * span up to the next split.
 
     Writes scores and columns [splits, groups, K] in no order; where there are fewer, -inf and no column's number.
     """
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.columns
+    PRECISION: tl.constexpr = TILE.precision
     i_split = tl.program_id(1)
     o_g = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n, o_k = tl.arange(0, BLOCK_N), tl.arange(0, K)
@@ -34,8 +36,8 @@ def top_columns_kernel(
     b_lowest = tl.min(b_list, 1)
     for j0 in range(i_split * span, tl.minimum(i_split * span + span, num_columns), BLOCK_N):
         o_j = j0 + o_n
-        b_s = largest_scores(p_scorers, p_features, o_g, o_j, groups, num_columns, groups, num_scorers, D,
-                             BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, False)  # fmt: skip
+        b_s = largest_scores(p_scorers, p_features, o_g, o_j, groups, num_columns, groups, num_scorers,
+                             TILE.features, BLOCK_M, BLOCK_N, TILE.chunk, PRECISION, False)  # fmt: skip
         m_candidate = (o_g < groups)[:, None] & (o_j < num_columns)[None, :] & (b_s == b_s)
         if num_images > 0:
             m_candidate = m_candidate & (o_g[:, None] != (o_j % num_images)[None, :])

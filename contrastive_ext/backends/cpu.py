@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..problem.problem import Problem, Statistics, Upstream
 from ..problem.ranking import RankedStatistics, Ranking
+from ..problem.schema import pair_arguments
 from ..problem.short_road import WholeLossOps, backward_shapes, forward_shapes
 from . import native
-
-NAME = "cpu"
+from .backend import Backend
 
 
 def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> str | None:
@@ -44,7 +44,7 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
 def top_columns(
     scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
+    """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py."""
     return torch.ops.contrastive_ext.top_columns_cpu(scorers, features, k, num_images, col_ids)
 
 
@@ -80,19 +80,19 @@ def ranked_backward(
 
 
 def _arguments(problem: Problem) -> tuple:
-    pairs, gate = problem.pairs, problem.pairs.gate
-    limits = (None,) * 4 if gate is None else (gate.scorers, gate.features, gate.row_limit, gate.col_limit)
-    return (
-        problem.u,
-        problem.v,
-        float(problem.scale),  # already on the host
-        list(problem.exponents),
-        pairs.num_images,
-        pairs.positive_offset,
-        pairs.only_equal_ids,
-        pairs.row_ids,
-        None if problem.one_set else pairs.col_ids,
-        pairs.ignored,
-        *limits,
-        problem.unit,
-    )
+    """In the order of `schema.NATIVE_PROBLEM`."""
+    scale = float(problem.scale)  # already on the host
+    col_ids = None if problem.one_set else problem.pairs.col_ids
+    return problem.u, problem.v, scale, list(problem.exponents), *pair_arguments(problem.pairs, col_ids, problem.unit)
+
+
+BACKEND = Backend(
+    name="cpu",
+    why_not=why_not,
+    forward=forward,
+    backward=backward,
+    top_columns=top_columns,
+    ranked_forward=ranked_forward,
+    ranked_backward=ranked_backward,
+    whole_loss=whole_loss,
+)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..problem.problem import Problem, Statistics, Upstream
 from ..problem.ranking import RankedStatistics, Ranking
 from . import native
+from .backend import Backend
 from .triton import row_stats as triton
 
 NAME = "cuda"
@@ -111,3 +112,16 @@ def top_columns(
 ) -> tuple[Tensor, Tensor]:
     """Raises: no such kernel yet."""
     raise RuntimeError(f"backend {NAME!r} cannot run this call: it has no search for the best columns. Use 'triton'.")
+
+
+BACKEND = Backend(
+    name=NAME,
+    why_not=why_not,
+    forward=forward,
+    backward=backward,
+    top_columns=top_columns,
+    ranked_forward=ranked_forward,
+    ranked_backward=ranked_backward,
+    needs_proof=True,
+    note=NOTE,
+)

@@ -7,67 +7,19 @@ that architecture (`VERIFIED`). A named backend never falls back: it runs or rai
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from ..numerics import in_torch_func
-from ..problem.problem import Problem, Statistics, Upstream
-from ..problem.ranking import RankedStatistics
-from ..problem.short_road import WholeLossOps
-from . import cpu, cuda, native
-from .torch import kept as torch_kept
-from .torch import ranked_stats as torch_ranked
-from .torch import row_stats as torch_blocks
-from .torch import whole_loss as torch_whole_loss
-from .triton import ranked_stats as triton_ranked
-from .triton import row_stats as triton
-from .triton import top_columns as triton_top_columns
-from .triton import whole_loss as triton_whole_loss
+from . import cpu, cuda, native, triton
+from . import torch as plain_torch
+from .backend import Backend
 from .verified import VERIFIED
 
-REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves, see reference.py
+REFERENCE = "reference"  # dense and differentiable twice; computed by the losses themselves (losses/dense.py)
 
 
-@dataclass(frozen=True)
-class Backend:
-    """A way to compute `Statistics` and `RankedStatistics` and their gradients; `why_not` says why it cannot, or None.
-
-    `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
-    `whole_loss`: its operators of the short road for inputs of a dtype and so many exponentials, or None.
-    `kept`: the module with its forward and backward of small problems, which keep their matrix, or None.
-    `note`: what a user should know who takes it; `explain` shows it.
-    """
-
-    name: str
-    why_not: Callable[[torch.device, torch.dtype, torch.dtype, int], str | None]
-    forward: Callable[..., Statistics]
-    backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
-    top_columns: Callable[..., tuple[Tensor, Tensor]]
-    ranked_forward: Callable[..., RankedStatistics]
-    ranked_backward: Callable[..., tuple[Tensor, Tensor]]
-    whole_loss: Callable[[torch.dtype, int], WholeLossOps | None] = lambda dtype, numbers: None
-    kept: ModuleType | None = None
-    needs_proof: bool = False
-    note: str = ""
-
-
-def _backend(module, ranked, lists, **more) -> Backend:
-    return Backend(
-        module.NAME, module.why_not, module.forward, module.backward, lists.top_columns,
-        ranked.ranked_forward, ranked.ranked_backward, **more,
-    )  # fmt: skip
-
-
-BACKENDS: tuple[Backend, ...] = (
-    _backend(cuda, cuda, cuda, needs_proof=True, note=cuda.NOTE),
-    _backend(triton, triton_ranked, triton_top_columns, whole_loss=triton_whole_loss.whole_loss, needs_proof=True),
-    _backend(cpu, cpu, cpu, whole_loss=cpu.whole_loss),
-    _backend(torch_blocks, torch_ranked, torch_blocks, whole_loss=torch_whole_loss.whole_loss, kept=torch_kept),
-)
+BACKENDS: tuple[Backend, ...] = (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, plain_torch.BACKEND)
 
 _announced: set[tuple[str, str]] = set()
 
@@ -109,7 +61,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype, operand_dtype: t
 def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> Backend:
     able = [b for b in BACKENDS if b.why_not(device, dtype, operand_dtype, dim) is None]
     # unproven CUDA kernels are never taken automatically
-    able = [b for b in able if b.name != cuda.NAME or _is_verified(b, device, operand_dtype)]
+    able = [b for b in able if b.name != cuda.BACKEND.name or _is_verified(b, device, operand_dtype)]
     chosen = able[0]
     if chosen.needs_proof and not _is_verified(chosen, device, operand_dtype):
         _announce(
@@ -118,7 +70,12 @@ def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dt
             f"the {chosen.name} kernels have not been verified on {architecture(device)} yet; "
             "using them. `python -m contrastive_ext doctor` shows what has been.",
         )
-    if chosen.name == torch_blocks.NAME and device.type == "cpu" and native.why_missing() and native.could_be_built():
+    if (
+        chosen.name == plain_torch.BACKEND.name
+        and device.type == "cpu"
+        and native.why_missing()
+        and native.could_be_built()
+    ):
         _announce(chosen, device, f"backend 'torch' computes, slower than 'cpu' would here: {native.why_missing()}")
     return chosen
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..problem import schema
 from ..problem.short_road import BACKWARD_SCHEMA, FORWARD_SCHEMA
 
 OLDEST_TORCH = "2.10"  # the stable-ABI version the library is compiled for (TORCH_TARGET_VERSION in setup.py)
@@ -29,21 +30,13 @@ HOW_TO_BUILD = (
     'pip install "setuptools>=77" && pip install --no-build-isolation --no-cache-dir .'
 )
 
-# The operators this version calls (csrc/), held against the loaded library.
-_PROBLEM = (
-    "Tensor u, Tensor? v, float scale, float[] exponents, int num_images, int positive_offset, bool only_equal_ids, "
-    "Tensor? row_ids, Tensor? col_ids, Tensor? ignored, Tensor? gate_scorers, Tensor? gate_features, "
-    "Tensor? gate_row_limit, Tensor? gate_col_limit, bool unit"
-)
+# The operators this version calls (csrc/operators.cpp), held against the loaded library.
+_RANKED = "Tensor lse, Tensor axis, Tensor below"
 OPERATORS = {
-    "row_stats_forward_cpu": f"({_PROBLEM}, bool columns, bool means, bool diagnostics, bool maximum) -> "
-    "(Tensor lse, Tensor aux, Tensor col_lse, Tensor col_aux, Tensor mean)",
-    "row_stats_backward_cpu": f"({_PROBLEM}, Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, "
-    "bool need_u, bool need_v) -> (Tensor du, Tensor dv)",
-    "ranked_stats_forward_cpu": f"({_PROBLEM}, float[] ranking, int bins, bool diagnostics) -> "
-    "(Tensor lse, Tensor aux, Tensor axis, Tensor below)",
-    "ranked_stats_backward_cpu": f"({_PROBLEM}, float[] ranking, int bins, Tensor lse, Tensor axis, Tensor below, "
-    "Tensor grad_lse, bool need_u, bool need_v) -> (Tensor du, Tensor dv)",
+    "row_stats_forward_cpu": schema.row_stats(schema.NATIVE_PROBLEM),
+    "row_stats_backward_cpu": schema.row_stats_backward(schema.NATIVE_PROBLEM),
+    "ranked_stats_forward_cpu": schema.ranked_stats(schema.NATIVE_PROBLEM),
+    "ranked_stats_backward_cpu": schema.ranked_stats_backward(schema.NATIVE_PROBLEM, _RANKED),
     "top_columns_cpu": "(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids) -> "
     "(Tensor scores, Tensor columns)",
     "whole_loss_forward_cpu": FORWARD_SCHEMA,
@@ -121,9 +114,9 @@ def _what_differs(namespace: str) -> str | None:
     info: dict[str, Any] = json.loads(operators.native_build_info())
     if info.get("version") != __version__:
         return f"it is of version {info.get('version', 'unknown')}, the package of {__version__}"
-    for name, schema in (OPERATORS | (CUDA_OPERATORS if "cuda_archs" in info else {})).items():
+    for name, expected in (OPERATORS | (CUDA_OPERATORS if "cuda_archs" in info else {})).items():
         if not hasattr(operators, name):
             return f"it has no operator {name}"
-        if getattr(operators, name).default._schema != torch._C.parse_schema(f"{namespace}::{name}{schema}"):
+        if getattr(operators, name).default._schema != torch._C.parse_schema(f"{namespace}::{name}{expected}"):
             return f"its operator {name} takes other arguments"
     return None

@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 
-from ..backends import cpu, cuda, dispatch
+from ..backends import cpu, cuda, dispatch, triton
+from ..backends import torch as plain_torch
 from ..backends.torch import kept, row_stats
-from ..backends.triton import row_stats as triton
-from ..backends.triton import sweeps
+from ..backends.triton import launch
 from ..batch.request import LAYOUTS
 from ..checks import check_choice
 from ..numerics import SUPPORTED_DTYPES, stats_dtype
@@ -119,7 +119,7 @@ def _triton(c: _Sizes) -> float:
         return _cuda(c)
     tile_rows = 256 if c.item == 2 else 64
     partials = -(-c.anchors // tile_rows) * c.columns * c.stats
-    forward = c.own * c.item + min(sweeps.WORKSPACE_BYTES, partials)
+    forward = c.own * c.item + min(launch.WORKSPACE_BYTES, partials)
     weights = min(_weights(c.dim), c.anchors * c.columns * c.item)
     return max(forward, 2 * c.own * c.item + _split_gradient(c) + weights)
 
@@ -138,14 +138,14 @@ def _split_gradient(c: _Sizes) -> int:
 
 def _weights(dim: int) -> int:
     """The workspace of the weights, for more features than a program holds."""
-    return 0 if dim <= 256 else sweeps.WORKSPACE_BYTES if dim <= sweeps.WIDE_FEATURES else sweeps.WIDE_WORKSPACE_BYTES
+    return 0 if dim <= 256 else launch.WORKSPACE_BYTES if dim <= launch.WIDE_FEATURES else launch.WIDE_WORKSPACE_BYTES
 
 
 _MODELS: dict[str, Callable[[_Sizes], float]] = {
-    cuda.NAME: _cuda,
-    triton.NAME: _triton,
-    cpu.NAME: _cpu,
-    row_stats.NAME: _torch,
+    cuda.BACKEND.name: _cuda,
+    triton.BACKEND.name: _triton,
+    cpu.BACKEND.name: _cpu,
+    plain_torch.BACKEND.name: _torch,
     dispatch.REFERENCE: _reference,
 }
 

@@ -41,8 +41,6 @@ class Bayesian(RowLoss):
     def check(self, request: Request) -> None:
         """Ranks are among candidates that all anchors share."""
         super().check(request)
-        if request.positive_index is not None:
-            raise ValueError("the Bayesian loss takes no positive_index: give z2 as z2[positive_index] with ids.")
         negatives = None if request.negatives is None else request.negatives.data
         if negatives is not None and negatives.dim() == 3:
             raise ValueError(

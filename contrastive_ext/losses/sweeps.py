@@ -140,7 +140,7 @@ def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnost
         ranked_stats(
             u, v, ranking=ranking((u if v is None else v).shape[0]), scale=batch.scale,
             num_images=columns.num_images, positive_offset=columns.positive_offset, row_ids=row_ids,
-            col_ids=col_ids, gate=gate, diagnostics=diagnostics, unit=columns.unit,
+            col_ids=col_ids, ignored=columns.ignored, gate=gate, diagnostics=diagnostics, unit=columns.unit,
             operand_dtype=batch.operand_dtype, backend=backend,
         )
         for u, v, row_ids, col_ids, gate in sides
@@ -155,7 +155,7 @@ def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnost
 
 
 def _one_set_of_columns(batch: Arrangement) -> ColumnSet:
-    """All candidates of an anchor as one set: ranks do not merge."""
+    """All candidates of an anchor as one set: ranks do not merge. Only the first set has lists, which so stay right."""
     if len(batch.column_sets) == 1:
         (columns,) = batch.column_sets
         if columns.v is None or columns.v.requires_grad:

@@ -14,32 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.ranking import RankedStatistics, Ranking
-from .row_stats import (
-    _PROBLEM,
-    PAIR_NUMBERS,
-    FirstOrderOnly,
-    _backward_shapes,
-    _check,
-    _check_cancelled,
-    _problem,
-    _tensors,
-    keeper_of,
-    once_differentiable,
-)
-
-_RANKING = "float[] ranking, int bins"
-_library = torch.library.Library("contrastive_ext", "FRAGMENT")
-_library.define(
-    f"ranked_stats({_PROBLEM}, {_RANKING}, bool diagnostics) -> (Tensor lse, Tensor aux, Tensor axis, Tensor below)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f"ranked_stats_backward({_PROBLEM}, {_RANKING}, Tensor lse, Tensor aux, Tensor axis, Tensor below, "
-    "Tensor grad_lse, bool need_u, bool need_v) -> (Tensor du, Tensor dv)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from .problem_call import as_arguments, of_arguments, of_saved
+from .problem_checks import check_cancelled, check_problem
+from .registration import once_differentiable, register, register_autograd
+from .row_stats import backward_shapes
 
 
 def ranked_stats(
@@ -52,6 +33,7 @@ def ranked_stats(
     positive_offset: int = 0,
     row_ids: Tensor | None = None,
     col_ids: Tensor | None = None,
+    ignored: Tensor | None = None,
     gate: Gate | None = None,
     diagnostics: bool = False,
     unit: bool = False,
@@ -60,7 +42,7 @@ def ranked_stats(
 ) -> RankedStatistics:
     """Log-sum-exp over the negatives of every row, weighted by their rank in the row.
 
-    u, v, scale, num_images, positive_offset, row_ids, col_ids, gate, unit, operand_dtype, backend
+    u, v, scale, num_images, positive_offset, row_ids, col_ids, ignored, gate, unit, operand_dtype, backend
                  as in `row_stats`
     ranking      the weight as a function of the rank, and the number of histogram bins (0: exact ranks)
     diagnostics  also what `RankedStatistics.aux` lists
@@ -69,41 +51,39 @@ def ranked_stats(
     Cost         exact: 8 N M D flops and two sorts of every row; histogram: 5 N M D (one set) or 8. Memory beyond u, v
                  and their gradients: a block of whole rows per thread, and (bins + 4) N numbers for a histogram
     """
-    _check(u, v, scale, (1.0,), num_images, positive_offset, row_ids, col_ids, False, False, backend)
-    _check_cancelled(u, v, row_ids, col_ids, False, None, gate, False)
-    scale_tensor = scale if isinstance(scale, Tensor) else None
+    check_problem(u, v, scale, (1.0,), num_images, positive_offset, row_ids, col_ids, False, False, backend)
+    check_cancelled(u, v, row_ids, col_ids, False, ignored, gate, False)
+    rules = num_images, positive_offset, False, row_ids, col_ids, ignored, *schema.gate_arguments(gate)
+    call = as_arguments(u, v, scale, [1.0], (*rules, unit), operand_dtype, backend)
+    parameters = [ranking.tau_plus, ranking.alpha, ranking.beta, ranking.eps]
     return RankedStatistics(
-        *torch.ops.contrastive_ext.ranked_stats.default(
-            u, v, scale_tensor, 0.0 if scale_tensor is not None else float(scale), [1.0], num_images, positive_offset,
-            False, row_ids, col_ids, None, *_tensors(gate), unit, operand_dtype or u.dtype, backend,
-            [ranking.tau_plus, ranking.alpha, ranking.beta, ranking.eps], ranking.bins, diagnostics,
-        )
-    )  # fmt: skip
+        *torch.ops.contrastive_ext.ranked_stats.default(*call, parameters, ranking.bins, diagnostics)
+    )
 
 
 def _forward(*args) -> tuple[Tensor, ...]:
-    *problem_args, ranking, bins, diagnostics = args
-    problem, backend = _problem(*problem_args)
-    return tuple(backend.ranked_forward(problem, _ranking(ranking, bins), diagnostics=diagnostics))
+    call, (parameters, bins, diagnostics) = of_arguments(args)
+    problem, backend = call.problem()
+    return tuple(backend.ranked_forward(problem, _ranking(parameters, bins), diagnostics=diagnostics))
 
 
-def _forward_and_kept(*args) -> tuple[tuple[Tensor, ...], ModuleType | None, list[Tensor]]:
+def _backward(*args) -> tuple[Tensor, Tensor]:
+    call, (parameters, bins, *stats, grad_lse, need_u, need_v) = of_arguments(args)
+    problem, backend = call.problem()
+    ranking = _ranking(parameters, bins)
+    return backend.ranked_backward(problem, ranking, RankedStatistics(*stats), grad_lse, need_u=need_u, need_v=need_v)
+
+
+def _forward_and_kept(args, call, wanted) -> tuple[tuple[Tensor, ...], ModuleType | None, list[Tensor]]:
     """As in row_stats.py."""
-    *problem_args, ranking, bins, diagnostics = args
-    keeper = None if diagnostics or bins else keeper_of(*problem_args)
+    parameters, bins, diagnostics = wanted
+    keeper = None if diagnostics or bins else call.keeper()
     if keeper is not None:
-        made = keeper.ranked_forward(_problem(*problem_args)[0], _ranking(ranking, bins))
+        made = keeper.ranked_forward(call.problem()[0], _ranking(parameters, bins))
         if made is not None:
             return tuple(made.stats), keeper, [*made.blocks, *made.sums]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.contrastive_ext.ranked_stats.default(*args), None, []
-
-
-def _backward(*args) -> tuple[Tensor, Tensor]:
-    *problem_args, ranking, bins, lse, aux, axis, below, grad_lse, need_u, need_v = args
-    problem, backend = _problem(*problem_args)
-    stats = RankedStatistics(lse, aux, axis, below)
-    return backend.ranked_backward(problem, _ranking(ranking, bins), stats, grad_lse, need_u=need_u, need_v=need_v)
 
 
 def _ranking(parameters: list[float], bins: int) -> Ranking:
@@ -121,11 +101,11 @@ def _forward_shapes(u, *rest) -> tuple[Tensor, ...]:
 class _RankedStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        (lse, aux, axis, below), ctx.keeper, kept = _forward_and_kept(*args)
-        u, v, scale, scale_value, exponents, *rest = args
-        *pairs, unit, operand_dtype, backend, ranking, bins, _ = rest
-        ctx.options = scale_value, exponents, pairs[:PAIR_NUMBERS], (unit, operand_dtype, backend, ranking, bins)
-        saved = (lse, aux, axis, below, *pairs[PAIR_NUMBERS:]) if ctx.keeper is None else kept
+        call, wanted = of_arguments(args)
+        (lse, aux, axis, below), ctx.keeper, kept = _forward_and_kept(args, call, wanted)
+        u, v, scale, *pair_tensors = call.tensors()
+        ctx.numbers, ctx.ranking = call.numbers(), wanted[:2]
+        saved = (*pair_tensors, lse, aux, axis, below) if ctx.keeper is None else kept
         ctx.save_for_backward(u, v, scale, *saved)
         ctx.mark_non_differentiable(aux, axis, below)
         ctx.set_materialize_grads(False)
@@ -134,7 +114,7 @@ class _RankedStats(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_lse, *_):
         u, v, scale, *saved = ctx.saved_tensors
-        scale_value, exponents, pair_numbers, how = ctx.options
+        scale_value, exponents, *_ = ctx.numbers
         need_u, need_v, need_scale = ctx.needs_input_grad[:3]
         du = dv = dscale = None
         if grad_lse is not None:
@@ -145,28 +125,17 @@ class _RankedStats(torch.autograd.Function):
                     ctx.keeper.backward, u, v, scale, exponents, grad_lse[None], None, *needs, *saved
                 )
             else:
-                stats, pair_tensors = saved[:4], saved[4:]
+                call = of_saved((u, v, scale, *saved[:-4]), ctx.numbers)
                 du, dv = torch.ops.contrastive_ext.ranked_stats_backward.default(
-                    u, v, scale, scale_value, exponents, *pair_numbers, *pair_tensors, *how, *stats,
-                    grad_lse.contiguous(), *needs,
-                )  # fmt: skip
+                    *call, *ctx.ranking, *saved[-4:], grad_lse.contiguous(), *needs
+                )
             if need_scale:
                 dscale = (u * du).sum() / (scale if v is not None else 2 * scale)
         gradients = [du if need_u else None, dv if need_v else None, dscale]
         return (*gradients, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
-def _forward_with_autograd(*args):
-    return _RankedStats.apply(*args)
-
-
-def _backward_with_autograd(*args):
-    return FirstOrderOnly.apply(torch.ops.contrastive_ext.ranked_stats_backward.default, *args)
-
-
-_library.impl("ranked_stats", _forward, "CompositeExplicitAutograd")
-_library.impl("ranked_stats_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("ranked_stats", _forward_with_autograd, "Autograd")
-_library.impl("ranked_stats_backward", _backward_with_autograd, "Autograd")
-torch.library.register_fake("contrastive_ext::ranked_stats", _forward_shapes, lib=_library)
-torch.library.register_fake("contrastive_ext::ranked_stats_backward", _backward_shapes, lib=_library)
+_STATISTICS = "Tensor lse, Tensor aux, Tensor axis, Tensor below"
+register("ranked_stats", schema.ranked_stats(schema.PROBLEM), _forward, _forward_shapes)
+register("ranked_stats_backward", schema.ranked_stats_backward(schema.PROBLEM, _STATISTICS), _backward, backward_shapes)
+register_autograd("ranked_stats", _RankedStats)

@@ -14,13 +14,7 @@ from torch import Tensor
 
 from ..backends import dispatch
 from ..problem.pairs import NO_COLUMN
-
-_library = torch.library.Library("contrastive_ext", "FRAGMENT")
-_library.define(
-    "top_columns(Tensor scorers, Tensor features, int k, SymInt num_images, Tensor? col_ids, str backend) -> "
-    "(Tensor scores, Tensor columns)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from .registration import register
 
 
 class TopColumns(NamedTuple):
@@ -89,5 +83,10 @@ def _shapes(scorers, features, k, num_images, col_ids, backend) -> tuple[Tensor,
     return scorers.new_empty(groups, k), scorers.new_empty(groups, k, dtype=torch.int64)
 
 
-_library.impl("top_columns", _top_columns, "CompositeExplicitAutograd")
-torch.library.register_fake("contrastive_ext::top_columns", _shapes, lib=_library)
+register(
+    "top_columns",
+    "(Tensor scorers, Tensor features, int k, SymInt num_images, Tensor? col_ids, str backend) -> "
+    "(Tensor scores, Tensor columns)",
+    _top_columns,
+    _shapes,
+)

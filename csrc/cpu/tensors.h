@@ -10,6 +10,7 @@ namespace contrastive_ext {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
@@ -48,6 +49,12 @@ inline void check_tensor(const Tensor& t, const char* name, ScalarType dtype, st
   int64_t axis = 0;
   for (int64_t size : sizes) same = same && t.size(axis++) == size;
   STD_TORCH_CHECK(same, name, " has the wrong shape.");
+}
+
+inline void check_scale(double scale) { STD_TORCH_CHECK(!(scale <= 0.0), "scale must be positive; got ", scale, "."); }
+
+inline void check_number_of_exponents(int64_t number) {
+  STD_TORCH_CHECK(number == 1 || number == 2, "exponents must hold 1 or 2 numbers; got ", number, ".");
 }
 
 }  // namespace contrastive_ext

@@ -1,4 +1,5 @@
-// The operators of whole_loss.h; their autograd formula is contrastive_ext/operators/whole_loss.py.
+// The operators of whole_loss.h (schemas: csrc/operators.cpp); their autograd formula is
+// contrastive_ext/operators/whole_loss.py.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -56,8 +57,8 @@ WholeLoss checked(const Tensor& z1, const Tensor& z2, double scale, const std::s
   STD_TORCH_CHECK(layout == "one_way" ? whole.m >= whole.b : whole.m == whole.b, "z2 has the wrong number of rows.");
   check_tensor(z1, "z1", z1.scalar_type(), {whole.b, whole.d});
   check_tensor(z2, "z2", z1.scalar_type(), {whole.m, whole.d});
-  STD_TORCH_CHECK(!(scale <= 0.0), "scale must be positive; got ", scale, ".");
-  STD_TORCH_CHECK(whole.k() == 1 || whole.k() == 2, "exponents must hold 1 or 2 numbers; got ", whole.k(), ".");
+  check_scale(scale);
+  check_number_of_exponents(whole.k());
   STD_TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", "unknown reduction ", reduction,
                   ".");
   whole.reduction = reduction == "mean" ? Reduction::kMean : reduction == "sum" ? Reduction::kSum : Reduction::kNone;
@@ -122,17 +123,6 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& z1, const Tensor& 
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
-  m.def(
-      "whole_loss_forward_cpu(Tensor z1, Tensor z2, Tensor? scale, float scale_value, str layout, bool normalize, "
-      "str formula, float[] parameters, float[] exponents, str reduction) -> (Tensor loss, Tensor operands, Tensor "
-      "norm, Tensor lse, Tensor coefficients, Tensor clamped)");
-  m.def(
-      "whole_loss_backward_cpu(Tensor z1, Tensor z2, Tensor? scale, float scale_value, str layout, bool normalize, "
-      "float[] exponents, str reduction, Tensor operands, Tensor norm, Tensor lse, Tensor coefficients, Tensor "
-      "grad_loss, bool need_scale) -> (Tensor dz1, Tensor dz2, Tensor dscale)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(contrastive_ext, CPU, m) {
   m.impl("whole_loss_forward_cpu", TORCH_BOX(&forward_cpu));

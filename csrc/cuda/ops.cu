@@ -1,6 +1,7 @@
-// The operator of the Hopper forward: schema, checks, allocation. Compiled by nvcc, so it exists exactly where the
-// kernels do. The stream comes as a number from Python: the stable ABI has no call for it before torch 2.13, and the
-// one of libtorch_cuda is out of sight for a library that must also load beside a CPU build of torch.
+// The operator of the Hopper forward: checks, allocation; its schema is in csrc/operators.cpp. Compiled by nvcc, so it
+// exists exactly where the kernels do. The stream comes as a number from Python: the stable ABI has no call for it
+// before torch 2.13, and the one of libtorch_cuda is out of sight for a library that must also load beside a CPU build
+// of torch.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -85,12 +86,6 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& u, std::optional<Tensor> v
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
-  m.def(
-      "row_stats_forward_cuda(Tensor u, Tensor? v, Tensor? scale, float scale_value, float exponent, int num_images, "
-      "int positive_offset, Tensor? row_ids, Tensor? col_ids, bool unit, int stream) -> (Tensor lse, Tensor count)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(contrastive_ext, CUDA, m) { m.impl("row_stats_forward_cuda", TORCH_BOX(&forward_cuda)); }
 

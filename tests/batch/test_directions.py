@@ -188,7 +188,6 @@ INDEX = torch.arange(4)
             "rows of z2, 0 to 3",
         ),
         (lambda: ce.fused_infonce_loss(Z, Z, layout="one_way", positive_index=INDEX.int()), ValueError, "int64"),
-        (lambda: ce.fused_bayesian_loss(Z, Z, layout="one_way", positive_index=INDEX), ValueError, "no positive_index"),
         (lambda: ce.fused_infonce_loss(Z, Z, hardness=1.0), ValueError, "hardness needs layout='one_way'"),
         (lambda: ce.fused_infonce_loss(Z, Z, hardness=-1.0), ValueError, "finite and >= 0"),
         (lambda: ce.fused_infonce_loss(Z, Z, hardness_on="hard"), ValueError, "hardness_on must be one of"),

@@ -200,7 +200,7 @@ def test_extreme_logits_stay_finite(run, scale_type):
         ({"ignored": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, "divisor of 4 rows"),
         ({"ignored": torch.zeros(4, 1)}, ValueError, "float32"),
         ({"row_ids": [0, 0, 1, 1]}, TypeError, "row_ids must be a tensor"),
-        ({"gate": (torch.ones(1, 4, 3), torch.ones(4, 3))}, TypeError, "pairs.Gate"),
+        ({"gate": (torch.ones(1, 4, 3), torch.ones(4, 3))}, TypeError, "contrastive_ext.Gate"),
         ({"gate": Gate(torch.ones(1, 0, 3), torch.ones(4, 3), torch.ones(4))}, ValueError, "a gate is"),
         ({"gate": Gate(torch.ones(1, 4, 3), torch.ones(4, 3), torch.ones(4))}, ValueError, "col_limit"),
         ({"gate": Gate(torch.ones(1, 4, 3), torch.ones(4, 2), torch.ones(4), torch.ones(4))}, ValueError, "a gate is"),

@@ -14,7 +14,6 @@ from contrastive_ext.backends.torch import ranked_stats as torch_ranked
 from contrastive_ext.backends.triton import launch as triton_launch
 from contrastive_ext.backends.triton import ranked_stats as triton_ranked
 from contrastive_ext.backends.triton import row_stats as backend
-from contrastive_ext.backends.triton import sweeps as triton_sweeps
 from contrastive_ext.backends.triton import whole_loss as triton_whole_loss
 from contrastive_ext.operators.top_columns import top_columns
 from contrastive_ext.problem.pairs import NO_COLUMN, UNFILLED, Gate, Pairs
@@ -122,7 +121,7 @@ RULES = [
 @pytest.mark.parametrize("problem", RULES, ids=[r[0] for r in RULES])
 def test_rules_across_tiles(problem, exponents, monkeypatch):
     _, n, m, features, rules, _ = problem
-    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", 1)  # weights and column partials in several launches
+    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 1)  # weights and column partials in several launches
     u, v = _vectors(n, features), None if m is None else _vectors(m, features)
     _assert_like_torch(u, v, scale=5.0, exponents=exponents, diagnostics=len(exponents) == 2, **rules())
 
@@ -193,7 +192,7 @@ def test_column_partials_in_several_launches(monkeypatch, columns):
     u, v = _vectors(100, 20), None if columns is None else _vectors(columns, 20)
     arguments = {"scale": 5.0, "num_images": 50, "columns": v is not None, "unit": False, "diagnostics": True}
     at_once = _everything(u, v, "triton", **arguments)
-    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 1)
     for a, b in zip(at_once, _everything(u, v, "triton", **arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
@@ -202,7 +201,7 @@ def test_column_partials_in_several_launches(monkeypatch, columns):
 @pytest.mark.parametrize("rows", [65, 96, 97, 128, 129, 161])
 def test_triangles_of_any_length(monkeypatch, rows, workspace):
     """Last tiles of one row, of all rows, in a launch of their own; every column partial has one place and is read."""
-    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", workspace)
     u = _vectors(rows, 20).detach()
     for scale in (5.0, 200.0):
         ours, theirs = (row_stats(u, scale=scale, unit=True, backend=name) for name in ("triton", "torch"))
@@ -230,8 +229,8 @@ def test_programs_of_a_larger_batch_leave_parts(monkeypatch, layout):
     z1, z2 = (z.requires_grad_() for z in random_pairs(150, 8, torch.float64, DEVICE))
     monkeypatch.setattr(triton_whole_loss, "ANCHORS_OF_PROGRAM", 64)
     results = []
-    for name, workspace in (("triton", triton_sweeps.WORKSPACE_BYTES), ("triton", 1), ("torch", 1)):
-        monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", workspace)
+    for name, workspace in (("triton", triton_launch.WORKSPACE_BYTES), ("triton", 1), ("torch", 1)):
+        monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", workspace)
         loss = ce.fused_hard_negative_loss(z1, z2, layout=layout, backend=name)
         results.append((loss.detach(), *torch.autograd.grad(loss, (z1, z2))))
     for ours in results[:2]:
@@ -244,8 +243,8 @@ def test_programs_of_a_larger_batch_leave_parts(monkeypatch, layout):
 @pytest.mark.parametrize("workspace", [1, 64 * 64 * 8, 256 << 20], ids=["tile", "squares", "everything"])
 def test_weights_of_many_features_serve_both_sides(monkeypatch, workspace, columns, exponents):
     """Blocks of a tile, several of them in both directions with tails, one; a limit above each makes no difference."""
-    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
-    monkeypatch.setattr(triton_sweeps, "WIDE_WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(triton_launch, "WIDE_FEATURES", 256)
+    monkeypatch.setattr(triton_launch, "WIDE_WORKSPACE_BYTES", workspace)
     u, v = _vectors(100, 260), _vectors(150, 260)
     _assert_like_torch(u, v, scale=5.0, unit=True, num_images=50, columns=columns, exponents=exponents)
 
@@ -254,8 +253,8 @@ def test_weights_of_many_features_serve_both_sides(monkeypatch, workspace, colum
 @pytest.mark.parametrize("workspace", [1, 64 * 64 * 8, 256 << 20], ids=["tile", "squares", "everything"])
 def test_weights_of_one_set_are_stored_once(monkeypatch, workspace, dtype):
     """Blocks above the diagonal serve the rows below it; lists make the pairs' rules asymmetric, weights are not."""
-    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
-    monkeypatch.setattr(triton_sweeps, "WIDE_WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(triton_launch, "WIDE_FEATURES", 256)
+    monkeypatch.setattr(triton_launch, "WIDE_WORKSPACE_BYTES", workspace)
     u = _vectors(150, 260).detach().to(dtype).to(torch.float32 if dtype == torch.float16 else dtype).requires_grad_()
     ignored = torch.full((75, 2), NO_COLUMN, device=DEVICE)
     ignored[3, 0], ignored[40, 0], ignored[40, 1] = 100, 7, 90
@@ -272,7 +271,7 @@ def test_weights_of_one_set_are_stored_once(monkeypatch, workspace, dtype):
 @pytest.mark.parametrize("upstream", [2.0**-20, 2.0**16])
 def test_fp16_weights_of_both_sides_neither_overflow_nor_vanish(monkeypatch, upstream):
     """Coefficients of rows differ by 2^12: what scales a row's weights must not reach the columns."""
-    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
+    monkeypatch.setattr(triton_launch, "WIDE_FEATURES", 256)
     u, v = (_vectors(n, 300).detach().half().float().requires_grad_() for n in (60, 90))
     coefficients = torch.logspace(-12, 0, 60, 2.0, device=DEVICE) * upstream
     gradients = []
@@ -288,7 +287,7 @@ def test_fp16_weights_of_both_sides_neither_overflow_nor_vanish(monkeypatch, ups
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0], ids=["none", "half", "all"])
 def test_fp16_weights_of_both_sides_without_coefficients(monkeypatch, share, columns):
     """A row that the loss ignores weighs nothing: 0, not 0 times what scaling by its neighbours' coefficients gives."""
-    monkeypatch.setattr(triton_sweeps, "WIDE_FEATURES", 256)
+    monkeypatch.setattr(triton_launch, "WIDE_FEATURES", 256)
     u, v = (_vectors(n, 300).detach().half().float().requires_grad_() for n in (60, 90))
     coefficients = (torch.arange(60, device=DEVICE) >= share * 60) * 2.0**-20
     gradients = []
@@ -304,7 +303,7 @@ def test_weights_in_several_launches(monkeypatch):
     u, v = _vectors(100, 300), _vectors(70, 300)
     arguments = {"scale": 5.0, "unit": True}
     at_once = _everything(u, v, "triton", **arguments)
-    monkeypatch.setattr(triton_sweeps, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 1)
     for a, b in zip(at_once, _everything(u, v, "triton", **arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 

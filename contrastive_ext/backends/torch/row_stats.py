@@ -18,8 +18,6 @@ from torch import Tensor
 from ...problem.pairs import NO_COLUMN, UNFILLED
 from ...problem.problem import Problem, Statistics, Upstream
 
-NAME = "torch"
-
 # CPU: 1024 x 1024 fp32 is 4 MiB, two of them stay in a shared L3. GPU: larger ones amortise launches (a few of 36 MiB).
 TILE = {"cpu": 1024}
 TILE_ELSEWHERE = 3072
@@ -76,7 +74,7 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
 def top_columns(
     scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py."""
+    """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py."""
     groups, device = scorers.shape[1], scorers.device
     best = scorers.new_full((groups, k), -torch.inf)
     columns = torch.full((groups, k), NO_COLUMN, device=device)

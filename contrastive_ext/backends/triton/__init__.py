@@ -1,5 +1,22 @@
-"""The door to triton_kernels/: launches, grids, workspaces.
+"""The `triton` backend, the door to triton_kernels/: launches, grids, workspaces.
 
-In reading order: launch (when it can run, how a kernel is launched), pairs (pair rules as arguments), sweeps (forward
-and gradient of one problem), then one file per operator.
+In reading order: launch (kernels, tiles, the shape of a grid), pairs (pair rules as arguments), gradient and forward
+(the sweeps of one problem), then one file per operator: row_stats, ranked_stats, top_columns, whole_loss.
 """
+
+from __future__ import annotations
+
+from ..backend import Backend
+from . import ranked_stats, row_stats, top_columns, whole_loss
+
+BACKEND = Backend(
+    name="triton",
+    why_not=row_stats.why_not,
+    forward=row_stats.forward,
+    backward=row_stats.backward,
+    top_columns=top_columns.top_columns,
+    ranked_forward=ranked_stats.ranked_forward,
+    ranked_backward=ranked_stats.ranked_backward,
+    whole_loss=whole_loss.whole_loss,
+    needs_proof=True,
+)

@@ -1,4 +1,4 @@
-"""What every launch of the `triton` backend needs: kernels, tile sizes, arguments, the shape of a grid."""
+"""What every launch of the `triton` backend needs: kernels, tiles, operands, the shape of a grid, workspaces."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ...problem.problem import Problem
 
+WORKSPACE_BYTES = 64 << 20  # of column partials in the forward, and of weights up to 512 features
+WIDE_FEATURES, WIDE_WORKSPACE_BYTES = 512, 256 << 20  # of weights beyond: fewer, larger library products
 INTERPRETED_PROCESSORS = 3  # a GPU small enough that test problems are split
 
 
@@ -53,12 +55,9 @@ def shift_of(problem: Problem, exponents: tuple[float, ...], limit: float) -> st
 def tile_arguments(config, operand: Tensor) -> dict[str, Any]:
     """The tile as arguments of a kernel."""
     features = operand.shape[1]
+    chunk = config.block_d or feature_block(features)
     return ({"maxnreg": config.registers} if config.registers else {}) | {
-        "D": features,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": config.block_d or feature_block(features),
-        "PRECISION": precision(operand),
+        "TILE": kernels().scores.Tile(features, config.block_m, config.block_n, chunk, precision(operand)),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,  # the default until Triton 3.9 announced to change it
@@ -99,10 +98,16 @@ def descriptor(x: Tensor, rows: int, features: int):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, features])
 
 
-def tiles_of(config, u: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """Rows and columns as arguments of a sweep: pointer and descriptor of each."""
+def operand_arguments(config, u: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """Rows and columns as arguments of a sweep, u, d_u, v, d_v: see scores.load_tile.
+
+    Triton 3.6 takes no descriptor inside of a tuple.
+    """
     block_d = config.block_d or feature_block(u.shape[1])
-    return u, descriptor(u, config.block_m, block_d), v, descriptor(v, config.block_n, block_d)
+    return (
+        *((u, u.stride(0)), descriptor(u, config.block_m, block_d)),
+        *((v, v.stride(0)), descriptor(v, config.block_n, block_d)),
+    )
 
 
 def guide_chunk(device: torch.device) -> int:

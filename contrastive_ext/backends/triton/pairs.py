@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...problem.pairs import Pairs
 from ...problem.problem import Problem
+from . import launch
 
 END = torch.iinfo(torch.int32).max  # of a list; larger than any column
 
@@ -50,37 +51,34 @@ def costliest_rule(pairs: Pairs) -> str:
     return next(name for name, holds in rules.items() if holds)
 
 
-def arguments(
-    pairs: Pairs, rows: Side, cols: Side, row_anchors: bool, col_anchors: bool, guide_chunk: int
-) -> dict[str, Any]:
-    """The kernels' arguments about pairs of a sweep over `rows`; which sides are anchors in it."""
+def arguments(pairs: Pairs, rows: Side, cols: Side, row_anchors: bool, col_anchors: bool) -> dict[str, Any]:
+    """The kernels' arguments about pairs of a sweep over `rows`, num_rows to RULES; which sides are anchors in it."""
     listed = listing = (None, None)  # type: tuple[Tensor | None, Tensor | None]
+    rules = constant = None
     if rows.ignored is not None and row_anchors:
         listed = _listed(rows.ignored, len(cols.x))
     if cols.ignored is not None and col_anchors:
         listing = _listing(cols.ignored, len(cols.x), len(rows.x))
-    num_scorers, groups, features = (0, 0, 0) if pairs.gate is None else pairs.gate.scorers.shape
-    swapped = cols.guide is not None and cols.guide.dim() == 3
+    num_scorers, scorer_groups, features = (0, 0, 0) if pairs.gate is None else pairs.gate.scorers.shape
+    if costliest_rule(pairs) != "images":
+        limits = rows.limit if row_anchors else None, cols.limit if col_anchors else None
+        rules = (rows.ids, cols.ids), (rows.guide, cols.guide, *limits), listed, listing
+        columns_are_scorers = cols.guide is not None and cols.guide.dim() == 3
+        chunk = launch.guide_chunk(rows.x.device)
+        constant = launch.kernels().pairs.Rules(pairs.only_equal_ids, features, chunk, columns_are_scorers)
     return {
-        "p_row_ids": rows.ids,
-        "p_col_ids": cols.ids,
-        "p_listed_starts": listed[0],
-        "p_listed": listed[1],
-        "list_groups": 0 if rows.ignored is None else len(rows.ignored),
-        "p_listing_starts": listing[0],
-        "p_listing": listing[1],
-        "p_row_guide": rows.guide,
-        "p_col_guide": cols.guide,
-        "p_row_limit": rows.limit if row_anchors else None,
-        "p_col_limit": cols.limit if col_anchors else None,
-        "scorer_groups": groups,
-        "num_scorers": num_scorers,
+        "num_rows": len(rows.x),
+        "num_columns": len(cols.x),
         "num_images": pairs.num_images,
         "shard": pairs.num_rows,
         "first_row": rows.first,
         "first_column": cols.first,
+        "list_groups": 0 if rows.ignored is None else len(rows.ignored),
+        "scorer_groups": scorer_groups,
+        "num_scorers": num_scorers,
+        "rules": rules,
         "HAS_IMAGES": pairs.num_images > 0,
-        "RULES": (pairs.only_equal_ids, features, guide_chunk, swapped) if costliest_rule(pairs) != "images" else None,
+        "RULES": constant,
     }
 
 

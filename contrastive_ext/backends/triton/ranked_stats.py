@@ -14,7 +14,7 @@ from ...problem.ranking import RankedStatistics, Ranking, histogram_axis
 from ..torch import ranked_stats as torch_ranked
 from . import launch
 from . import pairs as triton_pairs
-from .sweeps import Ranks, Term, gradients, total
+from .gradient import Ranks, Term, gradients, total
 
 WITH_SQUARES = (1.0, 2.0)  # exponents of the weighted terms whose sums the forward makes
 
@@ -77,13 +77,11 @@ def _sweep(
     tiles = launch.cdiv(len(u), config.block_m)
     splits, span = launch.split(tiles, len(v), config.block_n, 2 * launch.processors(u.device))
     out = problem.u.new_empty(splits, parts, len(u))
-    rules = triton_pairs.arguments(
-        problem.pairs, rows, cols, row_anchors=True, col_anchors=False, guide_chunk=launch.guide_chunk(u.device)
-    )
     launch.kernels().histogram_ranks.histogram_ranks_kernel[(tiles, splits)](
-        u, v, scale, axis, below, shape, counts, out, len(u), len(v), span, u.stride(0), v.stride(0),
-        BINS=bins, PASS=name, EXPONENTS=WITH_SQUARES, SCALE_IS_TENSOR=scale_is_tensor, **rules,
+        (u, u.stride(0)), (v, v.stride(0)), scale, (axis, below), shape, counts, out,
+        span=span, PASS=name, BINS=bins, EXPONENTS=WITH_SQUARES, SCALE_IS_TENSOR=scale_is_tensor,
         **launch.tile_arguments(config, u),
+        **triton_pairs.arguments(problem.pairs, rows, cols, row_anchors=True, col_anchors=False),
     )  # fmt: skip
     return out
 

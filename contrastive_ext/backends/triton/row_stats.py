@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ...problem.problem import Problem, Statistics, Upstream
 from . import launch
-from .sweeps import Forward, Term, gradients, total
-
-NAME = "triton"
+from .forward import Forward
+from .gradient import Term, gradients, total
 
 OLDEST_NVIDIA = (8, 0)  # bf16 and TF32 products, asynchronous copies
 

@@ -13,7 +13,7 @@ from . import launch
 def top_columns(
     scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scores and columns [G, k] of the k best columns of every image; see top_columns.py.
+    """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py.
 
     Lists longer than triton_kernels.top_columns.MAX_LISTED do not fit a program: the `torch` backend makes them.
     """

@@ -17,7 +17,8 @@ from ...problem.pairs import Pairs
 from ...problem.problem import Problem
 from ...problem.short_road import BACKWARD_SCHEMA, FORWARD_SCHEMA, WholeLossOps, backward_shapes, forward_shapes
 from . import launch
-from .sweeps import TERMS_BLOCK, Forward, Term, gradients, shift_of_weights
+from .forward import Forward
+from .gradient import TERMS_BLOCK, Term, gradients, shift_of_weights
 
 PROLOGUE_ELEMENTS = 2048  # of a block of rows: 16 for a thread and array
 ANCHORS_OF_PROGRAM = 4096  # one program reduces small batches; of larger ones each of many programs leaves a part
@@ -60,8 +61,8 @@ def _forward(
         scale_argument, scale_is_tensor = launch.scale_argument(problem)
         launch.kernels().row_losses.row_losses_kernel[(parts,)](
             *row_partials.arguments, *col_partials.arguments, col_partials.first_tile, cosine, scale_argument, lse,
-            coefficients, terms, losses, sums, shares, anchors, images, count, terms.stride(1), span, **sweep.flags,
-            **_formula(formula, parameters),
+            coefficients, terms, losses, sums, shares, anchors, images, count, terms.stride(1), span,
+            EXPONENTS=problem.exponents, PARTS=sweep.parts, FORMULA=_formula(formula, parameters),
             TRIANGLE=row_partials.triangle, SIDES=sides, MEAN=reduction == "mean", SCALE_IS_TENSOR=scale_is_tensor,
             LARGEST=max(exponents), BACKWARD_SHIFT=shift_of_weights(problem, problem.exponents, layout != "one_way"),
             BLOCK=block, AT_ONCE=READ_AT_ONCE // block, num_warps=8, enable_fp_fusion=True,
@@ -121,7 +122,7 @@ def _coefficients_and_terms(saved: Tensor, sides: int, k: int, anchors: int) -> 
 
 
 def _forward_shapes(z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction):
-    """Those of short_road.py, but for what is kept beside lse."""
+    """Those of problem/short_road.py, but for what is kept beside lse."""
     call = (z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction)
     loss, operands, norm, lse, _, clamped = forward_shapes(*call)
     return loss, operands, norm, lse, lse.new_empty(_saved(*lse.shape)[0]), clamped
@@ -141,14 +142,14 @@ def blocks(anchors: int) -> tuple[int, int]:
     return BLOCK_OF_MANY, BLOCK_OF_MANY
 
 
-def _formula(name: str, parameters: list[float]) -> dict[str, object]:
-    """The kernel's constants for a formula; csrc/row_losses.h says what parameters it has."""
+def _formula(name: str, parameters: list[float]):
+    """The kernel's constant for a formula; csrc/row_losses.h says what parameters it has."""
     tau_plus, beta, detach_weights = (*parameters, 0.0, 0.0, 0.0)[:3]
     first, second = 1.0, 0.0
     if name == "hard_negative":
         first, second = (0.0, 1.0 / (1.0 + beta)) if detach_weights else (-1.0, 1.0)
     log_tau_plus = math.log(tau_plus) if tau_plus > 0 else 0.0
-    return {"FORMULA": name, "TAU_PLUS": tau_plus, "LOG_TAU_PLUS": log_tau_plus, "BY_FIRST": first, "BY_SECOND": second}
+    return launch.kernels().row_losses.Formula(name, tau_plus, log_tau_plus, first, second)
 
 
 def _prologue_block(features: int) -> tuple[int, int]:

@@ -1,0 +1,40 @@
+"""What a backend is: a reason why it cannot, functions that compute, and what is to be known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..problem.problem import Problem, Statistics, Upstream
+from ..problem.ranking import RankedStatistics
+from ..problem.short_road import WholeLossOps
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute `Statistics` and `RankedStatistics` and their gradients; `why_not` says why it cannot, or None.
+
+    `forward` and `backward`: as in torch/row_stats.py, which is the shortest whole backend; `ranked_forward` and
+    `ranked_backward` as in torch/ranked_stats.py.
+    `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
+    `whole_loss`: its operators of the short road (problem/short_road.py), or None, for inputs of a dtype and so many
+    exponentials.
+    `kept`: the module with its forward and backward of small problems, which keep their matrix, or None.
+    `note`: what a user should know who takes it; `explain` shows it.
+    """
+
+    name: str
+    why_not: Callable[[torch.device, torch.dtype, torch.dtype, int], str | None]
+    forward: Callable[..., Statistics]
+    backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
+    top_columns: Callable[..., tuple[Tensor, Tensor]]
+    ranked_forward: Callable[..., RankedStatistics]
+    ranked_backward: Callable[..., tuple[Tensor, Tensor]]
+    whole_loss: Callable[[torch.dtype, int], WholeLossOps | None] = lambda dtype, numbers: None
+    kept: ModuleType | None = None
+    needs_proof: bool = False
+    note: str = ""

@@ -1,0 +1,51 @@
+"""A streaming operator and its gradient as operators of torch, once differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("contrastive_ext", "FRAGMENT")
+
+
+def register(name: str, schema: str, compute: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Define the operator `name`: what computes it on every device, and the shapes of its results."""
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"contrastive_ext::{name}", shapes, lib=_library)
+
+
+def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+    """Let `function` differentiate the operator `name`; its gradient, `name`_backward, refuses to be differentiated."""
+    backward = getattr(torch.ops.contrastive_ext, f"{name}_backward").default
+    _library.impl(name, lambda *args: function.apply(*args), "Autograd")
+    _library.impl(f"{name}_backward", lambda *args: FirstOrderOnly.apply(backward, *args), "Autograd")
+
+
+class FirstOrderOnly(torch.autograd.Function):
+    """A gradient under autograd: computes, and refuses to be differentiated again.
+
+    The losses leave autocast in their forward; a backward may be called inside it all the same.
+    """
+
+    @staticmethod
+    def forward(ctx, gradient, *args):
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            return gradient(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "contrastive_ext: the fused losses are once differentiable, a second derivative was asked for "
+            "(create_graph=True). Use backend='reference', which is dense and twice differentiable."
+        )
+
+
+def once_differentiable(gradient, *args):
+    """`FirstOrderOnly`, without its cost on the host where nothing will differentiate again."""
+    if torch.is_grad_enabled():  # create_graph=True
+        return FirstOrderOnly.apply(gradient, *args)
+    with torch._C._DisableAutocast():
+        return gradient(*args)

@@ -1,0 +1,81 @@
+// What the library registers with torch: the schema of every operator, and what it says about its build. Kernels are
+// put behind the schemas where they are (cpu/ops.cpp, cpu/whole_loss_ops.cpp, cuda/ops.cu);
+// contrastive_ext/backends/native.py holds a loaded library against the schemas that it expects.
+#include <string>
+
+#include "compat.h"
+#include "cpu/tile.h"
+
+namespace contrastive_ext {
+namespace {
+
+#if !defined(CONTRASTIVE_EXT_VERSION)
+#define CONTRASTIVE_EXT_VERSION "not stated"
+#endif
+
+// One line of JSON: what was built and what runs on this CPU; without nvcc there are no cuda_archs.
+std::string native_build_info() {
+  const uint64_t target = TORCH_FEATURE_VERSION;
+  int count = 0;
+  const Isa* isas = compiled_isas(&count);
+  std::string paths;
+  for (int i = 0; i < count; ++i) paths += std::string(i ? ", " : "") + "\"" + isas[i].name + "\"";
+  return "{\"version\": \"" CONTRASTIVE_EXT_VERSION "\", \"abi_target\": \"" + std::to_string(target >> 56) + "." +
+         std::to_string((target >> 48) & 0xff) + "\", \"compiler\": \"" +
+#if defined(__clang__)
+         "clang "
+#else
+         "gcc "
+#endif
+         + std::string(__VERSION__) + "\", \"cpu_isas\": [" + paths + "], \"cpu_isa\": \"" + chosen_isa().name +
+#if defined(CONTRASTIVE_EXT_CUDA_ARCHS)
+         "\", \"cuda_archs\": \"" CONTRASTIVE_EXT_CUDA_ARCHS +
+#endif
+         "\"}";
+}
+
+// The arguments that describe a problem, those of Request.
+const std::string kProblem =
+    "Tensor u, Tensor? v, float scale, float[] exponents, int num_images, int positive_offset, bool only_equal_ids, "
+    "Tensor? row_ids, Tensor? col_ids, Tensor? ignored, Tensor? gate_scorers, Tensor? gate_features, "
+    "Tensor? gate_row_limit, Tensor? gate_col_limit, bool unit";
+// The call of a whole loss.
+const std::string kCall = "Tensor z1, Tensor z2, Tensor? scale, float scale_value, str layout, bool normalize";
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
+  const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
+  define("row_stats_forward_cpu(" + kProblem +
+         ", bool columns, bool means, bool diagnostics, bool maximum) -> "
+         "(Tensor lse, Tensor aux, Tensor col_lse, Tensor col_aux, Tensor mean)");
+  define("row_stats_backward_cpu(" + kProblem +
+         ", Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, bool need_u, bool need_v) -> "
+         "(Tensor du, Tensor dv)");
+  define("ranked_stats_forward_cpu(" + kProblem +
+         ", float[] ranking, int bins, bool diagnostics) -> (Tensor lse, Tensor aux, Tensor axis, Tensor below)");
+  define("ranked_stats_backward_cpu(" + kProblem +
+         ", float[] ranking, int bins, Tensor lse, Tensor axis, Tensor below, Tensor grad_lse, bool need_u, "
+         "bool need_v) -> (Tensor du, Tensor dv)");
+  define(
+      "top_columns_cpu(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids) -> "
+      "(Tensor scores, Tensor columns)");
+  define("whole_loss_forward_cpu(" + kCall +
+         ", str formula, float[] parameters, float[] exponents, str reduction) -> "
+         "(Tensor loss, Tensor operands, Tensor norm, Tensor lse, Tensor coefficients, Tensor clamped)");
+  define("whole_loss_backward_cpu(" + kCall +
+         ", float[] exponents, str reduction, Tensor operands, Tensor norm, Tensor lse, Tensor coefficients, "
+         "Tensor grad_loss, bool need_scale) -> (Tensor dz1, Tensor dz2, Tensor dscale)");
+#if defined(CONTRASTIVE_EXT_CUDA_ARCHS)
+  define(
+      "row_stats_forward_cuda(Tensor u, Tensor? v, Tensor? scale, float scale_value, float exponent, int num_images, "
+      "int positive_offset, Tensor? row_ids, Tensor? col_ids, bool unit, int stream) -> (Tensor lse, Tensor count)");
+#endif
+  define("native_build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(contrastive_ext, CompositeExplicitAutograd, m) {
+  m.impl("native_build_info", TORCH_BOX(&native_build_info));
+}
+
+}  // namespace contrastive_ext
