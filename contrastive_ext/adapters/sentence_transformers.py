@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..batch.call import check_call
+from ..batch.request import Layout
 from ..losses.bayesian import Bayesian
 from ..losses.debiased import Debiased
 from ..losses.decoupled import Decoupled
@@ -94,9 +95,9 @@ class _FromEmbeddings:
         queries, positives = embeddings[:2]
         both = set(getattr(self, "directions", (FORWARD,))) == {FORWARD, BACKWARD}
 
-        def loss(z1: Tensor, z2: Tensor, layout: str) -> Tensor:
+        def loss(z1: Tensor, z2: Tensor, layout: Layout) -> Tensor:
             found = fused_row_loss(
-                self.row_loss, z1, z2, logit_scale=self.scale, layout=layout,  # type: ignore[arg-type]
+                self.row_loss, z1, z2, logit_scale=self.scale, layout=layout,
                 normalize=self.similarity_fct is not util.dot_score, group=all_ranks_if(self.gather_across_devices),
             )  # fmt: skip
             return alone(found)
