@@ -67,11 +67,16 @@ def load_tile(
 @triton.jit
 def scores_by_chunks(u, d_u, v, d_v, i0, j0, num_rows, num_columns, TILE: tl.constexpr):
     """<u_i, v_j> for the tile of pairs from (i0, j0) on, features in chunks."""
-    b_s = tl.zeros((TILE.rows, TILE.columns), tl.float64 if u[0].dtype.element_ty == tl.float64 else tl.float32)
-    for o_d in range(0, TILE.features, TILE.chunk):
-        b_u = load_tile(u, d_u, i0, o_d, num_rows, TILE.features, TILE.rows, TILE.chunk)
-        b_v = load_tile(v, d_v, j0, o_d, num_columns, TILE.features, TILE.columns, TILE.chunk)
-        b_s = tl.dot(b_u, tl.trans(b_v), b_s, input_precision=TILE.precision, out_dtype=b_s.dtype)
+    D: tl.constexpr = TILE.features  # in a loop Triton 3.6 takes fields for tensors
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.columns
+    BLOCK_D: tl.constexpr = TILE.chunk
+    PRECISION: tl.constexpr = TILE.precision
+    b_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float64 if u[0].dtype.element_ty == tl.float64 else tl.float32)
+    for o_d in range(0, D, BLOCK_D):
+        b_u = load_tile(u, d_u, i0, o_d, num_rows, D, BLOCK_M, BLOCK_D)
+        b_v = load_tile(v, d_v, j0, o_d, num_columns, D, BLOCK_N, BLOCK_D)
+        b_s = tl.dot(b_u, tl.trans(b_v), b_s, input_precision=PRECISION, out_dtype=b_s.dtype)
     return b_s
 
 
