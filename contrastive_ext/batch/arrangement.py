@@ -203,7 +203,7 @@ def _gathered(own: ColumnSet, anchors: Tensor, operand_dtype: torch.dtype, group
     """The columns of every rank, in rank order; this rank's own begin at positive_offset."""
     rows = anchors if own.rows is None else own.rows
     v = rows if own.v is None else own.v
-    before = dist.get_rank(group) * len(v)
+    before = distributed.own_rows(v, group).start
     return replace(
         own,
         v=distributed.gather(v, group, operand_dtype),

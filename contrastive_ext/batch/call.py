@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import dispatch
 from ..checks import can_read, check_choice, check_positive, describe
 from ..numerics import stats_dtype
+from . import distributed
 
 REDUCTIONS = ("mean", "sum", "none")
 Reduction = Literal["mean", "sum", "none"]
@@ -45,6 +47,12 @@ class Call:
     def is_dense(self) -> bool:
         """Whether the reference computes, on whole matrices."""
         return self.backend == dispatch.REFERENCE
+
+    def agree(self, group: object, like: Tensor) -> dist.ProcessGroup | None:
+        """The process group once all ranks, whose checks are done too, make the same call; None for None."""
+        if group is not None and not self.is_dense:  # a backend may be missing on one rank
+            dispatch.select(self.backend, like.device, stats_dtype(like.dtype), like.dtype, like.shape[-1])
+        return distributed.agree(group)
 
     def scale(self, like: Tensor, rows: int = 1) -> float | Tensor:
         """1/temperature, a float or a tensor of the statistics dtype where `like` is; ValueError if not > 0.

@@ -79,6 +79,17 @@ def agree(group: object) -> dist.ProcessGroup | None:
     return group.group
 
 
+def size(group: object) -> int:
+    """How many ranks will call the function of `across_ranks` that was given this group; 1 without any."""
+    return dist.get_world_size(group.group) if isinstance(group, _Call) else 1
+
+
+def own_rows(local: Tensor, group: dist.ProcessGroup) -> slice:
+    """Where the rows of `local` stand among those that `gather` brings."""
+    begin = dist.get_rank(group) * local.shape[0]
+    return slice(begin, begin + local.shape[0])
+
+
 def gather(local: Tensor, group: dist.ProcessGroup, wire: torch.dtype | None = None) -> Tensor:
     """Rows of every rank's `local` [n, ...], in rank order; a gradient goes back as the sum over ranks.
 

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import numerics
-from ..backends import dispatch
 from ..batch import distributed
 from ..batch.call import Call
 from ..checks import check_choice, describe
@@ -96,17 +95,14 @@ def fused_supcon_loss(
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = call.scale(features)
-        if group is not None and not call.is_dense:  # it may be missing on one rank
-            dispatch.select(backend, features.device, dtype, features.dtype, features.shape[-1])
-        process_group = distributed.agree(group)  # the checks are done
+        process_group = call.agree(group, features)
         z = numerics.operand(features, normalize).flatten(0, -2)
         row_labels = labels.repeat(z.shape[0] // labels.shape[0])
         columns, column_labels, own = z, row_labels, slice(0, z.shape[0])
         if process_group is not None:
             columns = distributed.gather(z, process_group, features.dtype)
             column_labels = distributed.gather(row_labels, process_group)
-            rank = dist.get_rank(process_group)
-            own = slice(rank * z.shape[0], (rank + 1) * z.shape[0])
+            own = distributed.own_rows(z, process_group)
         if call.is_dense:
             losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
