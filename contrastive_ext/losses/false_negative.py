@@ -126,11 +126,11 @@ def fused_false_negative_loss(
     older = keys_alone(queue, views, normalize, ids=True)
     with numerics.without_autocast(views):
         scale = call.scale(views)
-        process_group = call.agree(group, views)
-        batch = _arrange(views, scale, support, aggregate, keys, older, labels, normalize, process_group)
+        ranks = call.agree(group, views)
+        batch = _arrange(views, scale, support, aggregate, keys, older, labels, normalize, ranks)
         road = _dense if call.is_dense else _streamed
         losses, count, detected = road(batch, mode, top_k, threshold, backend)
-        loss = call.reduce(losses)
+        loss = call.reduce(losses, ranks)
         if not return_stats:
             return loss
         return loss, _summarize(batch, detected, count, labels)
@@ -158,7 +158,7 @@ class _Batch:
         return x.view(self.views.shape[:2])
 
 
-def _arrange(views, scale, support, aggregate, keys, queue: Columns | None, labels, normalize, group) -> _Batch:
+def _arrange(views, scale, support, aggregate, keys, queue: Columns | None, labels, normalize, ranks) -> _Batch:
     num_views, images, _ = views.shape
     anchors = numerics.operand(views, normalize)
     older = None if queue is None else queue.as_set(views.dtype)
@@ -175,8 +175,8 @@ def _arrange(views, scale, support, aggregate, keys, queue: Columns | None, labe
 
     columns = [shown.flatten(0, 1)]
     candidates = [Candidates(columns[0].detach(), num_images=images)]
-    if group is not None:
-        for of_others, ids in _of_other_ranks(columns[0], views.dtype, labels, group):
+    if ranks is not None:
+        for of_others, ids in _of_other_ranks(columns[0], views.dtype, labels, ranks):
             columns.append(of_others)
             candidates.append(Candidates(of_others.detach(), ids=ids))
     unit = [normalize] * len(columns)
@@ -190,15 +190,15 @@ def _arrange(views, scale, support, aggregate, keys, queue: Columns | None, labe
     )  # fmt: skip
 
 
-def _of_other_ranks(own: Tensor, wire: torch.dtype, labels: Tensor | None, group) -> list[tuple[Tensor, Tensor | None]]:
+def _of_other_ranks(own: Tensor, wire: torch.dtype, labels: Tensor | None, ranks) -> list[tuple[Tensor, Tensor | None]]:
     """Columns of the lower and of the higher ranks, where there are any, and their labels."""
-    here = distributed.own_rows(own, group)
-    columns = distributed.gather(own, group, wire)
+    everyone = ranks.rows(own)
+    here, columns = everyone.own, everyone.gather(own, wire)
     sizes = [here.start, own.shape[0], columns.shape[0] - here.stop]
     lower, _, higher = columns.split(sizes)
     ids = [None] * 3
     if labels is not None:
-        ids = distributed.gather(labels.repeat(own.shape[0] // labels.shape[0]), group).split(sizes)
+        ids = everyone.gather(labels.repeat(own.shape[0] // labels.shape[0])).split(sizes)
     return [(x, known) for x, known in ((lower, ids[0]), (higher, ids[2])) if x.shape[0]]
 
 

@@ -139,10 +139,11 @@ def fused_self_labeling_loss(
         if not isinstance(label_scale, Tensor) or can_read(label_scale):
             check_positive("1/(temperature * label_temperature)", float(label_scale), dtype)
         older = older_keys(queue, q, normalize)
-        process_group = call.agree(group, q)
+        ranks = call.agree(group, q)
         k, own = numerics.operand(k, normalize).detach(), slice(0, k.shape[0])
-        if process_group is not None:
-            k, own = distributed.gather(k, process_group, q.dtype), distributed.own_rows(k, process_group)
+        if ranks is not None:
+            everyone = ranks.rows(k)
+            k, own = everyone.gather(k, q.dtype), everyone.own
         images = torch.arange(k.shape[0], device=k.device)
         keys = [ColumnSet(k, ids=images, unit=normalize), *older]
         x, mixing = numerics.operand(q, normalize), None
@@ -155,7 +156,7 @@ def fused_self_labeling_loss(
         road = _dense if call.is_dense else _streamed
         terms, stats = road(x, keys, own, mixing, scale, label_scale, mu, q.dtype, return_stats, backend)
         losses = terms[0] if mixing is None else torch.lerp(terms[0], terms[1], lam)
-        loss = call.reduce(losses)
+        loss = call.reduce(losses, ranks)
     return loss if stats is None else (loss, stats)
 
 

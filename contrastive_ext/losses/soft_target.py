@@ -101,15 +101,16 @@ def fused_soft_target_loss(
     with numerics.without_autocast(queries):
         scale = call.scale(queries)
         sets = [_given_keys(keys, queries, normalize), *older_keys(queue, queries, normalize)]
-        process_group = call.agree(group, queries)
-        if process_group is not None and isinstance(keys, Tensor):
-            sets[0] = replace(sets[0], v=distributed.gather(sets[0].keys, process_group, queries.dtype))
+        ranks = call.agree(group, queries)
+        if ranks is not None and isinstance(keys, Tensor):
+            own = sets[0].keys
+            sets[0] = replace(sets[0], v=ranks.rows(own).gather(own, queries.dtype))
         road = _dense if call.is_dense else _streamed
         x, u = numerics.operand(queries, normalize), numerics.operand(teacher, normalize).detach()
         for one in sets:
             x = numerics.spoil(x, one.keys)
         losses, stats = road(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
-        loss = call.reduce(losses)
+        loss = call.reduce(losses, ranks)
     return loss if stats is None else (loss, stats)
 
 

@@ -113,7 +113,7 @@ DIFFERENCES: dict[str, tuple[Callable[[int], object], str]] = {
     ),
     "a loss of one's own": (
         lambda r: ce.fused_row_loss((ce.InfoNCE(), _Half())[r], Z, Z, group=EVERYONE),
-        r"row_loss is InfoNCE\(\) on rank 0, _Half on rank 1",
+        r"row_loss is InfoNCE\(.*\) on rank 0, _Half on rank 1",
     ),
     "one enqueues": (
         lambda r: (_infonce, _enqueue)[r](),
@@ -307,9 +307,9 @@ def test_same_values(ranks, name):
         assert_same(rank[name])
 
 
-def test_ranks_agree_in_one_exchange_of_two_numbers(ranks):
+def test_ranks_agree_in_one_exchange_of_three_numbers(ranks):
     for rank in ranks:
-        assert rank["_exchanges"] == [[1, 2], [12, 3], [12]]  # then columns and their ids
+        assert rank["_exchanges"] == [[1, 3], [12, 3], [12]]  # then columns and their ids
 
 
 def test_buffers_of_ddp_overwrite_queues_that_were_not_gathered(ranks):
