@@ -40,7 +40,7 @@ _OF_ROWS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AllRanks:
     """`group=AllRanks()`: all ranks of the default process group, which is looked up at every call.
 
@@ -55,6 +55,10 @@ class AllRanks:
     """
 
     uneven: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.uneven, bool):
+            raise TypeError(f"uneven must be True or False; got {self.uneven!r:.60}.")
 
 
 @dataclass(frozen=True)

@@ -213,3 +213,8 @@ def test_mistakes_raise_on_every_rank(ranks, name):
     _, *says = MISTAKES[name]
     for rank, expected in zip(ranks, says, strict=True):
         assert re.search(expected, rank["said"][name])
+
+
+def test_uneven_is_a_bool():
+    with pytest.raises(TypeError, match="uneven must be True or False; got 1"):
+        ce.AllRanks(uneven=1)
