@@ -7,11 +7,13 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .batch.call import check_call
 from .batch.columns import Columns
+from .batch.distributed import AllRanks
 from .batch.queue import NegativeQueue
 from .batch.request import check_request
 from .checks import check_keywords
@@ -207,10 +209,11 @@ class SelfLabelingLoss(_LossModule):
         normalize: bool = True,
         reduction: Literal["mean", "sum", "none"] = "mean",
         backend: str = "auto",
+        group: dist.ProcessGroup | AllRanks | None = None,
     ):
         options = {
             "temperature": temperature, "label_temperature": label_temperature, "mu": mu, "lam": lam,
-            "normalize": normalize, "reduction": reduction, "backend": backend, "queue": queue,
+            "normalize": normalize, "reduction": reduction, "backend": backend, "queue": queue, "group": group,
         }  # fmt: skip
         inputs = ("q", "k", "q_mix", "perm", "theta")
         super().__init__(fused_self_labeling_loss, self_labeling.check_values, inputs, options)
@@ -242,10 +245,11 @@ class SoftTargetLoss(_LossModule):
         normalize: bool = True,
         reduction: Literal["mean", "sum", "none"] = "mean",
         backend: str = "auto",
+        group: dist.ProcessGroup | AllRanks | None = None,
     ):
         options = {
             "temperature": temperature, "teacher_temperature": teacher_temperature, "normalize": normalize,
-            "reduction": reduction, "backend": backend, "queue": queue,
+            "reduction": reduction, "backend": backend, "queue": queue, "group": group,
         }  # fmt: skip
         super().__init__(fused_soft_target_loss, soft_target.check_values, ("queries", "keys", "teacher"), options)
 

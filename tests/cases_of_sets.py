@@ -54,6 +54,7 @@ FNC_FACTORS = {
     "keys": Factor((False, True), ("keys",)),
     "queue": Factor(("none", "tensor", "held", "held part", "held part ids half", "held ids"), ("queue",)),
     "labels": Factor((None, "few", "wide", "int32", "distinct"), ("labels",)),
+    "group": Factor((False, True), ("group",)),
     **COMMON,
 }
 
@@ -147,6 +148,7 @@ SANE_FACTORS = {
     "label_temperature": Factor((None, 0.3, 1.0), ("label_temperature",)),
     "mu": Factor((None, 0.0, 0.4, 6.0), ("mu",)),
     "lam": Factor((None, 0.0, 0.8, 1.0), ("lam",)),
+    "group": Factor((False, True), ("group",)),
     **COMMON,
 }
 
@@ -195,6 +197,7 @@ SOFT_FACTORS = {
     "keys": Factor(("tensor", "held", "held part", "held part half")),
     "queue": Factor(("none", "tensor", "held", "held part"), ("queue",)),
     "teacher_temperature": Factor((0.1, 0.03, 1.0), ("teacher_temperature",)),
+    "group": Factor((False, True), ("group",)),
     **COMMON,
 }
 

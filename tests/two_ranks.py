@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+
+import contrastive_ext as ce
 
 WORLD = 2
 
@@ -36,3 +39,42 @@ def assert_same(compared: list[tuple[str, Tensor, Tensor]]) -> None:
         # sums over shards in another order: absolute errors are those of the largest element
         atol = 1e-13 + 1e-12 * expected.abs().max().item()
         torch.testing.assert_close(ours, expected, rtol=0, atol=atol, msg=lambda text, label=label: f"{label}: {text}")
+
+
+def mine_of(rank: int, length: int, pairs: int, uneven: bool = False) -> Tensor:
+    """Indices of this rank's rows of `length` whose first `pairs` belong to pairs; the rest is shared out as well.
+
+    uneven   rank 0 has two thirds of both
+    """
+    parts = torch.arange(pairs), torch.arange(pairs, length)
+    if uneven:
+        return torch.cat([x.tensor_split([len(x) - len(x) // 3])[rank] for x in parts])
+    return torch.cat([x.chunk(WORLD)[rank] if len(x) else x for x in parts])
+
+
+def shard(rank: int, options: dict, pairs: int, uneven: bool = False) -> dict:
+    """This rank's part of the keywords of a call with the whole batch of `pairs`."""
+
+    def mine(x: Tensor, own: int = pairs) -> Tensor:
+        return x[mine_of(rank, len(x), own, uneven)]
+
+    local = dict(options)
+    for name in ("ids", "labels", "positive_weight"):
+        if name in options:
+            local[name] = mine(options[name])
+    if "guide" in options:
+        guide = ce.Guide.of(options["guide"])
+        local["guide"] = replace(guide, g1=mine(guide.g1), g2=mine(guide.g2))
+    if "positives" in options:
+        local["positives"] = options["positives"][:, mine_of(rank, pairs, pairs, uneven)]
+    if "negatives" in options:  # [K, D] for all anchors are shared out, [B, n, D] belong to pairs
+        local["negatives"] = mine(options["negatives"], len(options["negatives"]))
+    return local
+
+
+def averaged(gradients) -> list[Tensor]:
+    """What DistributedDataParallel makes of the ranks' gradients."""
+    totals = [gradient.clone() for gradient in gradients]
+    for total in totals:
+        dist.all_reduce(total)
+    return [total / WORLD for total in totals]

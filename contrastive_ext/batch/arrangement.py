@@ -19,14 +19,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import numerics
 from ..problem.pairs import Gate
-from . import distributed
 from .cancellation import Judgement
 from .columns import Columns, ColumnSet, OwnColumns
+from .distributed import Ranks
 from .request import Request
 
 
@@ -62,20 +61,19 @@ class Arrangement:
         return numerics.rounding_of_logits(self.scale, *self.pair).repeat(self.pos.shape[0] // self.pair[0].shape[0])
 
 
-def arrangements(request: Request, scale: float | Tensor) -> tuple[Arrangement, ...]:
+def arrangements(request: Request, scale: float | Tensor, ranks: Ranks | None) -> tuple[Arrangement, ...]:
     """A checked request as one arrangement, or a symmetric one as two where its columns are more than its anchors.
 
     They are with a group, with columns of z2 beyond the pairs, and with explicit negatives.
     """
-    group = distributed.agree(request.group)  # the checks are done
     more = request.z2.shape[0] > request.z1.shape[0] or request.negatives is not None
-    if request.layout == "symmetric" and (more or group is not None):
+    if request.layout == "symmetric" and (more or ranks is not None):
         forward, backward = request.one_way_parts
-        return _arranged(forward, scale, group), _arranged(backward, scale, group)
-    return (_arranged(request, scale, group),)
+        return _arranged(forward, scale, ranks), _arranged(backward, scale, ranks)
+    return (_arranged(request, scale, ranks),)
 
 
-def _arranged(request: Request, scale: float | Tensor, group: dist.ProcessGroup | None) -> Arrangement:
+def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> Arrangement:
     batch, two_view, operand_dtype = request.z1.shape[0], request.layout == "two_view", request.operands
     operand = partial(numerics.operand, unit=request.normalize, dtype=operand_dtype)
     row_scale = scale
@@ -97,7 +95,7 @@ def _arranged(request: Request, scale: float | Tensor, group: dist.ProcessGroup 
     column_sets = []
     if request.in_batch_negatives:
         for own in _own_columns(request, u1, u2, judged, unit):
-            column_sets.append(own if group is None else _gathered(own, anchors, operand_dtype, group))
+            column_sets.append(own if ranks is None else _gathered(own, anchors, operand_dtype, ranks))
     if request.queue is not None:
         keys = request.queue.constant(operand_dtype)
         column_sets.append(
@@ -111,7 +109,7 @@ def _arranged(request: Request, scale: float | Tensor, group: dist.ProcessGroup 
         else:
             gate = _gate(request, judged, v, request.negatives, two_view)
             shared = ColumnSet(v, ids=request.negatives.ids, gate=gate, unit=unit)
-            column_sets.append(shared if group is None else _gathered(shared, anchors, operand_dtype, group))
+            column_sets.append(shared if ranks is None else _gathered(shared, anchors, operand_dtype, ranks))
 
     views = 2 if two_view or request.layout == "symmetric" else 1
     pos = scale * (u1 * partners).sum(-1)
@@ -199,16 +197,17 @@ def _kept(request: Request, judged: Judgement | None, v: Tensor, columns: Column
     return kept
 
 
-def _gathered(own: ColumnSet, anchors: Tensor, operand_dtype: torch.dtype, group: dist.ProcessGroup) -> ColumnSet:
+def _gathered(own: ColumnSet, anchors: Tensor, operand_dtype: torch.dtype, ranks: Ranks) -> ColumnSet:
     """The columns of every rank, in rank order; this rank's own begin at positive_offset."""
     rows = anchors if own.rows is None else own.rows
     v = rows if own.v is None else own.v
-    before = dist.get_rank(group) * len(v)
+    everyone = ranks.rows(v)
+    before = everyone.own.start
     return replace(
         own,
-        v=distributed.gather(v, group, operand_dtype),
+        v=everyone.gather(v, operand_dtype),
         positive_offset=before if own.num_images else 0,
         ignored=None if own.ignored is None else own.ignored + before,
-        ids=None if own.ids is None else distributed.gather(own.ids, group),
-        gate=own.gate and replace(own.gate, features=distributed.gather(own.gate.features, group), col_limit=None),
+        ids=None if own.ids is None else everyone.gather(own.ids),
+        gate=own.gate and replace(own.gate, features=everyone.gather(own.gate.features), col_limit=None),
     )

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..backends import dispatch
 from ..checks import can_read, check_choice, check_positive, describe
 from ..numerics import stats_dtype
+from . import distributed
+from .distributed import Ranks
 
 REDUCTIONS = ("mean", "sum", "none")
 Reduction = Literal["mean", "sum", "none"]
@@ -46,6 +48,15 @@ class Call:
         """Whether the reference computes, on whole matrices."""
         return self.backend == dispatch.REFERENCE
 
+    def agree(self, group: object, like: Tensor) -> Ranks | None:
+        """All ranks, whose checks are done too, once they make the same call; None for None.
+
+        like   [..., B, D], B of which this rank's mean is made
+        """
+        if group is not None and not self.is_dense:  # a backend may be missing on one rank
+            dispatch.select(self.backend, like.device, stats_dtype(like.dtype), like.dtype, like.shape[-1])
+        return distributed.agree(group, like.shape[-2])
+
     def scale(self, like: Tensor, rows: int = 1) -> float | Tensor:
         """1/temperature, a float or a tensor of the statistics dtype where `like` is; ValueError if not > 0.
 
@@ -73,11 +84,13 @@ class Call:
             check_positive(name, value, dtype)
         return value if by_scale else 1.0 / value
 
-    def reduce(self, losses: Tensor) -> Tensor:
+    def reduce(self, losses: Tensor, ranks: Ranks | None = None) -> Tensor:
         """Losses of rows under "mean", "sum" or "none"."""
         if self.reduction == "none":
             return losses
-        return losses.mean() if self.reduction == "mean" else losses.sum()
+        if self.reduction == "sum":
+            return losses.sum()
+        return losses.mean() if ranks is None or ranks.share == 1.0 else ranks.share * losses.mean()
 
 
 def check_call(arguments: dict) -> None:

@@ -7,7 +7,8 @@ all ranks say about a column is added up, and the owner of z gets
     d(sum_r L_r)/dz = W dL/dz
 
 DistributedDataParallel averages the parameters' gradients over ranks, which gives dL/dtheta exactly, and dL/dt for a
-learned temperature. Gathering and summing back are adjoint to each other, so both can be differentiated again.
+learned temperature. Gathering and summing back are adjoint to each other, so both can be differentiated again. Where
+ranks may have other numbers of anchors, n_r of n in all, L = 1/W sum_r (W n_r / n) L_r: the factor is `Ranks.share`.
 
 Ranks that say different things would hang a collective, garble its result or mean different losses. Hence a function
 with `group=` is one of `across_ranks`: it checks its arguments, calls `agree`, and only then gathers.
@@ -31,23 +32,88 @@ from torch import Tensor, nn
 _Function = TypeVar("_Function", bound=Callable)
 # What ranks may say differently: it changes neither values nor which collectives run.
 _OWN_BUSINESS = ("backend", "return_stats", "group")
+# What may have another number of rows with `uneven`. Rows are the last axis but one, of vectors the only one.
+_OF_ROWS = (
+    "z1", "z2", "ids", "labels", "guide", "positive_index", "negatives", "positives", "positive_weight", "tau_plus",
+    "temperature", "logit_scale", "row_loss", "features", "views", "support", "queries", "teacher", "keys", "q", "k",
+    "q_mix", "perm", "theta",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AllRanks:
     """`group=AllRanks()`: all ranks of the default process group, which is looked up at every call.
 
     It may be given to a module before `init_process_group`, is copied and pickled like a number, and raises a
     RuntimeError where a call finds torch.distributed not initialised. `torch.distributed.group.WORLD` is None until
     then, and None means this rank alone.
+
+    uneven  ranks may have other numbers of rows, as in the last batch of an epoch. A rank's "mean" is then multiplied
+            by W n_r / n, W ranks, n_r rows that enter its mean, n those of all ranks: the ranks' values average to the
+            mean over all rows, and their gradients to its gradient. "sum" and "none" are as ever. Every set of columns
+            costs one more small exchange. A rank without any row raises, on all ranks
     """
+
+    uneven: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.uneven, bool):
+            raise TypeError(f"uneven must be True or False; got {self.uneven!r:.60}.")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that make the same call, and what this rank's mean counts for in theirs."""
+
+    group: dist.ProcessGroup
+    device: torch.device  # where small numbers travel
+    uneven: bool = False
+    share: float = 1.0  # W n_r / n
+
+    def rows(self, local: Tensor) -> Rows:
+        """Whose rows are where, once `local` of all ranks is gathered; with `uneven` the ranks have to exchange it."""
+        n, world = local.shape[0], dist.get_world_size(self.group)
+        if not self.uneven:
+            return Rows(self.group, (n,) * world)
+        return Rows(self.group, tuple(_all_gather(torch.tensor([n], device=self.device), self.group).tolist()))
+
+    def mean(self, number: Tensor) -> Tensor:
+        """The mean over ranks of a 0-d tensor of theirs."""
+        return _all_gather(number[None], self.group).mean()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of all ranks in rank order, and how many each of them has."""
+
+    group: dist.ProcessGroup
+    numbers: tuple[int, ...]
+
+    @property
+    def own(self) -> slice:
+        """Where this rank's are."""
+        rank = dist.get_rank(self.group)
+        begin = sum(self.numbers[:rank])
+        return slice(begin, begin + self.numbers[rank])
+
+    @property
+    def differ(self) -> bool:
+        """Whether ranks have other numbers of rows."""
+        return len(set(self.numbers)) > 1
+
+    def gather(self, local: Tensor, wire: torch.dtype | None = None) -> Tensor:
+        """Every rank's `local` [n, ...]; a gradient goes back as the sum over ranks.
+
+        wire   a dtype that holds the values of `local`, in which to send them; gradients travel in the dtype of `local`
+        """
+        return _Gather.apply(local, self, wire or local.dtype)
 
 
 def across_ranks(function: _Function) -> _Function:
     """Let `function`, which has a keyword `group`, be called with a process group or `AllRanks`.
 
-    It has to call `agree(group)` once, after its checks and before any collective. An error until then is told to the
-    other ranks, which raise too instead of waiting. The whole call stays outside the graphs of torch.compile, so that
+    It has to call `agree` once, after its checks and before any collective. An error until then is told to the other
+    ranks, which raise too instead of waiting. The whole call stays outside the graphs of torch.compile, so that
     values and gradients are those of eager mode with every compiler.
     """
     parameters = inspect.signature(function).parameters
@@ -65,31 +131,30 @@ def across_ranks(function: _Function) -> _Function:
     return cast(_Function, call)
 
 
-def agree(group: object) -> dist.ProcessGroup | None:
-    """The process group, once every rank is known to make the same call; None for None.
+def agree(group: object, rows: int = 1) -> Ranks | None:
+    """All ranks, once every one is known to make the same call; None for None.
 
-    Ranks compare two numbers, a checksum and the length of what they say, in one small collective: on the host where
-    the group has a backend for it ("cpu:gloo,cuda:nccl"), else on the accelerator, which is then waited for.
-    ValueError on every rank where one refused its arguments or they differ, naming ranks and arguments.
+    rows   how many enter the mean of this rank, or a multiple that is the same on all ranks
+
+    Ranks exchange three numbers, a checksum and the length of what they say and their rows, in one small collective: on
+    the host where the group has a backend for it ("cpu:gloo,cuda:nccl"), else on the accelerator, which is then waited
+    for. ValueError on every rank where one refused its arguments or they differ, naming ranks and arguments.
     """
     if group is None:
         return None
     assert isinstance(group, _Call), "only functions of across_ranks agree"
-    group.agree()
-    return group.group
+    return group.agree(rows)
 
 
-def gather(local: Tensor, group: dist.ProcessGroup, wire: torch.dtype | None = None) -> Tensor:
-    """Rows of every rank's `local` [n, ...], in rank order; a gradient goes back as the sum over ranks.
-
-    wire   a dtype that holds the values of `local`, in which to send them; gradients travel in the dtype of `local`
-    """
-    return _Gather.apply(local, group, wire or local.dtype)
+def size(group: object) -> int:
+    """How many ranks will call the function of `across_ranks` that was given this group; 1 without any."""
+    return dist.get_world_size(group.group) if isinstance(group, _Call) else 1
 
 
 def _together(function: Callable, args: tuple, group: object, options: dict, said: dict[str, Any]):
     """The call of a function of `across_ranks` on this rank, whatever the others do with theirs."""
-    call = _Call(_process_group(group), function.__name__, said)
+    uneven = isinstance(group, AllRanks) and group.uneven
+    call = _Call(_process_group(group), function.__name__, said, uneven)
     try:
         result = function(*args, group=call, **options)
     except Exception as error:
@@ -119,14 +184,14 @@ def _process_group(group: object) -> dist.ProcessGroup:
 class _Call:
     """A call that every rank of a group makes: its name, its arguments, and whether the ranks have met over it."""
 
-    def __init__(self, group: dist.ProcessGroup, name: str, arguments: dict[str, Any]):
-        self.group, self.name, self.arguments = group, name, arguments
+    def __init__(self, group: dist.ProcessGroup, name: str, arguments: dict[str, Any], uneven: bool):
+        self.group, self.name, self.arguments, self.uneven = group, name, arguments, uneven
         self.has_met = False
 
-    def agree(self) -> None:
-        """ValueError unless all ranks say the same."""
-        said = {n: _describe(x) for n, x in self.arguments.items() if n not in _OWN_BUSINESS}
-        everyone = self._meet({"function": self.name, **said})
+    def agree(self, rows: int) -> Ranks:
+        """What the ranks are to each other; ValueError unless all say the same."""
+        said = {n: self._said_of(n, x) for n, x in self.arguments.items() if n not in _OWN_BUSINESS}
+        numbers, everyone = self._meet({"function": self.name, "uneven": repr(self.uneven), **said}, rows)
         for rank, other in enumerate(everyone):
             if "refused" in other:
                 raise ValueError(f"rank {rank} of the group refused this call: {other['refused']}")
@@ -137,23 +202,31 @@ class _Call:
         if different:
             what = "; ".join(f"{name} is {value}" for name, value in different.items())
             raise ValueError(f"every rank of the group must make the same call, but {what}.")
+        share = rows * len(numbers) / sum(numbers) if self.uneven else 1.0
+        return Ranks(self.group, self._device(), self.uneven, share)
+
+    def _said_of(self, name: str, x: object) -> str:
+        if not self.uneven or name not in _OF_ROWS:
+            return _describe(x)
+        return _describe(x, first=name == "negatives", uneven=True)  # [B, n, D] of these
 
     def refuse(self, error: Exception) -> None:
         """Tell the others, who are waiting in `agree`, why this rank raises."""
         self._meet({"refused": f"{type(error).__name__}: {error}"})
 
-    def _meet(self, said: dict[str, str]) -> list[dict[str, str]]:
-        """What every rank says, in rank order; nothing if all say the same."""
+    def _meet(self, said: dict[str, str], rows: int = 0) -> tuple[list[int], list[dict[str, str]]]:
+        """The rows of every rank and what each says, in rank order; nothing of this if all say the same."""
         self.has_met = True
         text = json.dumps(said, sort_keys=True).encode()
         device = self._device()
-        mine = torch.tensor([[zlib.crc32(text), len(text)]], device=device)
+        mine = torch.tensor([[zlib.crc32(text), len(text), rows]], device=device)
         everyone = _all_gather(mine, self.group).tolist()
-        if all(x == everyone[0] for x in everyone):
-            return []
-        longest = max(length for _, length in everyone)
+        numbers = [n for *_, n in everyone]
+        if all(x[:2] == everyone[0][:2] for x in everyone):
+            return numbers, []
+        longest = max(length for _, length, _ in everyone)
         padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8)[None].to(device)
-        return [json.loads(bytes(row)) for row in _all_gather(padded, self.group).tolist()]
+        return numbers, [json.loads(bytes(row)) for row in _all_gather(padded, self.group).tolist()]
 
     def _device(self) -> torch.device:
         served = [pair.partition(":")[0] for pair in dist.get_backend_config(self.group).split(",")]
@@ -177,15 +250,21 @@ def _by_rank(values: list[str]) -> str:
     return ", ".join(parts)
 
 
-def _describe(x: object) -> str:
-    """What has to be equal on all ranks: of tensors all but the values, of others the value, or the type."""
+def _describe(x: object, first: bool = False, uneven: bool = False) -> str:
+    """What has to be equal on all ranks: of tensors all but the values, of others the value, or the type.
+
+    uneven  the number of rows may differ; `first`: rows are the first axis of everything
+    """
     if isinstance(x, Tensor):
         gradient = " with gradient" if x.requires_grad and torch.is_grad_enabled() else ""
-        return f"{x.dtype} {list(x.shape)} on {x.device.type}{gradient}"
+        shape = list(map(str, x.shape))
+        if uneven and shape:
+            shape[0 if first else max(-2, -len(shape))] = "*"
+        return f"{x.dtype} [{', '.join(shape)}] on {x.device.type}{gradient}"
     if isinstance(x, (tuple, list)):
-        return f"({', '.join(map(_describe, x))})"
+        return f"({', '.join(_describe(y, first, uneven) for y in x)})"
     if is_dataclass(x):
-        values = (f"{f.name}={_describe(getattr(x, f.name))}" for f in fields(x))
+        values = (f"{f.name}={_describe(getattr(x, f.name), first, uneven)}" for f in fields(x))
         return f"{type(x).__name__}({', '.join(values)})"
     if x is None or isinstance(x, (str, Number, torch.dtype, nn.Module)):
         return repr(x)
@@ -202,24 +281,36 @@ def _all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, local: Tensor, group: dist.ProcessGroup, wire: torch.dtype) -> Tensor:
-        ctx.group = group
-        return _all_gather(local.to(wire).contiguous(), group).to(local.dtype)
+    def forward(ctx, local: Tensor, rows: Rows, wire: torch.dtype) -> Tensor:
+        ctx.rows = rows
+        most = max(rows.numbers)
+        everyone = _all_gather(_padded(local.to(wire), most).contiguous(), rows.group)
+        if rows.differ:
+            everyone = torch.cat([x[:n] for x, n in zip(everyone.split(most), rows.numbers, strict=True)])
+        return everyone.to(local.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _SumToOwner.apply(grad, ctx.group), None, None
+        return _SumToOwner.apply(grad, ctx.rows), None, None
 
 
 class _SumToOwner(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, everyone: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        own = everyone.new_empty(len(everyone) // dist.get_world_size(group), *everyone.shape[1:])
+    def forward(ctx, everyone: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        most = max(rows.numbers)
+        if rows.differ:
+            everyone = torch.cat([_padded(x, most) for x in everyone.split(rows.numbers)])
+        own = everyone.new_empty(most, *everyone.shape[1:])
         collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        collective(own, everyone.contiguous(), group=group)
-        return own
+        collective(own, everyone.contiguous(), group=rows.group)
+        return own[: rows.numbers[dist.get_rank(rows.group)]]
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return gather(grad, ctx.group), None
+        return ctx.rows.gather(grad), None
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros at its end."""
+    return x if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])

@@ -69,7 +69,8 @@ class NegativeQueue(nn.Module):
 
         ids    [n] integers > -2^63 + 2, to ignore a key for anchors of the same id
         group  `AllRanks()` or a torch.distributed process group: keys of all its ranks are appended in rank order, so
-               that the queue stays the same everywhere; every rank must bring the same n
+               that the queue stays the same everywhere; every rank must bring the same n, or any
+               n with `AllRanks(uneven=True)`
         """
         size, dim = self.data.shape
         device = self.data.device
@@ -81,9 +82,10 @@ class NegativeQueue(nn.Module):
         else:
             ids = integers("ids", ids, keys.shape[0], device)
         keys = keys.detach()
-        process_group = distributed.agree(group)
-        if process_group is not None:
-            keys, ids = distributed.gather(keys, process_group), distributed.gather(ids, process_group)
+        ranks = distributed.agree(group)
+        if ranks is not None:
+            everyone = ranks.rows(keys)
+            keys, ids = everyone.gather(keys), everyone.gather(ids)
         appended = keys.shape[0]
         last = torch.arange(max(0, appended - size), appended, device=self.data.device)
         slots = (self.pointer + last) % size

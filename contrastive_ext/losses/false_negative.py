@@ -17,9 +17,11 @@ from functools import reduce
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import numerics
+from ..batch import distributed
 from ..batch.call import Call
 from ..batch.columns import Columns, keys_alone
 from ..batch.detection import Candidates, Detected, Lists, detect
@@ -62,6 +64,7 @@ class FalseNegativeStats:
 
 
 @returns_stats
+@distributed.across_ranks
 def fused_false_negative_loss(
     views: Tensor,
     temperature: float | Tensor | None = None,
@@ -79,6 +82,7 @@ def fused_false_negative_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
     backend: str = "auto",
+    group: dist.ProcessGroup | distributed.AllRanks | None = None,
 ) -> Tensor | tuple[Tensor, FalseNegativeStats]:
     """InfoNCE over views [V, B, D], views first, that detects false negatives and eliminates or attracts them (FNC).
 
@@ -102,6 +106,9 @@ def fused_false_negative_loss(
     reduction    "mean" over V B anchors, "sum" or "none"; the released total is twice this mean
     return_stats also return a `FalseNegativeStats`
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    group        `AllRanks()` or a process group as in `fused_row_loss`: columns, and so F, are of all its ranks (ties:
+                 own columns, then lower ranks), loss and statistics of a rank's own images, which its own `support` or
+                 `keys` score; the queue has to be the same on all ranks
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [V, B] for "none"
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
     Memory       O(V B D + K D + B top_k); time O(V^2 B^2 D); a threshold alone is asked again in every pass, which
@@ -118,10 +125,12 @@ def fused_false_negative_loss(
     labels = _check(views, support, keys, labels)
     older = keys_alone(queue, views, normalize, ids=True)
     with numerics.without_autocast(views):
-        batch = _arrange(views, call.scale(views), support, aggregate, keys, older, normalize)
+        scale = call.scale(views)
+        ranks = call.agree(group, views)
+        batch = _arrange(views, scale, support, aggregate, keys, older, labels, normalize, ranks)
         road = _dense if call.is_dense else _streamed
         losses, count, detected = road(batch, mode, top_k, threshold, backend)
-        loss = call.reduce(losses)
+        loss = call.reduce(losses, ranks)
         if not return_stats:
             return loss
         return loss, _summarize(batch, detected, count, labels)
@@ -130,13 +139,13 @@ def fused_false_negative_loss(
 @dataclass(frozen=True)
 class _Batch:
     views: Tensor  # [V, B, D]
-    columns: tuple[Tensor, ...]  # [M, D] each; the first shows the images
+    columns: tuple[Tensor, ...]  # [M, D] each; the first shows the images, others are those of other ranks and a queue
     own_columns: bool  # the first are the anchors themselves
     candidates: list[Candidates]  # what is scored: the same columns without gradient
     scorers: Tensor  # [S, B, D]
     scale: float | Tensor
     positives: Tensor  # [V B, V - 1] logits of the other views
-    unit: bool
+    unit: tuple[bool, ...]  # of each of the columns
     operand_dtype: torch.dtype
 
     @property
@@ -149,7 +158,7 @@ class _Batch:
         return x.view(self.views.shape[:2])
 
 
-def _arrange(views, scale, support, aggregate, keys, queue: Columns | None, normalize) -> _Batch:
+def _arrange(views, scale, support, aggregate, keys, queue: Columns | None, labels, normalize, ranks) -> _Batch:
     num_views, images, _ = views.shape
     anchors = numerics.operand(views, normalize)
     older = None if queue is None else queue.as_set(views.dtype)
@@ -166,13 +175,31 @@ def _arrange(views, scale, support, aggregate, keys, queue: Columns | None, norm
 
     columns = [shown.flatten(0, 1)]
     candidates = [Candidates(columns[0].detach(), num_images=images)]
+    if ranks is not None:
+        for of_others, ids in _of_other_ranks(columns[0], views.dtype, labels, ranks):
+            columns.append(of_others)
+            candidates.append(Candidates(of_others.detach(), ids=ids))
+    unit = [normalize] * len(columns)
     if older is not None:
         columns.append(older.keys)
         candidates.append(Candidates(older.keys, ids=older.ids))
+        unit.append(False)
     return _Batch(
         anchors, tuple(columns), keys is None, candidates, scorers, scale, positives.flatten(0, 1),
-        normalize, views.dtype,
+        tuple(unit), views.dtype,
     )  # fmt: skip
+
+
+def _of_other_ranks(own: Tensor, wire: torch.dtype, labels: Tensor | None, ranks) -> list[tuple[Tensor, Tensor | None]]:
+    """Columns of the lower and of the higher ranks, where there are any, and their labels."""
+    everyone = ranks.rows(own)
+    here, columns = everyone.own, everyone.gather(own, wire)
+    sizes = [here.start, own.shape[0], columns.shape[0] - here.stop]
+    lower, _, higher = columns.split(sizes)
+    ids = [None] * 3
+    if labels is not None:
+        ids = everyone.gather(labels.repeat(own.shape[0] // labels.shape[0])).split(sizes)
+    return [(x, known) for x, known in ((lower, ids[0]), (higher, ids[2])) if x.shape[0]]
 
 
 def _streamed(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tensor, Detected]:
@@ -184,7 +211,7 @@ def _streamed(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, T
         one_set = at == 0 and batch.own_columns and "gate" not in rules
         swept = row_stats(
             batch.anchors, None if one_set else columns, scale=batch.scale, num_images=candidates.num_images,
-            col_ids=candidates.ids, unit=batch.unit and at == 0, operand_dtype=batch.operand_dtype, backend=backend,
+            col_ids=candidates.ids, unit=batch.unit[at], operand_dtype=batch.operand_dtype, backend=backend,
             **rules,
         )  # fmt: skip
         lses.append(swept.lse[0])
@@ -215,7 +242,7 @@ def _dense(batch: _Batch, mode, top_k, threshold, backend) -> tuple[Tensor, Tens
     image = torch.arange(batch.anchors.shape[0], device=device) % images
     exists = torch.ones(columns.shape[0], dtype=torch.bool, device=device)
     if batch.candidates[-1].ids is not None:
-        exists[batch.anchors.shape[0] :] = batch.candidates[-1].ids != UNFILLED
+        exists[-batch.columns[-1].shape[0] :] = batch.candidates[-1].ids != UNFILLED
 
     candidate = (image_of_column != torch.arange(images, device=device)[:, None]) & exists
     scores = (batch.scorers @ columns.detach().T).amax(0)

@@ -111,10 +111,10 @@ def fused_row_loss(
                  torch.float16 or torch.bfloat16 for float32 z1 and z2: products at the 16-bit rate of a GPU from unit
                  rows rounded once (fp16 keeps as much of them as TF32); everything else and the gradients stay float32
     group        `AllRanks()` or a torch.distributed process group: candidates are those of all its ranks. Every rank
-                 makes the same call with as many rows (`backend` and `return_stats` may differ), gets loss and
-                 statistics of its own anchors and calls backward; what DistributedDataParallel averages is then
-                 exactly the gradient of the mean over all anchors, a learned temperature's too. Under torch.compile
-                 the call is a graph break.
+                 makes the same call with as many rows (`backend` and `return_stats` may differ, with
+                 `AllRanks(uneven=True)` numbers of rows too), gets loss and statistics of its own anchors and calls
+                 backward; what DistributedDataParallel averages is then exactly the gradient of the mean over all
+                 anchors, a learned temperature's too. Under torch.compile the call is a graph break.
                  [K, D] `negatives` are gathered as z2 is, [B, n, D] and `positives` stay with their anchors, a queue
                  has to be the same on all ranks (`enqueue(keys, group=group)`)
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [2B] (two_view; symmetric: rows, then columns) or
@@ -160,13 +160,14 @@ def _computed(row_loss: RowLoss, request: Request) -> Tensor | tuple[Tensor, Los
                     warn_if_clamped(lambda: clamped, z1.device)
                 return loss
         road = _dense if request.is_dense else _streamed
-        batches = arrangements(request, scale)
+        ranks = distributed.agree(request.group, z1.shape[0])  # the checks are done
+        batches = arrangements(request, scale, ranks)
         total, rows, parts = sum(batch.pos.shape[0] for batch in batches), 0, []
         for batch in batches:
             own = slice(rows, rows := rows + batch.pos.shape[0])
             parts.append(road(row_loss.of_rows(own, total), batch, request.return_stats, backend))
         losses, stats, diagnostics = _end_to_end(parts)
-        loss = request.reduce(losses)
+        loss = request.reduce(losses, ranks)
         if diagnostics is None:
             return loss
         rounding = torch.cat([batch.rounding() for batch in batches])

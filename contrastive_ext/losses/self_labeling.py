@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import numerics
+from ..batch import distributed
 from ..batch.call import Call
 from ..batch.columns import Columns, ColumnSet
 from ..batch.queue import NegativeQueue
@@ -62,9 +64,10 @@ class SelfLabelingStats(Record):
 
 
 class Mixing(NamedTuple):
-    """Which images were mixed: theta_i of image i and 1 - theta_i of image perm_i."""
+    """Which images were mixed: theta_i of image i and 1 - theta_i of image perm_i, whose key is row `partner`_i."""
 
     perm: Tensor
+    partner: Tensor
     theta: Tensor
 
 
@@ -78,6 +81,7 @@ class Labels(NamedTuple):
 
 
 @returns_stats
+@distributed.across_ranks
 def fused_self_labeling_loss(
     q: Tensor,
     k: Tensor,
@@ -94,6 +98,7 @@ def fused_self_labeling_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
     backend: str = "auto",
+    group: dist.ProcessGroup | distributed.AllRanks | None = None,
 ) -> Tensor | tuple[Tensor, SelfLabelingStats]:
     """Self-labelling refinery with momentum mixup (SANE), without forming any of the three s x (s + K) matrices.
 
@@ -112,9 +117,11 @@ def fused_self_labeling_loss(
     reduction    "mean", "sum" or "none"
     return_stats also return a `SelfLabelingStats` record from the same sweeps
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    group        `AllRanks()` or a process group as in `fused_row_loss`: keys are the k of all its ranks and the queue,
+                 which has to be the same on all; the loss is of a rank's own images, among which `perm` mixes
     Returns      0-d float32 (float64 for float64 inputs) or [s] ("none"); nats
-    Raises       ValueError/TypeError on shapes, dtypes, ranges and for s = 1 without any queue, which leaves nothing to
-                 compare with; RuntimeError if `backend` cannot run, with the reason
+    Raises       ValueError/TypeError on shapes, dtypes, ranges and for one image in all without any queue, which leaves
+                 nothing to compare with; RuntimeError if `backend` cannot run, with the reason
     Memory       O((s + K) D), the queue is not copied; 12 s (s + K) D flops in the forward, the backward is O(s D)
     Paper        arXiv:2106.14749. CIFAR-10: these defaults, K = 4096, mu 0 -> 1; ImageNet: t' 1, mu .5 -> 10, K = 65536
     """
@@ -124,65 +131,73 @@ def fused_self_labeling_loss(
     )  # fmt: skip
     call.check_values()
     check_values(label_temperature, mu, lam)
-    _check(q, k, queue, q_mix, perm, theta, label_temperature, mu)
+    _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, distributed.size(group))
     with numerics.without_autocast(q):
         dtype = numerics.stats_dtype(q.dtype)
         scale = call.scale(q)
         label_scale = (scale.detach() if isinstance(scale, Tensor) else scale) / label_temperature
         if not isinstance(label_scale, Tensor) or can_read(label_scale):
             check_positive("1/(temperature * label_temperature)", float(label_scale), dtype)
+        older = older_keys(queue, q, normalize)
+        ranks = call.agree(group, q)
+        k, own = numerics.operand(k, normalize).detach(), slice(0, k.shape[0])
+        if ranks is not None:
+            everyone = ranks.rows(k)
+            k, own = everyone.gather(k, q.dtype), everyone.own
         images = torch.arange(k.shape[0], device=k.device)
-        keys = [ColumnSet(numerics.operand(k, normalize).detach(), ids=images, unit=normalize)]
-        keys += older_keys(queue, q, normalize)
+        keys = [ColumnSet(k, ids=images, unit=normalize), *older]
         x, mixing = numerics.operand(q, normalize), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
-            mixing = Mixing(perm, weight.expand(q.shape[0]))
+            mixing = Mixing(perm, perm + own.start if own.start else perm, weight.expand(q.shape[0]))
             x = torch.cat([x, numerics.operand(q_mix, normalize)])
         if queue is not None:
             x = numerics.spoil(x, keys[-1].keys)
         road = _dense if call.is_dense else _streamed
-        terms, stats = road(x, keys, mixing, scale, label_scale, mu, q.dtype, return_stats, backend)
+        terms, stats = road(x, keys, own, mixing, scale, label_scale, mu, q.dtype, return_stats, backend)
         losses = terms[0] if mixing is None else torch.lerp(terms[0], terms[1], lam)
-        loss = call.reduce(losses)
+        loss = call.reduce(losses, ranks)
     return loss if stats is None else (loss, stats)
 
 
-def _streamed(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats, backend):
-    """CE(q, e) [s] and, with mixing, CE(q_mix, y') [s]; x holds the rows of q and then those of q_mix."""
-    k, images = keys[0].keys, keys[0].ids
+def _streamed(x, keys, own, mixing, scale, label_scale, mu, operand_dtype, return_stats, backend):
+    """CE(q, e) [s] and, with mixing, CE(q_mix, y') [s]; x holds the rows of q and then those of q_mix.
+
+    own  the rows of keys[0] that are the positives of q
+    """
+    k, images = keys[0].keys, keys[0].ids[own]
     positive, labels, pull = images, None, None
     if mixing is not None:
         heavier, lighter = _by_weight(mixing, images)
         with torch.no_grad():
-            labels, shift = _labels(k, keys, label_scale, mu, operand_dtype, backend)
+            labels, shift = _labels(k[own], images, keys, label_scale, mu, operand_dtype, backend)
             # the mean key under y', seen from the heavier image's: differences only, so that a sharp label keeps digits
             minor = torch.minimum(mixing.theta, 1 - mixing.theta)[:, None]
             pull = minor * (k[lighter] - k[heavier]) + torch.lerp(shift[mixing.perm], shift, mixing.theta[:, None])
         positive = torch.cat([images, heavier])
     swept = sweep_keys(x, keys, scale, operand_dtype, backend, leave_out=positive, maximum=return_stats)
     pos = scale * (x * k[positive]).sum(1)
-    losses, s = softplus(swept.lse - pos), k.shape[0]
+    losses, s = softplus(swept.lse - pos), images.shape[0]
     terms = [losses[:s]]
     if pull is not None:
         terms.append(losses[s:] - scale * (x[s:] * pull).sum(1))
     if not return_stats:
         return terms, None
     with torch.no_grad():
-        rounding = numerics.rounding_of_logits(scale, x[:s], k)
+        rounding = numerics.rounding_of_logits(scale, x[:s], k[own])
         wins = pos[:s] > swept.largest[:s] + rounding
         return terms, _stats(terms, wins, pos[:s] / scale, labels, swept.number[0] + 1)
 
 
 def _by_weight(mixing: Mixing, images: Tensor) -> tuple[Tensor, Tensor]:
-    """[s] the image that weighs more in each mixed pair, and the other."""
+    """[s] the key of the image that weighs more in each mixed pair, and the other's."""
     second = mixing.theta < 0.5
-    return torch.where(second, mixing.perm, images), torch.where(second, images, mixing.perm)
+    return torch.where(second, mixing.partner, images), torch.where(second, images, mixing.partner)
 
 
-def _labels(k, keys, label_scale, mu, operand_dtype, backend) -> tuple[Labels, Tensor]:
-    """The labels, and the mean key under each seen from its own key [s, D]."""
-    swept = sweep_keys(k, keys, label_scale, operand_dtype, backend, leave_out=keys[0].ids, means=True, maximum=True)
+def _labels(k, images, keys, label_scale, mu, operand_dtype, backend) -> tuple[Labels, Tensor]:
+    """The labels of the images whose keys are k [s, D], and the mean key under each seen from its own key [s, D]."""
+    swept = sweep_keys(k, keys, label_scale, operand_dtype, backend, leave_out=images, means=True, maximum=True)
     own = label_scale * (k * k).sum(1)
     p_own, p_others = torch.sigmoid(own - swept.lse), torch.sigmoid(swept.lse - own)
     max_q = swept.largest_weight()
@@ -200,13 +215,14 @@ def _weights(max_p: Tensor, max_q: Tensor, mu: float) -> tuple[Tensor, Tensor]:
     return mu * max_p / z, mu * max_q / z
 
 
-def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats, backend):
+def _dense(x, keys, own_rows, mixing, scale, label_scale, mu, operand_dtype, return_stats, backend):
     """The paper's formulas on whole matrices; twice differentiable."""
-    k, everything = keys[0].keys, dense_keys(keys)
+    k, everything = keys[0].keys[own_rows], dense_keys(keys)
     s, num_keys = k.shape[0], everything.shape[0]
-    own = torch.eye(s, num_keys, dtype=torch.bool, device=k.device)
+    own = torch.arange(num_keys, device=k.device) == keys[0].ids[own_rows, None]
     logits = scale * numerics.product(x, everything.T)
-    terms, labels = [_instance_loss(logits[:s], own)], None
+    own_logit = logits[:s].diagonal(own_rows.start)
+    terms, labels = [_instance_loss(logits[:s], own_logit, own)], None
     if mixing is not None:
         similarities = label_scale * (k @ everything.T)
         p = similarities.softmax(1)
@@ -215,19 +231,17 @@ def _dense(x, keys, mixing, scale, label_scale, mu, operand_dtype, return_stats,
         y = (1 - alpha - beta)[:, None] * own + alpha[:, None] * p + beta[:, None] * q
         theta = mixing.theta[:, None]
         terms.append(cross_entropy(logits[s:], theta * y + (1 - theta) * y[mixing.perm]))
-        labels = Labels(1 - y.diagonal(), alpha, beta, entropy(y))
+        labels = Labels(1 - y.diagonal(own_rows.start), alpha, beta, entropy(y))
     if not return_stats:
         return terms, None
     with torch.no_grad():
-        own_logit = logits[:s].diagonal()
         rounding = numerics.rounding_of_logits(scale, x[:s], k)
         wins = own_logit > logits[:s].masked_fill(own, -torch.inf).amax(1) + rounding
         return terms, _stats(terms, wins, own_logit / scale, labels, k.new_full((), float(num_keys)))
 
 
-def _instance_loss(logits: Tensor, own: Tensor) -> Tensor:
+def _instance_loss(logits: Tensor, own_logit: Tensor, own: Tensor) -> Tensor:
     """CE(q, e) [s] as log(1 + others/own): a converged row keeps its gradient."""
-    own_logit = logits.diagonal()
     if logits.shape[1] == 1:
         return 0.0 * own_logit
     return softplus(logits.masked_fill(own, -torch.inf).logsumexp(1) - own_logit)
@@ -262,12 +276,12 @@ def check_values(label_temperature: float, mu: float, lam: float) -> None:
         raise ValueError(f"lam, the share of the mixed term, must be in [0, 1]; got {lam}.")
 
 
-def _check(q, k, queue, q_mix, perm, theta, label_temperature, mu) -> None:
+def _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, ranks) -> None:
     check_vectors({"q": q, "k": k} | ({} if q_mix is None else {"q_mix": q_mix}))
     for name, z in (("k", k), ("q_mix", q_mix)):
         if z is not None and z.shape != q.shape:
             raise ValueError(f"{name} must be [s, D] like q; got {list(z.shape)} and {list(q.shape)}.")
-    if q.shape[0] == 1 and _is_empty(queue):
+    if q.shape[0] * ranks == 1 and _is_empty(queue):
         raise ValueError("one image and no filled queue leave no key to compare with; enqueue keys or use s >= 2.")
     dtype = numerics.stats_dtype(q.dtype)
     check_positive("label_temperature", label_temperature, dtype)

@@ -10,14 +10,16 @@ in the forward; neither the targets nor the probabilities are ever stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import numerics
+from ..batch import distributed
 from ..batch.call import Call
 from ..batch.columns import Columns, ColumnSet, keys_alone
 from ..batch.queue import NegativeQueue
@@ -48,6 +50,7 @@ class SoftTargetStats(Record):
 
 
 @returns_stats
+@distributed.across_ranks
 def fused_soft_target_loss(
     queries: Tensor,
     keys: Tensor | NegativeQueue,
@@ -60,6 +63,7 @@ def fused_soft_target_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
     backend: str = "auto",
+    group: dist.ProcessGroup | distributed.AllRanks | None = None,
 ) -> Tensor | tuple[Tensor, SoftTargetStats]:
     """Cross-entropy between two distributions over keys, without forming either of the N x M matrices.
 
@@ -75,6 +79,9 @@ def fused_soft_target_loss(
     reduction    "mean", "sum" or "none"
     return_stats also return a `SoftTargetStats` record from the same sweeps
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
+    group        `AllRanks()` or a process group as in `fused_row_loss`: the distributions are over the keys of all its
+                 ranks, [M, D] on each, the loss is that of a rank's own queries. A NegativeQueue, `keys` or `queue`,
+                 and a tensor as `queue` have to be the same on all ranks and are not gathered
     Returns      0-d float32 (float64 for float64 inputs) or [N] ("none"); nats. A row without any key has loss 0.
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
     Memory       O((N + M) D), the keys are not copied; 8 N M D flops in the forward, the backward is O(N D)
@@ -94,12 +101,16 @@ def fused_soft_target_loss(
     with numerics.without_autocast(queries):
         scale = call.scale(queries)
         sets = [_given_keys(keys, queries, normalize), *older_keys(queue, queries, normalize)]
+        ranks = call.agree(group, queries)
+        if ranks is not None and isinstance(keys, Tensor):
+            own = sets[0].keys
+            sets[0] = replace(sets[0], v=ranks.rows(own).gather(own, queries.dtype))
         road = _dense if call.is_dense else _streamed
         x, u = numerics.operand(queries, normalize), numerics.operand(teacher, normalize).detach()
         for one in sets:
             x = numerics.spoil(x, one.keys)
         losses, stats = road(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
-        loss = call.reduce(losses)
+        loss = call.reduce(losses, ranks)
     return loss if stats is None else (loss, stats)
 
 

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import numerics
-from ..backends import dispatch
 from ..batch import distributed
 from ..batch.call import Call
 from ..checks import check_choice, describe
@@ -96,28 +95,25 @@ def fused_supcon_loss(
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = call.scale(features)
-        if group is not None and not call.is_dense:  # it may be missing on one rank
-            dispatch.select(backend, features.device, dtype, features.dtype, features.shape[-1])
-        process_group = distributed.agree(group)  # the checks are done
+        ranks = call.agree(group, features)
         z = numerics.operand(features, normalize).flatten(0, -2)
         row_labels = labels.repeat(z.shape[0] // labels.shape[0])
         columns, column_labels, own = z, row_labels, slice(0, z.shape[0])
-        if process_group is not None:
-            columns = distributed.gather(z, process_group, features.dtype)
-            column_labels = distributed.gather(row_labels, process_group)
-            rank = dist.get_rank(process_group)
-            own = slice(rank * z.shape[0], (rank + 1) * z.shape[0])
+        if ranks is not None:
+            everyone = ranks.rows(z)
+            columns, column_labels = everyone.gather(z, features.dtype), everyone.gather(row_labels)
+            own = everyone.own
         if call.is_dense:
             losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
             positive_mean, number, pairs = _class_means(columns, column_labels)
             ids = row_ids = pairs if positives == "out" else column_labels
-            if process_group is not None:
+            if ranks is not None:
                 positive_mean, number, row_ids = positive_mean[own], number[own], ids[own]
             pos = scale * (z * positive_mean).sum(1)
             how = {
-                "v": None if process_group is None else columns, "num_images": z.shape[0],
-                "positive_offset": own.start, "row_ids": row_ids, "col_ids": None if process_group is None else ids,
+                "v": None if ranks is None else columns, "num_images": z.shape[0],
+                "positive_offset": own.start, "row_ids": row_ids, "col_ids": None if ranks is None else ids,
                 "scale": scale, "unit": normalize,
                 "operand_dtype": features.dtype, "backend": backend,
             }  # fmt: skip
@@ -125,8 +121,8 @@ def fused_supcon_loss(
         has_positives = number > 0
         losses = torch.where(has_positives, losses, 0.0 * z.sum(1))  # 0, but NaN where the row holds one
         rows = has_positives.sum()
-        if process_group is not None:  # their mean over ranks: what the ranks average is then the mean over all rows
-            rows = distributed.gather(rows[None], process_group).to(dtype).mean()
+        if ranks is not None:  # their mean over ranks: what the ranks average is then the mean over all rows
+            rows = ranks.mean(rows.to(dtype))
         if reduction == "none":
             loss = losses.view(features.shape[:-1])
         else:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import contrastive_ext as ce
 from rows import LOSSES, RANKED, RANKED_USAGES, USAGES, Loss, random_pairs
-from two_ranks import WORLD, assert_same, on_both_ranks
+from two_ranks import WORLD, assert_same, averaged, mine_of, on_both_ranks, shard
 
 PAIRS, FEATURES = 12, 5  # pairs of all ranks together
 BACKENDS = [name for name in ("torch", "cpu", "reference") if name in ce.available_backends()]
@@ -33,36 +33,6 @@ def _case_name(loss, usage, backend) -> str:
     return f"{loss.name}-{usage.name}-{backend}"
 
 
-def _mine(rank: int, length: int, pairs: int = PAIRS) -> Tensor:
-    """Indices of this rank's rows of `length` whose first `pairs` belong to pairs; the rest is shared out as well."""
-    return torch.cat([torch.arange(pairs).chunk(WORLD)[rank], torch.arange(pairs, length).chunk(WORLD)[rank]])
-
-
-def _shard(rank: int, options: dict) -> dict:
-    """This rank's part of the keywords of a call with the whole batch."""
-    local = dict(options)
-    for name in ("ids", "labels", "positive_weight"):
-        if name in options:
-            local[name] = options[name][_mine(rank, len(options[name]))]
-    if "guide" in options:
-        local["guide"] = tuple(g[_mine(rank, len(g))] for g in options["guide"])
-    if "positives" in options:
-        local["positives"] = options["positives"][:, _mine(rank, PAIRS)]
-    if "negatives" in options:  # [K, D] for all anchors are shared out, [B, n, D] belong to pairs
-        local["negatives"] = options["negatives"][_mine(rank, n := len(options["negatives"]), n)]
-    return local
-
-
-def _averaged(gradients) -> list[Tensor]:
-    """What DistributedDataParallel makes of the ranks' gradients."""
-    averaged = []
-    for gradient in gradients:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        averaged.append(total / WORLD)
-    return averaged
-
-
 def _against_whole_batch(
     rank: int, loss: Loss, options: dict, z1: Tensor, z2: Tensor, temperature: float = 0.4
 ) -> list[tuple[str, Tensor, Tensor]]:
@@ -75,13 +45,16 @@ def _against_whole_batch(
     weight = torch.randn_like(whole)
     expected = torch.autograd.grad((whole * weight).mean(), list(leaves.values()))
 
-    pairs = _mine(rank, PAIRS)
-    local = _shard(rank, options | leaves) | {"z1": leaves["z1"][pairs], "z2": leaves["z2"][_mine(rank, len(z2))]}
+    pairs = mine_of(rank, PAIRS, PAIRS)
+    local = shard(rank, options | leaves, PAIRS) | {
+        "z1": leaves["z1"][pairs],
+        "z2": leaves["z2"][mine_of(rank, len(z2), PAIRS)],
+    }
     losses = loss.function(**local, reduction="none", group=dist.group.WORLD).unflatten(0, (-1, len(pairs)))
     ours = torch.autograd.grad((losses * weight[:, pairs]).mean(), list(leaves.values()))
 
     compared = [("loss of every anchor", losses.detach(), whole.detach()[:, pairs])]
-    return compared + list(zip([f"gradient of {n}" for n in leaves], _averaged(ours), expected, strict=True))
+    return compared + list(zip([f"gradient of {n}" for n in leaves], averaged(ours), expected, strict=True))
 
 
 def _whole_batch_of(loss: Loss, usage, backend: str) -> tuple[dict, Tensor, Tensor]:
@@ -106,14 +79,14 @@ def data_parallel_training(rank: int):
         parallel = DistributedDataParallel(Encoder())
         parallel.module.load_state_dict(alone.state_dict())
         x1, x2 = torch.randn(2, PAIRS, 7, dtype=torch.float64)
-        mine = _mine(rank, PAIRS)
+        mine = mine_of(rank, PAIRS, PAIRS)
         z1, z2, scale = alone(x1, x2)
         whole = ce.HardNegativeLoss(tau_plus=0.05)(z1, z2, logit_scale=scale, layout=layout)
         z1, z2, scale = parallel(x1[mine], x2[mine])
         local = ce.HardNegativeLoss(tau_plus=0.05, group=dist.group.WORLD)(z1, z2, logit_scale=scale, layout=layout)
         whole.backward()
         local.backward()
-        yield f"{layout}: mean loss", _averaged([local.detach()])[0], whole.detach()
+        yield f"{layout}: mean loss", averaged([local.detach()])[0], whole.detach()
         for name, parameter in alone.named_parameters():
             yield f"{layout}: gradient of {name}", parallel.module.get_parameter(name).grad, parameter.grad
 
@@ -121,7 +94,7 @@ def data_parallel_training(rank: int):
 @check
 def reductions(rank: int):
     z1, z2 = random_pairs(PAIRS, FEATURES, torch.float64)
-    mine = _mine(rank, PAIRS)
+    mine = mine_of(rank, PAIRS, PAIRS)
     rows = ce.fused_debiased_loss(z1, z2, reduction="none").view(2, PAIRS)[:, mine]
     for reduction in ("mean", "sum"):
         ours = ce.fused_debiased_loss(z1[mine], z2[mine], reduction=reduction, group=dist.group.WORLD)
@@ -136,12 +109,12 @@ def statistics_average_to_those_of_the_whole_batch(rank: int):
         options, z1, z2 = _whole_batch_of(loss, usage, backend)
         options |= {"return_stats": True}
         _, whole = loss.function(z1, z2, **options)
-        local = z1[_mine(rank, PAIRS)], z2[_mine(rank, len(z2))]
-        _, stats = loss.function(*local, **_shard(rank, options), group=dist.group.WORLD)
+        local = z1[mine_of(rank, PAIRS, PAIRS)], z2[mine_of(rank, len(z2), PAIRS)]
+        _, stats = loss.function(*local, **shard(rank, options, PAIRS), group=dist.group.WORLD)
         assert stats.empty_rows == whole.empty_rows == 0
         fields = {name: x for name, x in vars(whole).items() if isinstance(x, Tensor)}
         ours = torch.stack([vars(stats)[name].double() for name in fields])
-        yield _case_name(loss, usage, backend), *_averaged([ours]), torch.stack([x.double() for x in fields.values()])
+        yield _case_name(loss, usage, backend), *averaged([ours]), torch.stack([x.double() for x in fields.values()])
 
 
 @check
@@ -159,20 +132,20 @@ def one_pair_per_rank(rank: int):
 def keys_without_gradient(rank: int):
     for backend in BACKENDS:
         z1, z2 = random_pairs(PAIRS, FEATURES, torch.float64)
-        mine = _mine(rank, PAIRS)
+        mine = mine_of(rank, PAIRS, PAIRS)
         z1.requires_grad_()
         options = {"layout": "one_way", "backend": backend}
         whole = ce.fused_infonce_loss(z1, z2, **options)
         local = ce.fused_infonce_loss(z1[mine], z2[mine], group=dist.group.WORLD, **options)
         (expected,), (ours,) = (torch.autograd.grad(x, [z1]) for x in (whole, local))
-        yield backend, *_averaged([ours]), expected
+        yield backend, *averaged([ours]), expected
 
 
 @check
 def second_derivatives_of_the_reference(rank: int):
     for layout in ("two_view", "one_way", "symmetric"):
         z1, z2 = (z.requires_grad_() for z in random_pairs(PAIRS, FEATURES, torch.float64))
-        mine, options = _mine(rank, PAIRS), {"layout": layout, "backend": "reference"}
+        mine, options = mine_of(rank, PAIRS, PAIRS), {"layout": layout, "backend": "reference"}
         whole = ce.fused_debiased_loss(z1, z2, **options)
         penalty = sum(g.square().sum() for g in torch.autograd.grad(whole, [z1, z2], create_graph=True))
         expected = torch.autograd.grad(penalty, [z1, z2])
@@ -192,12 +165,12 @@ def supervised(rank: int):
         x = torch.randn(views, PAIRS, FEATURES, dtype=torch.float64, requires_grad=True)
         t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
         results = []
-        for own in (slice(None), _mine(rank, PAIRS)):
+        for own in (slice(None), mine_of(rank, PAIRS, PAIRS)):
             group = None if isinstance(own, slice) else dist.group.WORLD
             options = {"positives": positives, "backend": backend, "group": group}
             value = ce.fused_supcon_loss(x[:, own], labels[own], t, **options)
             results.append([value.detach(), *torch.autograd.grad(value, [x, t])])
-        whole, ours = results[0], _averaged(results[1])
+        whole, ours = results[0], averaged(results[1])
         for name, *compared in zip(("loss", "gradient", "gradient of temperature"), ours, whole, strict=True):
             yield f"{backend} {positives}, {views} views: {name}", *compared
 
@@ -205,7 +178,7 @@ def supervised(rank: int):
 @check
 def queues_stay_the_same_everywhere(rank: int):
     whole, local = (ce.NegativeQueue(17, FEATURES, dtype=torch.float64) for _ in range(2))
-    mine = _mine(rank, PAIRS)
+    mine = mine_of(rank, PAIRS, PAIRS)
     for step in range(3):  # the second wraps around
         keys, ids = torch.randn(PAIRS, FEATURES, dtype=torch.float64), torch.arange(PAIRS) % 5 + step
         whole.enqueue(keys, ids)
@@ -228,13 +201,13 @@ def _by_dtype(rank: int) -> dict:
     found = {}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         z1, z2 = random_pairs(PAIRS, FEATURES, dtype)
-        mine, results = _mine(rank, PAIRS), []
+        mine, results = mine_of(rank, PAIRS, PAIRS), []
         for local in (True, False):
             leaves = [z.clone().requires_grad_() for z in (z1, z2)]
             own = [z[mine] for z in leaves] if local else leaves
             value = ce.fused_infonce_loss(*own, 0.1, group=dist.group.WORLD if local else None)
             grads = torch.autograd.grad(value, leaves)
-            results.append([*_averaged([value.detach(), *grads])] if local else [value.detach(), *grads])
+            results.append([*averaged([value.detach(), *grads])] if local else [value.detach(), *grads])
         found[str(dtype)] = results
     return found
 

@@ -39,6 +39,18 @@ def _supcon(labels: Tensor = IDS // 2, features: Tensor = Z, **options):
     return ce.fused_supcon_loss(features, labels, group=EVERYONE, **options)
 
 
+def _soft(keys: Tensor = Z, **options):
+    return ce.fused_soft_target_loss(Z, keys, Z, teacher_temperature=0.1, group=EVERYONE, **options)
+
+
+def _sane(**options):
+    return ce.fused_self_labeling_loss(Z, Z, None, group=EVERYONE, **options)
+
+
+def _fnc(**options):
+    return ce.fused_false_negative_loss(torch.stack([Z, Z]), group=EVERYONE, **options)
+
+
 def _enqueue(keys: Tensor = Z, **options):
     ce.NegativeQueue(7, 3).enqueue(keys, group=EVERYONE, **options)
 
@@ -101,7 +113,7 @@ DIFFERENCES: dict[str, tuple[Callable[[int], object], str]] = {
     ),
     "a loss of one's own": (
         lambda r: ce.fused_row_loss((ce.InfoNCE(), _Half())[r], Z, Z, group=EVERYONE),
-        r"row_loss is InfoNCE\(\) on rank 0, _Half on rank 1",
+        r"row_loss is InfoNCE\(.*\) on rank 0, _Half on rank 1",
     ),
     "one enqueues": (
         lambda r: (_infonce, _enqueue)[r](),
@@ -113,6 +125,10 @@ DIFFERENCES: dict[str, tuple[Callable[[int], object], str]] = {
         lambda r: _supcon(IDS[: 6 - r], Z[: 6 - r].expand(2, -1, -1)),
         r"features is .* \[2, 6, 3\] .* \[2, 5, 3\]",
     ),
+    "soft targets": (lambda r: _soft(Z[: 5 + r]), r"but keys is .* \[5, 3\] .* \[6, 3\]"),
+    "self-labelling": (lambda r: _sane(label_temperature=0.5 + r), "label_temperature is 0.5 on rank 0, 1.5 on rank 1"),
+    "false negatives": (lambda r: _fnc(top_k=1 + r), "top_k is 1 on rank 0, 2 on rank 1"),
+    "labels to report": (lambda r: _fnc(labels=(None, IDS)[r]), r"labels is None on rank 0, torch.int64 \[6\]"),
 }
 
 # name -> what rank r of two calls, where rank 1 alone is wrong, and how; rank 0 quotes it
@@ -144,6 +160,15 @@ REFUSALS: dict[str, tuple[Callable[[int], object], type[Exception], str]] = {
     "labels": (lambda r: _supcon(IDS[: 6 - r]), ValueError, r"labels must be integers \[6\]"),
     "supcon's temperature": (lambda r: _supcon(temperature=(0.5, 0.0)[r]), ValueError, "temperature must be > 0"),
     "supcon's backend": (lambda r: _supcon(backend=("auto", "cuda")[r]), RuntimeError, "backend 'cuda' cannot run"),
+    "a teacher's keys": (lambda r: _soft((Z, Z[:, :2])[r]), ValueError, "keys must be"),
+    "a teacher's queue": (lambda r: _soft(queue=(Z, Z[:, :2])[r]), ValueError, "queue must be"),
+    "a teacher's backend": (lambda r: _soft(backend=("auto", "cuda")[r]), RuntimeError, "backend 'cuda' cannot run"),
+    "share": (lambda r: _sane(lam=2.0 * r), ValueError, "lam, the share of the mixed term"),
+    "sane's temperature": (lambda r: _sane(temperature=(0.5, 0.0)[r]), ValueError, "temperature must be > 0"),
+    "sane's backend": (lambda r: _sane(backend=("auto", "cuda")[r]), RuntimeError, "backend 'cuda' cannot run"),
+    "fnc's labels": (lambda r: _fnc(labels=IDS[: 6 - r]), ValueError, r"labels must be integers \[6\]"),
+    "fnc's temperature": (lambda r: _fnc(temperature=(0.5, 0.0)[r]), ValueError, "temperature must be > 0"),
+    "fnc's backend": (lambda r: _fnc(backend=("auto", "cuda")[r]), RuntimeError, "backend 'cuda' cannot run"),
     "keys": (lambda r: _enqueue((Z, Z[:, :2])[r]), ValueError, r"keys must be floating-point \[n, 3\]"),
 }
 
@@ -264,7 +289,7 @@ def test_mistakes_about_the_group(ranks, mistake, says):
         assert re.search(says, rank["_mistakes"][mistake])
 
 
-@pytest.mark.parametrize("call", [_infonce, _supcon, _enqueue, lambda: EARLY(Z, Z)])
+@pytest.mark.parametrize("call", [_infonce, _supcon, _soft, _sane, _fnc, _enqueue, lambda: EARLY(Z, Z)])
 def test_all_ranks_needs_an_initialised_group(call):
     with pytest.raises(RuntimeError, match="call init_process_group first"):
         call()
@@ -282,9 +307,9 @@ def test_same_values(ranks, name):
         assert_same(rank[name])
 
 
-def test_ranks_agree_in_one_exchange_of_two_numbers(ranks):
+def test_ranks_agree_in_one_exchange_of_three_numbers(ranks):
     for rank in ranks:
-        assert rank["_exchanges"] == [[1, 2], [12, 3], [12]]  # then columns and their ids
+        assert rank["_exchanges"] == [[1, 3], [12, 3], [12]]  # then columns and their ids
 
 
 def test_buffers_of_ddp_overwrite_queues_that_were_not_gathered(ranks):
