@@ -50,6 +50,7 @@ from .modules import (
 from .operators.row_stats import row_stats
 from .problem.pairs import Gate
 from .training.alpha import estimate_alpha, linear_alpha
+from .training.gradient_cache import GradientCache
 from .training.logit_scale import LogitScale
 from .training.momentum import momentum_mixup, momentum_update, mu_schedule
 
@@ -69,6 +70,7 @@ __all__ = [
     "FalseNegativeLoss",
     "FalseNegativeStats",
     "Gate",
+    "GradientCache",
     "Guide",
     "HardNegative",
     "HardNegativeLoss",

@@ -10,7 +10,7 @@ import torch
 
 import contrastive_ext as ce
 from bench.digits import FEATURES, load, new_encoder
-from examples import docstrings, moco_digits
+from examples import docstrings, large_batch, moco_digits
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +67,16 @@ def test_known_false_negatives_change_the_loss_of_a_batch_that_has_some():
     z = [encoder(side, [texts[i] for i in which]) for side, texts in enumerate((corpus.docstrings, corpus.codes))]
     plain, cancelled = (docstrings.loss_of(m, *z, corpus.ids[which]) for m in docstrings.METHODS[:2])
     assert cancelled < plain
+
+
+def test_large_batch_computes_the_same_with_and_without_a_cache_and_draws_a_picture(capsys, tmp_path):
+    picture = tmp_path / "large_batch.png"
+    sources = Path(importlib.__file__).parent
+    arguments = ["--batches", "64", "--chunk", "16", "--sources", str(sources), "--picture", str(picture)]
+    plain, cached = (steps[64] for steps in large_batch.main(arguments).values())
+    # float32 sums over the batch in another order
+    assert cached.value == pytest.approx(plain.value, rel=1e-5)
+    assert cached.gradient == pytest.approx(plain.gradient, rel=1e-4)
+    assert not cached.mib >= plain.mib  # NaN where it cannot be read
+    assert picture.stat().st_size > 5_000
+    assert "cached" in capsys.readouterr().out

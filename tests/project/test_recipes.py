@@ -125,6 +125,11 @@ def many_positives(training: Training, x: Tensor, labels: Tensor) -> Tensor:
     return training.shown("many positives per image (DCL with M > 1)", z1=z1, z2=z2, views=views)
 
 
+def larger_than_memory(training: Training, x: Tensor, labels: Tensor) -> Tensor:
+    (call,) = re.findall(r"`(GradientCache\(.+?)`", ROWS["a batch larger than the encoder's memory"])
+    return eval(call, vars(ce) | {"encoder": training.encoder, "x1": augment(x), "x2": augment(x)})
+
+
 def script(training: Training, x: Tensor, labels: Tensor) -> Tensor:
     z1, z2 = training.views(x)
     logger = SimpleNamespace(log=lambda numbers: None)
@@ -148,6 +153,7 @@ RECIPES: dict[str, Callable[[Training, Tensor, Tensor], Tensor]] = {
     "a model that knows better (GISTEmbed)": guided,
     "false negatives to be found": false_negatives,
     "several processes (DistributedDataParallel)": several_processes,
+    "a batch larger than the encoder's memory": larger_than_memory,
     "many positives per image (DCL with M > 1)": many_positives,
     "the training script": script,
 }
