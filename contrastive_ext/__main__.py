@@ -101,7 +101,9 @@ def _fit(text: str) -> str:
         first_column = re.match(r" *\S+(?: \S+)* {2,}| *", line)
         assert first_column is not None  # the second alternative matches anything
         indent = " " * (first_column.end() or 2)
-        lines += textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""]
+        lines += textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
     return "\n".join(lines)
 
 

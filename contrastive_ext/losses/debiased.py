@@ -72,7 +72,7 @@ def _log(tau_plus: float | Tensor) -> float | Tensor:
 
 def check_tau_plus(tau_plus: float | Tensor) -> None:
     """TypeError or ValueError unless 0 <= tau_plus < 1, a number or a vector of them."""
-    if isinstance(tau_plus, Tensor):
+    if isinstance(tau_plus, Tensor) and tau_plus.dim() > 0:
         if tau_plus.dim() != 1 or not tau_plus.is_floating_point():
             raise ValueError(f"tau_plus must be a number or floating-point [B] or [2B]; got {describe(tau_plus)}.")
         if can_read(tau_plus) and not bool(((tau_plus >= 0) & (tau_plus < 1)).all()):
