@@ -110,7 +110,8 @@ def _torch(c: _Sizes) -> float:
         return tiles * min(size, c.anchors) * min(size, columns) * c.stats, 0
 
     batch, held = blocks(c.columns - keys, 6.5)
-    return max(batch, held + blocks(keys, 2.5)[0]) + 4.5 * c.own * c.stats + c.further_columns
+    widened = c.queue * (0 if c.item == c.stats else c.stats) + 3.3 * c.others * c.stats
+    return max(batch, held + blocks(keys, 2.5)[0]) + 4.5 * c.own * c.stats + widened
 
 
 def _triton(c: _Sizes) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,17 +84,19 @@ def named_by(statement: ast.AST, folder: list[str]) -> list[list[str]]:
 def imports_of(module: str, path: Path, source: str, known: dict[str, Path]) -> Iterator[Import]:
     parts = [] if module == "__init__" else module.split(".")
     folder = parts if path.name == "__init__.py" else parts[:-1]
+    lines = source.splitlines()
     for node in ast.walk(ast.parse(source)):
         targets = {}  # in order, each once
         for named in named_by(node, folder):
             while named and ".".join(named) not in known:  # a name in a module, or a module
                 named = named[:-1]
             targets[".".join(named) or "__init__"] = None
-        statement = (ast.get_source_segment(source, node) or "").partition("(")[0].strip()
+        statement = lines[node.lineno - 1].partition("(")[0].strip() if targets else ""
         for target in targets:
             yield Import(path, node.lineno, statement, module, target)
 
 
+@cache
 def imports() -> list[Import]:
     known = files()
     return [x for module, path in known.items() for x in imports_of(module, path, path.read_text("utf-8"), known)]
