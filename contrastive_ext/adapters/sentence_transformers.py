@@ -6,10 +6,10 @@ multi-dataset and gradient-cached training work as they do there. Every class ta
 arguments, for instance `Debiased(tau_plus=0.1)`, `HardNegative()` or `Bayesian()`; those want a lower scale than 20:
 at temperature .05 every anchor of a debiased loss is on its floor.
 
-What differs. `similarity_fct` must be `util.cos_sim` or `util.dot_score`, whose products can be streamed.
-`directions` beyond ("query_to_doc",), and ("query_to_doc", "doc_to_query") per direction, are refused for now, as is
-`hardness_mode`. Embeddings of 16 bits are computed in float32. The cached twins compute the loss of a batch in one
-pass: `mini_batch_size` divides the encoder's work alone.
+What differs. `similarity_fct` must be `util.cos_sim` or `util.dot_score`, whose products can be streamed. Several
+`directions` in one denominator are InfoNCE's and decoupled's, `hardness_mode` is InfoNCE's. Embeddings of 16 bits are
+computed in float32. The cached twins compute the loss of a batch in one pass: `mini_batch_size` divides the encoder's
+work alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..batch.call import check_call
@@ -43,6 +44,8 @@ except ImportError as error:
     raise missing("sentence-transformers", "sentence-transformers") from error
 
 FORWARD, BACKWARD = "query_to_doc", "doc_to_query"
+NAMES = {FORWARD: "q2d", "query_to_query": "q2q", BACKWARD: "d2q", "doc_to_doc": "d2d"}
+HARDNESS = {"in_batch_negatives": "in_batch", "hard_negatives": "own", "all_negatives": "all"}
 PAPERS = {
     Debiased: ("Debiased Contrastive Learning", "2007.00224", 2020),
     HardNegative: ("Contrastive Learning with Hard Negative Samples", "2010.04592", 2020),
@@ -75,39 +78,59 @@ class _FromEmbeddings:
                 "similarity_fct must be sentence_transformers.util.cos_sim or dot_score, whose products can be "
                 f"streamed; got {self.similarity_fct!r}. Others need the host's own loss."
             )
-        directions, mode = set(getattr(self, "directions", (FORWARD,))), getattr(self, "partition_mode", "joint")
-        if directions != {FORWARD} and (directions, mode) != ({FORWARD, BACKWARD}, "per_direction"):
+        if self._hardness().hardness > 0 and row_loss != InfoNCE():
             raise ValueError(
-                f"directions={tuple(sorted(directions))} with partition_mode={mode!r}: one denominator over several "
-                f"directions is not streamed yet; give ('{FORWARD}',), or ('{FORWARD}', '{BACKWARD}') with "
-                "partition_mode='per_direction', or use the host's own loss."
+                f"hardness_mode={self.hardness_mode!r} is InfoNCE's; got row_loss={row_loss!r}. "  # type: ignore[attr-defined]
+                "HardNegative weighs hard negatives itself."
             )
-        if getattr(self, "hardness_mode", None) is not None and self.hardness_strength > 0:  # type: ignore[attr-defined]
+        if self._directions() != {FORWARD} and self._is_joint() and not row_loss.takes_directions:
             raise ValueError(
-                f"hardness_mode={self.hardness_mode!r}: "  # type: ignore[attr-defined]
-                "added similarities are not streamed yet; give row_loss=HardNegative(tau_plus=0.0, beta=...), which "
-                "weighs hard negatives too, or use the host's own loss."
+                f"{row_loss!r} is not defined for one denominator over directions={tuple(sorted(self._directions()))}; "
+                "give partition_mode='per_direction', or InfoNCE()."
             )
+
+    def _directions(self) -> set[str]:
+        return set(getattr(self, "directions", (FORWARD,)))
+
+    def _is_joint(self) -> bool:
+        return getattr(self, "partition_mode", "joint") == "joint"
+
+    def _joint(self) -> Layout:
+        return tuple(NAMES[name] for name in NAMES if name in self._directions())  # type: ignore[return-value]
+
+    def _hardness(self) -> InfoNCE:
+        """InfoNCE as the host's `hardness_mode` has it."""
+        mode = getattr(self, "hardness_mode", None)
+        return InfoNCE() if mode is None else InfoNCE(self.hardness_strength, HARDNESS[mode])  # type: ignore[attr-defined]
 
     def _loss(self, embeddings: list[Tensor]) -> Tensor:
         if len(embeddings) < 2:
             raise ValueError(f"a loss of pairs needs at least two columns, anchor and positive; got {len(embeddings)}.")
         queries, positives = embeddings[:2]
-        both = set(getattr(self, "directions", (FORWARD,))) == {FORWARD, BACKWARD}
+        documents, own = torch.cat(embeddings[1:]), embeddings[2:]
+        forward: dict[str, Any] = {"layout": "one_way"}
+        row_loss = self.row_loss if self._hardness().hardness == 0 else self._hardness()
+        if self._is_joint() and self._directions() != {FORWARD}:
+            forward["layout"] = self._joint()
+        if own and (forward["layout"] != "one_way" or row_loss != self.row_loss):
+            # documents of a query drop out by its id, its own hard negatives come back as its own
+            rank = dist.get_rank() if self.gather_across_devices and dist.is_initialized() else 0
+            images = rank * len(queries) + torch.arange(len(queries), device=queries.device)
+            forward |= {"ids": images.repeat(len(embeddings) - 1), "negatives": torch.stack(own, 1)}
 
-        def loss(z1: Tensor, z2: Tensor, layout: Layout) -> Tensor:
-            found = fused_row_loss(
-                self.row_loss, z1, z2, logit_scale=self.scale, layout=layout,
-                normalize=self.similarity_fct is not util.dot_score, group=all_ranks_if(self.gather_across_devices),
-            )  # fmt: skip
-            return alone(found)
+        def loss(row_loss: RowLoss, z1: Tensor, z2: Tensor, **how) -> Tensor:
+            return alone(fused_row_loss(
+                row_loss, z1, z2, logit_scale=self.scale, normalize=self.similarity_fct is not util.dot_score,
+                group=all_ranks_if(self.gather_across_devices), **how,
+            ))  # fmt: skip
 
-        if not both:
-            return loss(queries, torch.cat(embeddings[1:]), "one_way")
-        if len(embeddings) == 2:
-            return loss(queries, positives, "symmetric")
+        if self._is_joint() or self._directions() == {FORWARD}:
+            return loss(row_loss, queries, documents, **forward)
+        if not own and row_loss == self.row_loss:
+            return loss(row_loss, queries, positives, layout="symmetric")
         # hard negatives are documents of the forward direction alone
-        return (loss(queries, torch.cat(embeddings[1:]), "one_way") + loss(positives, queries, "one_way")) / 2
+        backward = loss(self.row_loss, positives, queries, layout="one_way")
+        return (loss(row_loss, queries, documents, **forward) + backward) / 2
 
     def get_config_dict(self) -> dict[str, Any]:
         """The host's, and the row loss where it is another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -157,20 +158,47 @@ def test_refused_options(name, options, error, says):
         _new(adapter, name, **options)
 
 
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+PARTITIONS = [
+    ((DIRECTIONS[0], *more), mode)
+    for size in range(4)
+    for more in itertools.combinations(DIRECTIONS[1:], size)
+    for mode in ("joint", "per_direction")
+    if mode == "joint" or not {"query_to_query", "doc_to_doc"} & set(more)
+]
+since_5_3 = pytest.mark.skipif(
+    "directions" not in host.MultipleNegativesRankingLoss.__init__.__code__.co_varnames,
+    reason="sentence-transformers before 5.3 has neither directions nor hardness",
+)
+
+
+@since_5_3
+@pytest.mark.parametrize("hardness", [None, "in_batch_negatives", "hard_negatives", "all_negatives"])
+@pytest.mark.parametrize("directions, mode", PARTITIONS)
+@pytest.mark.parametrize("name", NAMES[::2])
+def test_directions_and_hardness(name, directions, mode, hardness):
+    options = {"directions": directions, "partition_mode": mode}
+    if hardness is not None:
+        options |= {"hardness_mode": hardness, "hardness_strength": 3.0}
+    for columns in (2, 3, 4):
+        ours, theirs = (_new(module, name, **options) for module in (adapter, host))
+        assert_same(
+            lambda *x, loss=ours: _from_embeddings(loss, *x), lambda *x, loss=theirs: _from_embeddings(loss, *x),
+            *_embeddings("random", columns),
+        )  # fmt: skip
+
+
+@since_5_3
 @pytest.mark.parametrize(
-    "options, says",
+    "row_loss, options, says",
     [
-        ({"directions": ("query_to_doc", "doc_to_query")}, "one denominator over several directions .* use the host's"),
-        ({"directions": ("query_to_doc", "query_to_query")}, "one denominator over several directions"),
-        ({"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0}, "give row_loss=HardNegative"),
+        (ce.Debiased(0.05), {"directions": DIRECTIONS[:2]}, "not defined for one denominator .* or InfoNCE"),
+        (ce.HardNegative(), {"hardness_mode": "all_negatives", "hardness_strength": 9.0}, "is InfoNCE's"),
     ],
 )
-@pytest.mark.parametrize("name", [NAMES[0], NAMES[2]])
-def test_refused_directions_and_hardness(name, options, says):
-    if "directions" not in host.MultipleNegativesRankingLoss.__init__.__code__.co_varnames:
-        pytest.skip("sentence-transformers before 5.3 has neither")
+def test_refused_directions_and_hardness(row_loss, options, says):
     with pytest.raises(ValueError, match=says):
-        _new(adapter, name, **options)
+        _new(adapter, NAMES[0], row_loss=row_loss, **options)
 
 
 def test_one_column_is_refused():
