@@ -96,8 +96,8 @@ ce.fused_debaised_loss(z1, z2)
 def mypy(*files: Path) -> list[tuple[str, int, str]]:
     """(file, line, message) of every error."""
     pytest.importorskip("mypy")
-    options = ["--follow-imports=silent", "--show-error-end", "--no-error-summary", "--python-executable"]
-    command = [sys.executable, "-m", "mypy", *options, sys.executable, *map(str, files)]
+    options = ["--explicit-package-bases", "--follow-imports=silent", "--show-error-end", "--no-error-summary"]
+    command = [sys.executable, "-m", "mypy", *options, "--python-executable", sys.executable, *map(str, files)]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert shown.returncode < 2 and not shown.stderr, shown.stdout + shown.stderr
     found = re.findall(r"^(.+?):(\d+):\d+:\d+:\d+: error: (.*)$", shown.stdout, re.MULTILINE)
