@@ -96,7 +96,7 @@ class _FromEmbeddings:
         return getattr(self, "partition_mode", "joint") == "joint"
 
     def _joint(self) -> Layout:
-        return tuple(NAMES[name] for name in NAMES if name in self._directions())  # type: ignore[return-value]
+        return tuple(NAMES[name] for name in NAMES if name in self._directions())  # type: ignore[misc]
 
     def _hardness(self) -> InfoNCE:
         """InfoNCE as the host's `hardness_mode` has it."""
