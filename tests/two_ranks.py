@@ -1,4 +1,4 @@
-"""Two processes that run a function together; tests look at what each of them found."""
+"""Two processes, or more, that run a function together; tests look at what each of them found."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import contrastive_ext as ce
 WORLD = 2
 
 
-def on_both_ranks(function: Callable[[int], dict], folder: Path) -> list[dict]:
+def on_both_ranks(function: Callable[[int], dict], folder: Path, world: int = WORLD) -> list[dict]:
     """What `function(rank)` returns on each rank of a gloo group; it stands in a module and returns what pickles."""
-    mp.spawn(_run, (function, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    mp.spawn(_run, (function, str(folder), world), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
-def _run(rank: int, function: Callable[[int], dict], folder: str) -> None:
+def _run(rank: int, function: Callable[[int], dict], folder: str, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(minutes=2)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(minutes=2)
     )
     torch.save(function(rank), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -77,4 +77,4 @@ def averaged(gradients) -> list[Tensor]:
     totals = [gradient.clone() for gradient in gradients]
     for total in totals:
         dist.all_reduce(total)
-    return [total / WORLD for total in totals]
+    return [total / dist.get_world_size() for total in totals]
