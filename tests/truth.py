@@ -447,7 +447,8 @@ def _histogram_rank(how: Arithmetic, x: Tensor, negative: Tensor, number: Tensor
     place = places(x, low, high)
     bin_of = place.floor().clamp(max=bins - 1).long()
     inner = negative & (x > low) & (x < high)
-    how.decided(place - place.round(), inner, bins * x.masked_fill(~negative, 0).abs().amax(1, True) / (high - low), 8)
+    size = bins * x.masked_fill(~negative, 0).abs().amax(1, True) / (high - low)
+    how.decided(place - place.round(), inner, size, 24)  # 8 of rounding; the axis ends 16 below the highest
     counts = torch.zeros(len(x), bins, dtype=x.dtype).scatter_add_(1, bin_of, negative.to(x.dtype))
     below = (counts.cumsum(1) - counts).gather(1, bin_of)
     place = places(*(z.to(dtype) for z in (x, low, high))).double()  # as exact as the dtype under test makes it
