@@ -293,7 +293,8 @@ def pair_call(case: Mapping, seed: int) -> Call:
             beside["ids"] = negative_ids.reshape(number)
             say.negative_ids = beside["ids"].long()
         if "guided" in case["negatives"]:
-            beside["guide"] = say.guide_negatives = draw.randn(*number, say.guide[0].shape[1]).to(say.guide[0].dtype)
+            features = draw.randn(*number, say.guide[0].shape[1]).to(say.guide[0].dtype)
+            beside["guide"] = say.guide_negatives = draw.place(features)
     if case["positives"] is not None:
         inputs["positives"] = draw.tensor(draw.views(case["positives"], b, d))
         wanted |= {"positives"}

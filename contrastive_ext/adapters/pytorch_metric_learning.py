@@ -14,6 +14,9 @@ N x M pairs.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,6 +37,16 @@ class _RowLosses:
 
     temperature: float
     distance: distances.DotProductSimilarity
+    zero_losses: Callable[[], dict]
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        """The host's record of the losses, `_reported` by the loss."""
+        found = self._row_losses(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        return self.zero_losses() if found is None else {"loss": self._reported(*found)}
+
+    @abstractmethod
+    def _reported(self, rows: Tensor, number: Tensor, partner: Tensor) -> dict:
+        """What the host's reducers take, of losses [N], numbers of positives [N] and sums of their indices [N]."""
 
     def _check(self) -> None:
         check_call({"temperature": self.temperature})
@@ -89,12 +102,8 @@ class SupConLoss(_RowLosses, losses.SupConLoss):
         super().__init__(temperature=temperature, **kwargs)
         self._check()
 
-    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        found = self._row_losses(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        if found is None:
-            return self.zero_losses()
-        rows = torch.arange(embeddings.shape[0], device=embeddings.device)
-        return {"loss": {"losses": found[0], "indices": rows, "reduction_type": "element"}}
+    def _reported(self, rows: Tensor, number: Tensor, partner: Tensor) -> dict:
+        return {"losses": rows, "indices": torch.arange(len(rows), device=rows.device), "reduction_type": "element"}
 
 
 class NTXentLoss(_RowLosses, losses.NTXentLoss):
@@ -104,11 +113,7 @@ class NTXentLoss(_RowLosses, losses.NTXentLoss):
         super().__init__(temperature=temperature, **kwargs)
         self._check()
 
-    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
-        found = self._row_losses(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        if found is None:
-            return self.zero_losses()
-        rows, number, partner = found
+    def _reported(self, rows: Tensor, number: Tensor, partner: Tensor) -> dict:
         if (number > 1).any():
             raise ValueError(
                 "NTXentLoss needs rows with at most one positive (views of the same image); with labels that have "
@@ -117,7 +122,7 @@ class NTXentLoss(_RowLosses, losses.NTXentLoss):
             )
         (anchors,) = (number == 1).nonzero(as_tuple=True)
         pairs = anchors, partner[anchors]
-        return {"loss": {"losses": rows[anchors], "indices": pairs, "reduction_type": "pos_pair"}}
+        return {"losses": rows[anchors], "indices": pairs, "reduction_type": "pos_pair"}
 
 
 def _matches(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:

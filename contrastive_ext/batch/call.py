@@ -48,13 +48,15 @@ class Call:
         """Whether the reference computes, on whole matrices."""
         return self.backend == dispatch.REFERENCE
 
-    def agree(self, group: object, like: Tensor) -> Ranks | None:
+    def agree(self, group: object, like: Tensor, operands: torch.dtype | None = None) -> Ranks | None:
         """All ranks, whose checks are done too, once they make the same call; None for None.
 
-        like   [..., B, D], B of which this rank's mean is made
+        like      [..., B, D], B of which this rank's mean is made
+        operands  the dtype of matrix products, if not that of `like`
         """
         if group is not None and not self.is_dense:  # a backend may be missing on one rank
-            dispatch.select(self.backend, like.device, stats_dtype(like.dtype), like.dtype, like.shape[-1])
+            dtypes = stats_dtype(like.dtype), operands or like.dtype
+            dispatch.select(self.backend, like.device, *dtypes, like.shape[-1])
         return distributed.agree(group, like.shape[-2])
 
     def scale(self, like: Tensor, rows: int = 1) -> float | Tensor:

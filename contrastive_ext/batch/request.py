@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import numerics
-from ..backends import dispatch
 from ..checks import can_read, check_choice, check_tensor, describe
 from ..problem.pairs import integers
 from .call import NEUTRAL, Call, plain
@@ -50,8 +49,9 @@ class Request(Call):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the short road knows all of it: pairs in a layout of its own name, and nothing else."""
-        return all(getattr(self, name) is value for name, value in PLAIN) and isinstance(self.layout, str)
+        """Whether the short road knows all of it: pairs in a named layout, one temperature, and nothing else."""
+        named = isinstance(self.layout, str) and not self.scale_of_rows
+        return named and all(getattr(self, name) is value for name, value in PLAIN)
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -112,9 +112,7 @@ class Request(Call):
                 self._check_guided("queue", queue)
             if negatives is not None and negatives.guide is not None:
                 self._check_guided("negatives", negatives)
-        operands = self.operands
-        if self.group is not None and not self.is_dense:  # it may be missing on one rank
-            dispatch.select(self.backend, z1.device, numerics.stats_dtype(z1.dtype), operands, z1.shape[1])
+        numerics.resolve_operand_dtype(z1.dtype, self.operand_dtype)
         ids = self.ids if self.ids is None else integers(self.ids_name, self.ids, z2.shape[0], z1.device)
         layout = "one_way" if self.layout == ("q2d",) else self.layout
         return replace(self, layout=layout, queue=queue, negatives=negatives, ids=ids)
@@ -217,7 +215,7 @@ def check_request(layout: Layout, guide: object, operand_dtype: torch.dtype | No
 def check_layout(layout: Layout) -> None:
     """ValueError unless it is a name, or directions with "q2d" among them."""
     if not isinstance(layout, tuple):
-        return check_choice("layout", layout, LAYOUTS)
+        return check_choice("layout", layout, (*LAYOUTS, "or a tuple of directions"))
     if "q2d" not in layout or len(set(layout)) < len(layout) or not set(layout) <= set(DIRECTIONS):
         raise ValueError(f"a tuple as layout holds 'q2d' and some of {', '.join(DIRECTIONS[1:])}; got {layout!r}.")
 

@@ -39,13 +39,20 @@ class Bayesian(RowLoss):
         check_ranking(self.tau_plus, self.alpha, self.beta, self.eps, self.ranks, self.bins)
 
     def check(self, request: Request) -> None:
-        """Ranks are among candidates that all anchors share."""
+        """Ranks are among candidates that all anchors share, and that a guide scores all."""
         super().check(request)
-        negatives = None if request.negatives is None else request.negatives.data
-        if negatives is not None and negatives.dim() == 3:
+        negatives, guide = request.negatives, request.guide
+        if negatives is None:
+            return
+        if negatives.data.dim() == 3:
             raise ValueError(
                 "the Bayesian loss ranks an anchor's candidates among those of all anchors: negatives must be [K, D], "
-                f"the same for every anchor; got {list(negatives.shape)}."
+                f"the same for every anchor; got {list(negatives.data.shape)}."
+            )
+        if guide is not None and not guide.is_own and negatives.guide is None:
+            raise ValueError(
+                "the Bayesian loss ranks all candidates together, so that the guide has to score the negatives too: "
+                "negatives=Columns(negatives, guide=features)."
             )
 
     def ranking(self, candidates: int) -> Ranking:

@@ -70,50 +70,47 @@ def _log(tau_plus: float | Tensor) -> float | Tensor:
     return tau_plus.log() if isinstance(tau_plus, Tensor) else math.log(tau_plus)
 
 
-def check_tau_plus(tau_plus: float | Tensor) -> None:
-    """TypeError or ValueError unless 0 <= tau_plus < 1, a number or a vector of them."""
-    if isinstance(tau_plus, Tensor) and tau_plus.dim() > 0:
-        if tau_plus.dim() != 1 or not tau_plus.is_floating_point():
-            raise ValueError(f"tau_plus must be a number or floating-point [B] or [2B]; got {describe(tau_plus)}.")
-        if can_read(tau_plus) and not bool(((tau_plus >= 0) & (tau_plus < 1)).all()):
-            raise ValueError(f"tau_plus holds probabilities in [0, 1); got {tau_plus.min()} to {tau_plus.max()}.")
-        return
-    check_number("tau_plus", tau_plus)
-    if not 0 <= tau_plus < 1:
-        raise ValueError(f"tau_plus is a probability in [0, 1); got {tau_plus}.")
-
-
-def check_prior_of_rows(tau_plus: float | Tensor, request: Request) -> None:
-    """ValueError unless a vector has one prior for every pair or row."""
-    if not isinstance(tau_plus, Tensor):
-        return
-    pairs = request.z1.shape[0]
-    lengths = (pairs,) if request.is_one_way else (pairs, 2 * pairs)
-    if tau_plus.shape[0] not in lengths or tau_plus.device != request.z1.device:
-        wanted = " or ".join(f"[{n}]" for n in lengths)
-        raise ValueError(
-            f"tau_plus must be a number or floating-point {wanted} on {request.z1.device}; got {describe(tau_plus)}."
-        )
-
-
 @dataclass(frozen=True)
-class Debiased(RowLoss):
-    """The row loss softplus(log Ng - pos) with the debiased negatives' sum Ng."""
+class DebiasedNegatives(RowLoss):
+    """Base of the losses with debiased negatives: tau_plus, the share of hidden positives, of all rows or of each."""
 
     tau_plus: float | Tensor = 0.1
 
     def __post_init__(self) -> None:
-        check_tau_plus(self.tau_plus)
+        tau_plus = self.tau_plus
+        if isinstance(tau_plus, Tensor) and tau_plus.dim() > 0:
+            if tau_plus.dim() != 1 or not tau_plus.is_floating_point():
+                raise ValueError(f"tau_plus must be a number or floating-point [B] or [2B]; got {describe(tau_plus)}.")
+            if can_read(tau_plus) and not bool(((tau_plus >= 0) & (tau_plus < 1)).all()):
+                raise ValueError(f"tau_plus holds probabilities in [0, 1); got {tau_plus.min()} to {tau_plus.max()}.")
+            return
+        check_number("tau_plus", tau_plus)
+        if not 0 <= tau_plus < 1:
+            raise ValueError(f"tau_plus is a probability in [0, 1); got {tau_plus}.")
 
     def check(self, request: Request) -> None:
         """One prior, or one for every pair or row."""
         super().check(request)
-        check_prior_of_rows(self.tau_plus, request)
+        tau_plus, z1 = self.tau_plus, request.z1
+        if not isinstance(tau_plus, Tensor):
+            return
+        pairs = z1.shape[0]
+        lengths = (pairs,) if request.is_one_way else (pairs, 2 * pairs)
+        if tau_plus.shape[0] not in lengths or tau_plus.device != z1.device:
+            wanted = " or ".join(f"[{n}]" for n in lengths)
+            raise ValueError(
+                f"tau_plus must be a number or floating-point {wanted} on {z1.device}; got {describe(tau_plus)}."
+            )
 
     def of_rows(self, rows: slice, total: int) -> RowLoss:
         """With the priors of these rows, where every row has one."""
         every = isinstance(self.tau_plus, Tensor) and self.tau_plus.shape[0] == total
         return replace(self, tau_plus=self.tau_plus[rows]) if every else self  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class Debiased(DebiasedNegatives):
+    """The row loss softplus(log Ng - pos) with the debiased negatives' sum Ng."""
 
     @property
     def formula(self) -> Formula | None:  # type: ignore[override]

@@ -8,46 +8,34 @@ holds them constant. beta = 0 is the debiased loss. Robinson et al., ICLR 2021, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..batch.request import Request
 from ..checks import check_number
 from ..numerics import softplus
 from ..problem.problem import Formula
-from .debiased import check_prior_of_rows, check_tau_plus, debias, dense_debias
+from .debiased import DebiasedNegatives, debias, dense_debias
 from .dense import DenseLogits
 from .pair_loss import LossOptions, fused_row_loss, loss_function
-from .row_loss import RowLoss, RowStatistics
+from .row_loss import RowStatistics
 from .stats import LossStats
 
 
 @dataclass(frozen=True)
-class HardNegative(RowLoss):
+class HardNegative(DebiasedNegatives):
     """The row loss softplus(log Ng - pos) with importance-weighted, debiased negatives."""
 
-    tau_plus: float | Tensor = 0.1
     beta: float = 1.0
     detach_weights: bool = False
 
     def __post_init__(self) -> None:
-        check_tau_plus(self.tau_plus)
+        super().__post_init__()
         check_number("beta", self.beta)
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta, the concentration on hard negatives, must be finite and >= 0; got {self.beta}.")
-
-    def check(self, request: Request) -> None:
-        """One prior, or one for every pair or row."""
-        super().check(request)
-        check_prior_of_rows(self.tau_plus, request)
-
-    def of_rows(self, rows: slice, total: int) -> RowLoss:
-        """With the priors of these rows, where every row has one."""
-        every = isinstance(self.tau_plus, Tensor) and self.tau_plus.shape[0] == total
-        return replace(self, tau_plus=self.tau_plus[rows]) if every else self  # type: ignore[index]
 
     @property
     def exponents(self) -> tuple[float, ...]:  # type: ignore[override]

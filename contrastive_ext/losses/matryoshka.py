@@ -47,13 +47,20 @@ class Matryoshka(RowLoss):
         """That of the loss."""
         return self.loss.default_temperature
 
+    @property
+    def exponents(self) -> tuple[float, ...]:  # type: ignore[override]
+        """Those of the loss."""
+        return self.loss.exponents
+
     def check(self, request: Request) -> None:
-        """The longest prefix is no longer than the features."""
+        """The longest prefix is no longer than the features, and the loss fits every prefix."""
         features = request.z1.shape[1]
         if self.dims[-1] > features:
             raise ValueError(f"dims must be at most {features}, the number of features; got {self.dims}.")
         if request.queue is not None:
             raise ValueError("Matryoshka takes no queue, whose rows are unit rows of all features.")
+        for _, part in self.parts(request):
+            self.loss.check(part)
 
     def parts(self, request: Request) -> Iterator[tuple[float, Request]]:
         """The weight and the request of every prefix."""

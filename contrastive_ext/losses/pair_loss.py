@@ -91,7 +91,8 @@ def fused_row_loss(
                  by `ids`), own rows left out (InfoNCE and decoupled). With d2q the positive stands in the sum twice.
                  z2 may have more rows than z1 but for "two_view"; they are documents of no query
     positive_index
-                 [B] int64 (one_way): the row of z2 that is the positive of each row of z1; z2 may then be shorter
+                 [B] int64 (one_way): the row of z2 that is the positive of each row of z1; z2 may then be shorter.
+                 On an accelerator their range is not looked at, which would wait for the device
     queue        [K, D] tensor, NegativeQueue, or `Columns` with ids or guide features of them: more negatives, no
                  gradient, used as given (two_view, one_way): with `normalize` its rows should have unit length, as a
                  NegativeQueue makes them; [0, D] is no queue
@@ -139,45 +140,49 @@ def fused_row_loss(
         normalize=normalize, reduction=reduction, return_stats=return_stats, backend=backend,
         operand_dtype=operand_dtype, group=group,
     ).checked()  # fmt: skip
-    return _computed(row_loss, request)
-
-
-def _computed(row_loss: RowLoss, request: Request) -> Tensor | tuple[Tensor, LossStats]:
     row_loss.check(request)
-    if isinstance(row_loss, Matryoshka):
-        return _over_prefixes(row_loss, request)
-    z1, z2, layout, backend = request.z1, request.z2, request.layout, request.backend
     with numerics.without_autocast(z1):
         scale = request.row_scale()
         check_exponents(row_loss.exponents, scale, numerics.stats_dtype(z1.dtype))
-        by_row = isinstance(scale, Tensor) and scale.dim() == 1
-        if request.is_plain and row_loss.formula is not None and isinstance(layout, str) and not by_row:
-            operators = operators_for(len(row_loss.exponents), z1, z2, layout, backend)
-            if operators is not None:
-                options = scale, layout, request.normalize, request.reduction
-                loss, clamped = whole_loss(operators, row_loss.formula, row_loss.exponents, z1, z2, *options)
-                if clamped is not None:
-                    warn_if_clamped(lambda: clamped, z1.device)
-                return loss
-        road = _dense if request.is_dense else _streamed
-        ranks = distributed.agree(request.group, z1.shape[0])  # the checks are done
-        batches = arrangements(request, scale, ranks)
-        total, rows, parts = sum(batch.pos.shape[0] for batch in batches), 0, []
-        for batch in batches:
-            own = slice(rows, rows := rows + batch.pos.shape[0])
-            parts.append(road(row_loss.of_rows(own, total), batch, request.return_stats, backend))
-        losses, stats, diagnostics = _end_to_end(parts)
-        loss = request.reduce(losses, ranks)
-        if diagnostics is None:
+        ranks = request.agree(group, z1, request.operands)  # the checks are done
+        return _computed(row_loss, request, scale, ranks)
+
+
+def _computed(
+    row_loss: RowLoss, request: Request, scale: float | Tensor, ranks: distributed.Ranks | None
+) -> Tensor | tuple[Tensor, LossStats]:
+    if isinstance(row_loss, Matryoshka):
+        return _over_prefixes(row_loss, request, scale, ranks)
+    z1, z2, layout, backend = request.z1, request.z2, request.layout, request.backend
+    if request.is_plain and row_loss.formula is not None:
+        assert isinstance(layout, str)
+        operators = operators_for(len(row_loss.exponents), z1, z2, layout, backend)
+        if operators is not None:
+            options = scale, layout, request.normalize, request.reduction
+            loss, clamped = whole_loss(operators, row_loss.formula, row_loss.exponents, z1, z2, *options)
+            if clamped is not None:
+                warn_if_clamped(lambda: clamped, z1.device)
             return loss
-        rounding = torch.cat([batch.rounding() for batch in batches])
-        return loss, summarize(stats, diagnostics, row_loss.clamped(stats), rounding, request.normalize)
+    road = _dense if request.is_dense else _streamed
+    batches = arrangements(request, scale, ranks)
+    total, rows, parts = sum(batch.pos.shape[0] for batch in batches), 0, []
+    for batch in batches:
+        own = slice(rows, rows := rows + batch.pos.shape[0])
+        parts.append(road(row_loss.of_rows(own, total), batch, request.return_stats, backend))
+    losses, stats, diagnostics = _end_to_end(parts)
+    loss = request.reduce(losses, ranks)
+    if diagnostics is None:
+        return loss
+    rounding = torch.cat([batch.rounding() for batch in batches])
+    return loss, summarize(stats, diagnostics, row_loss.clamped(stats), rounding, request.normalize)
 
 
-def _over_prefixes(row_loss: Matryoshka, request: Request) -> Tensor | tuple[Tensor, LossStats]:
+def _over_prefixes(
+    row_loss: Matryoshka, request: Request, scale: float | Tensor, ranks: distributed.Ranks | None
+) -> Tensor | tuple[Tensor, LossStats]:
     losses, stats = [], None
     for weight, part in row_loss.parts(request):
-        result = _computed(row_loss.loss, part)
+        result = _computed(row_loss.loss, part, scale, ranks)
         loss, stats = result if isinstance(result, tuple) else (result, None)
         losses.append(weight * loss)
     total = torch.stack(losses).sum(0)
@@ -201,9 +206,14 @@ def _end_to_end(parts: list[_Rows]) -> _Rows:
     )
     if diagnostics[0] is None:
         return torch.cat(losses), joined, None
-    fields = zip(*diagnostics, strict=True)  # as many rows in each
-    beside = (torch.cat(x) if isinstance(x[0], Tensor) else x[0] and sum(x) / len(x) for x in fields)
-    return torch.cat(losses), joined, Diagnostics._make(beside)
+    return torch.cat(losses), joined, Diagnostics._make(map(_joined, zip(*diagnostics, strict=True)))
+
+
+def _joined(field: tuple) -> Tensor | float | None:
+    """One field of the diagnostics of arrangements with as many rows each: vectors end to end, of numbers the mean."""
+    if field[0] is None:
+        return None
+    return torch.cat(field) if isinstance(field[0], Tensor) else sum(field) / len(field)
 
 
 def _streamed(row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend: str) -> _Rows:

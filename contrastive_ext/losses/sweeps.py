@@ -174,8 +174,7 @@ def _one_set_of_columns(batch: Arrangement) -> ColumnSet:
     gates = [s.gate for s in batch.column_sets if s.gate is not None]
     gate = None
     if gates:
-        if len(gates) < len(batch.column_sets):
-            raise ValueError("the Bayesian loss takes a guide or explicit negatives, not both: it ranks them together.")
+        assert len(gates) == len(batch.column_sets)  # the loss and the request have checked it
         gate = Gate(gates[0].scorers, torch.cat([g.features for g in gates]), gates[0].row_limit)
     unit = all(s.unit for s in batch.column_sets)
     return replace(batch.column_sets[0], v=torch.cat(vectors), ids=ids, gate=gate, unit=unit)

@@ -179,6 +179,7 @@ INDEX = torch.arange(4)
         (lambda: ce.fused_infonce_loss(Z, Z, layout=("q2q",)), ValueError, "holds 'q2d' and some of q2q, d2q, d2d"),
         (lambda: ce.fused_infonce_loss(Z, Z, layout=("q2d", "q2d")), ValueError, "a tuple as layout"),
         (lambda: ce.fused_infonce_loss(Z, Z, layout=("q2d", "d2x")), ValueError, "a tuple as layout"),
+        (lambda: ce.fused_infonce_loss(Z, Z, layout=["q2d", "q2q"]), ValueError, "or a tuple of directions"),
         (lambda: ce.fused_debiased_loss(Z, Z, layout=("q2d", "q2q")), ValueError, "Debiased is not defined for layout"),
         (lambda: ce.fused_bayesian_loss(Z, Z, layout=("q2d", "q2q")), ValueError, "Bayesian is not defined"),
         (lambda: ce.fused_infonce_loss(Z, Z, positive_index=INDEX), ValueError, "needs layout='one_way'"),

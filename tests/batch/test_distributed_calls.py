@@ -215,8 +215,8 @@ def _own_business(rank: int) -> list[tuple[str, Tensor, Tensor]]:
     return [("loss", ours[0] if rank == 0 else ours, expected)]
 
 
-def _exchanges(rank: int) -> list[list[int]]:
-    """The shape of everything that is gathered for one call."""
+def _exchanges(rank: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The shape of everything that is gathered for one call, and for one over prefixes."""
     shapes, original = [], distributed._all_gather
 
     def recorded(local: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -225,8 +225,10 @@ def _exchanges(rank: int) -> list[list[int]]:
 
     distributed._all_gather = recorded
     _infonce(Z, Z, ids=IDS)
+    pairs, shapes = shapes, []
+    ce.fused_row_loss(ce.Matryoshka(ce.InfoNCE(), (1, 2, 3)), Z, Z, group=ce.AllRanks())
     distributed._all_gather = original
-    return shapes
+    return pairs, shapes
 
 
 def _queues_under_ddp(rank: int) -> dict[str, Tensor]:
@@ -309,7 +311,9 @@ def test_same_values(ranks, name):
 
 def test_ranks_agree_in_one_exchange_of_three_numbers(ranks):
     for rank in ranks:
-        assert rank["_exchanges"] == [[1, 3], [12, 3], [12]]  # then columns and their ids
+        pairs, prefixes = rank["_exchanges"]
+        assert pairs == [[1, 3], [12, 3], [12]]  # then columns and their ids
+        assert prefixes == [[1, 3], [12, 1], [12, 2], [12, 3]]
 
 
 def test_buffers_of_ddp_overwrite_queues_that_were_not_gathered(ranks):

@@ -470,6 +470,10 @@ def test_auto_depends_on_the_number_of_candidates_and_explain_says_so():
         ({"bins": 1}, "bins"),
         ({"bins": 2.5}, "bins"),
         ({"negatives": torch.randn(4, 2, 3), "layout": "one_way"}, r"\[K, D\]"),
+        (
+            {"negatives": torch.randn(5, 3), "layout": "one_way", "guide": (torch.randn(4, 2), torch.randn(4, 2))},
+            "score the negatives too",
+        ),
     ],
 )
 def test_refuses(arguments, says):

@@ -54,6 +54,11 @@ def test_statistics_are_those_of_the_longest_prefix(run):
         (lambda: ce.fused_row_loss(ce.Matryoshka(ce.InfoNCE(), (2, 9)), *Z), ValueError, "at most 3"),
         (lambda: ce.fused_row_loss(ce.Matryoshka(ce.InfoNCE(), (2,)), *Z, queue=Z[0]), ValueError, "takes no queue"),
         (
+            lambda: ce.fused_row_loss(ce.Matryoshka(ce.Matryoshka(ce.InfoNCE(), (3,)), (2, 3)), *Z),
+            ValueError,
+            "at most 2, the number of features",
+        ),
+        (
             lambda: ce.fused_row_loss(ce.Matryoshka(ce.Debiased(), (2,)), *Z, layout=("q2d", "q2q")),
             ValueError,
             "Debiased is not defined",

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 import contrastive_ext as ce
+import truth
 from contrastive_ext.backends import dispatch
+from contrastive_ext.problem.ranking import histogram_axis
 from covering import covering_array, pairs_of, possible_pairs
 from fuzz import FAMILIES, backends, drawn, one_rank, spoken
 from truth_check import compare, ours
@@ -111,3 +113,15 @@ def test_every_keyword_is_known(family):
 def test_every_loss_is_in_a_family():
     public = {getattr(ce, name) for name in ce.__all__ if name.startswith("fused_")}
     assert {function for family in FAMILIES for function, _, _ in family.functions.values()} == public
+
+
+@pytest.mark.parametrize("ulps", [10, 23, 25])
+def test_a_rank_near_the_edge_of_a_bin_is_decided_beyond_the_slack_of_the_axis(ulps):
+    """The axis ends 16 ulps below the highest logit: a negative 10 ulps below an edge counts as one above it."""
+    bins, eps = 4, torch.finfo(torch.float32).eps
+    x = torch.tensor([[0.0, 0.75 - ulps * eps, 1.0]], dtype=torch.float64)
+    how = truth.Arithmetic(torch.float64, torch.float32, normalize=True)
+    truth._histogram_rank(how, x, torch.ones_like(x, dtype=torch.bool), torch.full((1, 1), 3.0), bins)
+    assert (how.clearance >= 1) == (ulps > 24)
+    low, per_logit, _ = histogram_axis(x[:, 0].float(), x[:, 2].float(), torch.full((1,), 3.0), bins)
+    assert ((x[0, 1].float() - low) * per_logit >= 3).item() == (ulps == 10)
