@@ -163,6 +163,7 @@ PAIR_FACTORS = {
     "negatives": Factor(
         ("none", "shared", "own", "shared ids", "own ids", "shared guided", "own guided"), ("negatives",)
     ),
+    "weights": Factor((None, "of the queue", "of negatives", "all, wide"), ("queue", "negatives")),
     "index": Factor((None,), ("positive_index",)),  # the layout says
     "hardness": Factor((None, (2.0, "in_batch"), (0.5, "own"), (3.0, "all")), ("hardness", "hardness_on")),
     "in_batch": Factor((True, False), ("in_batch_negatives",)),
@@ -206,6 +207,13 @@ def pair_rules(case: Mapping) -> bool:
         "guided" in (negatives or "") and get("guide") in ("none", "own"),
         get("guide") == "own" and get("shape") is not None and get("shape")[1] < 5,
         get("guide") == "own" and get("kind") not in (None, "random"),
+        get("weights") is not None and loss == "bayesian",
+        "queue" in (get("weights") or "") and (queue == "none" or (layout or "").startswith("symmetric")),
+        "negatives" in (get("weights") or "") and (negatives == "none" or layout == "two_view"),
+        "all" in (get("weights") or "") and queue == "none" and negatives == "none",
+        "all" in (get("weights") or "") and queue == "none" and layout == "two_view",
+        "all" in (get("weights") or "") and negatives == "none" and (layout or "").startswith("symmetric"),
+        get("weights") is not None and get("kind") == "lattice",  # its logits are exact no more
         get("in_batch") is False and queue == "none" and negatives == "none",
         get("queue_ids") is True and (queue not in (None, "tensor", "float32") or get("ids") == "none"),
         get("queue_ids") is True and (layout or "").startswith("symmetric"),
@@ -283,6 +291,18 @@ def pair_call(case: Mapping, seed: int) -> Call:
         if case["queue_ids"]:
             constants["queue"], say.queue_ids = ce.Columns(queue, ids=queue_ids), queue_ids.long()
 
+    weights = case["weights"] or ""
+    of_columns: dict = {}
+
+    def weighted(shape: tuple[int, ...]) -> torch.Tensor:
+        width = 30.0 if "wide" in weights else 2.0
+        return draw.place((draw.randn(*shape, 1) * width).to(computed))[..., 0]
+
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    if keys is not None and ("queue" in weights or "all" in weights):
+        of_columns["queue_weight"] = weighted((len(keys),))
+        columns = ce.Columns.of(constants["queue"])
+        constants["queue"] = replace(columns, log_weight=of_columns["queue_weight"])
     if case["guide"] != "none":
         _guide(case, draw, inputs, constants, say, b, m, None if keys is None else len(keys), keys)
     beside: dict = {}
@@ -295,6 +315,8 @@ def pair_call(case: Mapping, seed: int) -> Call:
         if "guided" in case["negatives"]:
             features = draw.randn(*number, say.guide[0].shape[1]).to(say.guide[0].dtype)
             beside["guide"] = say.guide_negatives = draw.place(features)
+        if "negatives" in weights or "all" in weights:
+            beside["log_weight"] = of_columns["negatives_weight"] = weighted(number)
     if case["positives"] is not None:
         inputs["positives"] = draw.tensor(draw.views(case["positives"], b, d))
         wanted |= {"positives"}
@@ -311,7 +333,7 @@ def pair_call(case: Mapping, seed: int) -> Call:
         p = truth.problem(
             how, x["z1"], x["z2"], scale(x, how.compute), layout, say, queue=keys, queue_filled=filled,
             negatives=x.get("negatives"), in_batch=case["in_batch"], positives=x.get("positives"),
-            positive_index=index, **hardness,
+            positive_index=index, **hardness, **of_columns,
         )  # fmt: skip
         formula = truth.hinge if case["loss"] == "row_loss" else getattr(truth, case["loss"])
         losses = formula(how, p, **parameters)

@@ -113,6 +113,7 @@ SUPCON_FACTORS = {
     "scale": SCALE,
     "labels": Factor(("few", "one", "distinct", "wide", "int32", "uint8")),
     "positives": Factor((None, "out", "in"), ("positives",)),
+    "queue": Factor(("none", "tensor", "held", "held part", "held part half"), ("queue",)),
     "group": Factor((False, True), ("group",)),
     **COMMON,
 }
@@ -128,13 +129,24 @@ def supcon_call(case: Mapping, seed: int) -> Call:
     constants["labels"] = labels
     if case["positives"] is not None:
         constants["positives"] = own["positives"] = case["positives"]
+    overwrite = []
+    if case["queue"] != "none":
+        size = draw.number(1, 12)
+        of_keys = torch.cat([labels.long(), labels.long()[:1] + 1])[torch.randint(0, b + 1, (size,))]
+        queue, keys, filled, of_rows = _queue(draw, case["queue"], size, d, of_keys)
+        overwrite.append(queue.data if isinstance(queue, ce.NegativeQueue) else queue)
+        if of_rows is None:
+            queue, of_rows = ce.Columns(queue, ids=of_keys), of_keys
+        own |= {"queue": keys, "queue_filled": filled, "queue_labels": of_rows}
+        constants["queue"] = queue
     wanted = {"features"}
     scale = scale_of(case, 0.1, inputs, wanted, constants)
 
     def true(how: truth.Arithmetic, x: dict) -> truth.Outcome:
         return truth_of_sets.supcon(how, x["features"], scale(x, how.compute), labels.long(), **own)
 
-    return Call(*SUPCON["supcon"][:2], inputs, wanted, constants, true, **how_called(case))
+    overwrite = may_overwrite(case, overwrite)
+    return Call(*SUPCON["supcon"][:2], inputs, wanted, constants, true, overwrite=overwrite, **how_called(case))
 
 
 # SANE

@@ -122,6 +122,7 @@ class Side:
     ids: Tensor | None = None
     guide: Tensor | None = None
     hardness: float = 0.0  # of candidates: times the constant cosine it is added to their logits
+    log_weight: Tensor | None = None  # of candidates: added to their logits
 
 
 @dataclass
@@ -150,6 +151,7 @@ class Own:
     ids: Tensor | None = None
     guide: Tensor | None = None
     hardness: float = 0.0
+    log_weight: Tensor | None = None
 
 
 @dataclass
@@ -162,7 +164,7 @@ class Problem:
     scale: Tensor
     lengths: Tensor  # [R] product of the lengths of the anchor and its positive
     width: int
-    similar: Tensor  # [R, C] logits without hardness
+    similar: Tensor  # [R, C] logits without hardness and weights of columns
     positive_terms: int = 1  # how often the positive stands in the sum
     # what a formula leaves for the statistics
     on_floor: tuple[Tensor, Tensor] | None = None  # [R] anchors that certainly are on the floor, that may be
@@ -201,6 +203,7 @@ def problem(
     queue: Tensor | None = None, queue_filled: Tensor | None = None, negatives: Tensor | None = None,
     in_batch: bool = True, positives: Tensor | None = None, positive_index: Tensor | None = None,
     hardness: float = 0.0, hardness_on: str = "in_batch",
+    queue_weight: Tensor | None = None, negatives_weight: Tensor | None = None,
 ) -> Problem:  # fmt: skip
     """Who meets whom in a layout, as one matrix; scale is one number, or [B] one for every row."""
     how.scale = scale.max().item()
@@ -224,15 +227,18 @@ def problem(
         g = say.features(keys, say.guide_queue)
         g = None if g is None else g[exists]
         image = torch.full((int(exists.sum()),), -1)
-        sets.append(Side(keys[exists], image, held, g, in_batch_hardness))
+        weight = None if queue_weight is None else queue_weight[exists]
+        sets.append(Side(keys[exists], image, held, g, in_batch_hardness, weight))
     unfilled = 0 if queue_filled is None else int((~queue_filled).sum())
     of_each = None
     if extra is not None:
         g = say.features(extra, say.guide_negatives)
         if extra.dim() == 2:
-            sets.append(Side(extra, torch.full((len(extra),), -1), say.negative_ids, g, in_batch_hardness))
+            image = torch.full((len(extra),), -1)
+            sets.append(Side(extra, image, say.negative_ids, g, in_batch_hardness, negatives_weight))
         else:
-            of_each = Own(extra, say.negative_ids, g, hardness if hardness_on in ("own", "all") else 0.0)
+            own_hardness = hardness if hardness_on in ("own", "all") else 0.0
+            of_each = Own(extra, say.negative_ids, g, own_hardness, negatives_weight)
     partners, partner_guides = u2[index], None if g2 is None else g2[index]
     documents = Side(
         u2[: len(u1)], first, None if ids is None else ids[: len(u1)], None if g2 is None else g2[: len(u1)]
@@ -263,7 +269,7 @@ def problem(
 
         for at, (rows, columns) in enumerate(meeting.groups):
             block, keeps, counts = _block(how, rows, columns, scale, meeting, say, meeting.shown if at == 0 else None)
-            blocks.append((block, keeps, counts, columns.hardness))
+            blocks.append((block, keeps, counts, columns.hardness, columns.log_weight))
         if meeting.own is not None:
             each = meeting.own
             block = _column(scale) * (anchors.vectors[:, None] * each.vectors).sum(2)
@@ -272,18 +278,19 @@ def problem(
             if each.guide is not None:
                 score = (anchors.guide[:, None] * each.guide).sum(2)
                 keeps = _below(how, score, keeps, meeting, say)
-            blocks.append((block, keeps, counts, each.hardness))
+            blocks.append((block, keeps, counts, each.hardness, each.log_weight))
         if unfilled:
             nobody = torch.zeros(len(pos), unfilled, dtype=torch.bool)
-            blocks.append((torch.zeros(len(pos), unfilled, dtype=pos.dtype), nobody, ~nobody, 0.0))
-        hard = [block + more * (block / _column(scale)).detach() for block, _, _, more in blocks]
+            blocks.append((torch.zeros(len(pos), unfilled, dtype=pos.dtype), nobody, ~nobody, 0.0, None))
+        hard = [block + more * (block / _column(scale)).detach() for block, _, _, more, _ in blocks]
+        hard = [x if w is None else x + w.to(x.dtype) for x, (*_, w) in zip(hard, blocks, strict=True)]
         correction = pos
         if views is not None:
             shown_image = anchors.image
             x = _column(scale) * torch.stack([(anchors.vectors * view[shown_image]).sum(1) for view in views], 1)
             correction = log_sum(x, torch.ones_like(x, dtype=torch.bool)) - math.log(len(views))
         lengths = anchors.vectors.detach().norm(dim=1) * meeting.partners.detach().norm(dim=1)
-        similar, kept, candidate, _ = zip(*blocks, strict=True)
+        similar, kept, candidate, *_ = zip(*blocks, strict=True)
         matrices = [torch.cat(x, 1) for x in (hard, kept, candidate, similar)]
         parts.append([*matrices, pos, correction, lengths])
     width = max(x.shape[1] for part in parts for x in part[:1])

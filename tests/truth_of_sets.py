@@ -85,15 +85,23 @@ def _ratio(a: Tensor, b: Tensor) -> float:
     return a.item() / b.item() if b.item() else math.nan
 
 
-def supcon(how: Arithmetic, features: Tensor, scale: Tensor, labels: Tensor, positives: str = "out") -> Outcome:
-    """P_i: the other rows of the label of i."""
+def supcon(
+    how: Arithmetic, features: Tensor, scale: Tensor, labels: Tensor, positives: str = "out",
+    queue: Tensor | None = None, queue_labels: Tensor | None = None, queue_filled: Tensor | None = None,
+) -> Outcome:  # fmt: skip
+    """P_i: the other rows of the label of i, of the batch and of the queue."""
     how.scale = scale.item()
     z = how.rows("features", features).flatten(0, -2)
     labels = labels.repeat(len(z) // len(labels))
-    own = torch.eye(len(z), dtype=torch.bool)
-    same = (labels[:, None] == labels) & ~own
-    different = labels[:, None] != labels
-    logits = scale * (z @ z.T)
+    columns, label_of = z, labels
+    if queue is not None:
+        exists = torch.ones(len(queue), dtype=torch.bool) if queue_filled is None else queue_filled
+        columns = torch.cat([z, how.constant(queue)[exists]])
+        label_of = torch.cat([labels, queue_labels[exists]])
+    own = torch.eye(len(z), len(columns), dtype=torch.bool)
+    same = (labels[:, None] == label_of) & ~own
+    different = labels[:, None] != label_of
+    logits = scale * (z @ columns.T)
     how.saw(logits)
     some, number = same.any(1), same.sum(1)
     log_positives = log_sum(logits, same)

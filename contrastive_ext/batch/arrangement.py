@@ -98,17 +98,18 @@ def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> A
             column_sets.append(own if ranks is None else _gathered(own, anchors, operand_dtype, ranks))
     if request.queue is not None:
         keys = request.queue.constant(operand_dtype)
-        column_sets.append(
-            ColumnSet(keys, ids=request.queue.held_ids, gate=_gate(request, judged, keys, request.queue, two_view))
-        )
+        gate = _gate(request, judged, keys, request.queue, two_view)
+        column_sets.append(ColumnSet(keys, ids=request.queue.held_ids, gate=gate, log_weight=request.queue.log_weight))
     further = None
     if request.negatives is not None:
         v = operand(request.negatives.data)
         if v.dim() == 3:
-            further = OwnColumns(v, _kept(request, judged, v, request.negatives))
+            kept = _kept(request, judged, v, request.negatives)
+            further = OwnColumns(v, kept, request.negatives.log_weight)
         else:
             gate = _gate(request, judged, v, request.negatives, two_view)
-            shared = ColumnSet(v, ids=request.negatives.ids, gate=gate, unit=unit)
+            log_weight = request.negatives.log_weight
+            shared = ColumnSet(v, ids=request.negatives.ids, gate=gate, unit=unit, log_weight=log_weight)
             column_sets.append(shared if ranks is None else _gathered(shared, anchors, operand_dtype, ranks))
 
     views = 2 if two_view or request.layout == "symmetric" else 1
@@ -209,5 +210,6 @@ def _gathered(own: ColumnSet, anchors: Tensor, operand_dtype: torch.dtype, ranks
         positive_offset=before if own.num_images else 0,
         ignored=None if own.ignored is None else own.ignored + before,
         ids=None if own.ids is None else everyone.gather(own.ids),
+        log_weight=None if own.log_weight is None else everyone.gather(own.log_weight),
         gate=own.gate and replace(own.gate, features=everyone.gather(own.gate.features), col_limit=None),
     )

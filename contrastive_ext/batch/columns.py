@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import numerics
-from ..checks import check_tensor, describe
+from ..checks import can_read, check_tensor, describe
 from ..problem.pairs import Gate, integers
 from .queue import NegativeQueue, check_lengths
+
+LARGEST_LOG_WEIGHT = 1024  # beyond it is nothing but always or never, and fp16 would have to hold it over a scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +24,15 @@ class Columns:
     ids       [K] ([B, n]) integers > -2^63 + 2, compared with the batch's `ids` (`labels`); a NegativeQueue has its own
     guide     [K, E] ([B, n, E]) features that the call's guide has of them; a queue needs them where there is a guide,
               negatives without any are never cancelled by it
+    log_weight
+              [K] ([B, n]) constants in [-1024, 1024] added to their logits before any exponent, beta (s + w): -log q of
+              sampled negatives (sampled softmax), log k of a column that stands for k. Not the Bayesian loss
     """
 
     features: Tensor | NegativeQueue
     ids: Tensor | None = None
     guide: Tensor | None = None
+    log_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.features, NegativeQueue):
@@ -34,7 +40,7 @@ class Columns:
                 raise ValueError("a NegativeQueue holds its own ids: queue.enqueue(keys, ids), not Columns(ids=).")
         else:
             check_tensor("the features of Columns", self.features)
-        for name, x in (("ids", self.ids), ("guide", self.guide)):
+        for name, x in (("ids", self.ids), ("guide", self.guide), ("log_weight", self.log_weight)):
             if x is not None:
                 check_tensor(f"the {name} of Columns", x)
 
@@ -63,11 +69,21 @@ class Columns:
         is_matrix = data.dim() == 2 and data.shape[1] == dim
         if not is_matrix or not data.is_floating_point() or data.device != device:
             raise ValueError(f"{name} must be floating-point [K, {dim}] on {device}; got {describe(data)}.")
-        ids = None if self.ids is None else integers(f"the ids of {name}", self.ids, data.shape[:1], device)
+        fitting = self.with_checked_fields(name, device)
         if data.shape[0] == 0:
             return None
         check_lengths(self.features, normalize, name)
-        return self if ids is None else replace(self, ids=ids)
+        return fitting
+
+    def with_checked_fields(self, name: str, device: torch.device) -> Columns:
+        """The same, ids as int64, once what is known of each column has its shape and range."""
+        shape, ids, log_weight = self.data.shape[:-1], self.ids, self.log_weight
+        if ids is not None:
+            ids = integers(f"the ids of {name}", ids, shape, device)
+        if log_weight is not None:
+            _check_log_weight(f"the log_weight of {name}", log_weight, shape, device)
+            log_weight = log_weight.reshape(shape)
+        return replace(self, ids=ids, log_weight=log_weight)
 
     def constant(self, dtype: torch.dtype) -> Tensor:
         """[K, D] as a sweep sees keys: constant, in the statistics dtype, with values that `dtype` can hold."""
@@ -76,6 +92,19 @@ class Columns:
     def as_set(self, dtype: torch.dtype) -> ColumnSet:
         """The keys and which of them exist."""
         return ColumnSet(self.constant(dtype), ids=self.held_ids)
+
+
+def _check_log_weight(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """ValueError unless x are constants of `shape`, their range where reading costs no wait."""
+    if not x.is_floating_point() or x.shape not in (shape, (*shape, 1)) or x.device != device:
+        raise ValueError(f"{name} must be floating-point {list(shape)} on {device}; got {describe(x)}.")
+    if x.requires_grad:
+        raise ValueError(f"{name} are constants, no gradient reaches them: give log_weight.detach().")
+    if can_read(x) and not bool((x.abs() <= LARGEST_LOG_WEIGHT).all()):
+        raise ValueError(
+            f"{name} must be finite, from -{LARGEST_LOG_WEIGHT} to {LARGEST_LOG_WEIGHT}; got {x.min()} to {x.max()}. "
+            "A column that is no negative of anybody is left out by ids."
+        )
 
 
 def keys_alone(
@@ -93,8 +122,9 @@ def keys_alone(
     columns = Columns.of(given, name)
     if columns is None:
         return None
-    if columns.guide is not None or (columns.ids is not None and not ids):
-        raise ValueError(f"this loss takes {name} as they are: no guide{'' if ids else ' or ids'} of Columns.")
+    if columns.guide is not None or columns.log_weight is not None or (columns.ids is not None and not ids):
+        nothing = "guide or log_weight" if ids else "ids, guide or log_weight"
+        raise ValueError(f"this loss takes {name} as they are: no {nothing} of Columns.")
     return columns.checked(like.shape[-1], like.device, normalize, name)
 
 
@@ -111,6 +141,7 @@ class ColumnSet:
     rows: Tensor | None = None  # [A, D] in place of the anchors, whose statistics it adds to
     ignored: Tensor | None = None  # [A, k] columns that a row leaves out
     of_documents: bool = True  # the columns are met by z1 itself ("q2d")
+    log_weight: Tensor | None = None  # [M] constants added to the logits
 
     @property
     def keys(self) -> Tensor:
@@ -125,3 +156,4 @@ class OwnColumns:
 
     v: Tensor
     kept: Tensor | None = None
+    log_weight: Tensor | None = None  # [A, n] constants added to the logits

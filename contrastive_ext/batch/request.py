@@ -156,10 +156,7 @@ class Request(Call):
             )
         self._check_like_z1("negatives", data)
         self._check_known("negatives", self.negatives)
-        if self.negatives.ids is None:
-            return self.negatives
-        ids = integers("the ids of negatives", self.negatives.ids, data.shape[:-1], self.z1.device)
-        return replace(self.negatives, ids=ids)
+        return self.negatives.with_checked_fields("negatives", self.z1.device)
 
     def _check_positives(self) -> None:
         batch, dim = self.z1.shape

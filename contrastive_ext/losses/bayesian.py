@@ -39,9 +39,13 @@ class Bayesian(RowLoss):
         check_ranking(self.tau_plus, self.alpha, self.beta, self.eps, self.ranks, self.bins)
 
     def check(self, request: Request) -> None:
-        """Ranks are among candidates that all anchors share, and that a guide scores all."""
+        """Ranks are among candidates that all anchors share, that a guide scores all, and that have no other weight."""
         super().check(request)
         negatives, guide = request.negatives, request.guide
+        if any(columns is not None and columns.log_weight is not None for columns in (request.queue, negatives)):
+            raise ValueError(
+                "the Bayesian loss weighs a column by its rank and has no place for a log_weight: leave it out of Columns."
+            )
         if negatives is None:
             return
         if negatives.data.dim() == 3:

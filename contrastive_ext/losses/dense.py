@@ -29,7 +29,7 @@ class DenseLogits:
     scale       1/temperature, [R] where the rows have their own
     log_weight  [R, C] log of a constant weight on e^logit of every negative; None: all count alike
     positive_terms  how often e^pos stands in the denominator
-    plain       [R, C] the logits without hardness; None: `logits`
+    plain       [R, C] the logits without hardness and weights of columns; None: `logits`
     """
 
     logits: Tensor
@@ -78,23 +78,30 @@ class DenseLogits:
 
 def dense_logits(batch: Arrangement, hardness_of: Callable[[bool], float]) -> DenseLogits:
     """The whole problem of `batch` as one matrix; hardness_of(own) as `RowLoss` has it."""
-    blocks = []  # logits, which are negatives, hardness
+    blocks = []  # logits, which are negatives, logits with what is added to them
     for columns in batch.column_sets:
         logits, kept, kept_reverse = _block(batch, columns)
         if batch.symmetric:
             logits, kept = torch.cat([logits, logits.T]), torch.cat([kept, kept_reverse.T])
-        blocks.append((logits, kept, hardness_of(False) if columns.of_documents else 0.0))
+        hardness = hardness_of(False) if columns.of_documents else 0.0
+        blocks.append((logits, kept, _added(logits, batch.scale, hardness, columns.log_weight)))
     if batch.own is not None:
         logits = batch.scale * own_products(batch.anchors, batch.own.v)
         kept = torch.ones_like(logits, dtype=torch.bool) if batch.own.kept is None else batch.own.kept
-        blocks.append((logits, kept, hardness_of(True)))
-    plain = torch.cat([logits for logits, _, _ in blocks], 1)
-    hard = [logits + (hardness / batch.scale * logits).detach() for logits, _, hardness in blocks]
+        blocks.append((logits, kept, _added(logits, batch.scale, hardness_of(True), batch.own.log_weight)))
+    plain, kept, added = (torch.cat(parts, 1) for parts in zip(*blocks, strict=True))
+    same = all(logits is with_added for logits, _, with_added in blocks)
     return DenseLogits(
-        torch.cat(hard, 1) if any(hardness for _, _, hardness in blocks) else plain,
-        torch.cat([kept for _, kept, _ in blocks], 1), batch.pos, batch.correction, batch.row_scale,
+        plain if same else added, kept, batch.pos, batch.correction, batch.row_scale,
         positive_terms=batch.positive_terms, plain=plain,
     )  # fmt: skip
+
+
+def _added(logits: Tensor, scale: float | Tensor, hardness: float, log_weight: Tensor | None) -> Tensor:
+    """The logits with hardness times the constant cosine, and the weights of the columns."""
+    if hardness:
+        logits = logits + (hardness / scale * logits).detach()
+    return logits if log_weight is None else logits + log_weight.to(logits.dtype)
 
 
 def _block(batch: Arrangement, columns: ColumnSet) -> tuple[Tensor, Tensor, Tensor]:

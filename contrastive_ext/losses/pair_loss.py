@@ -93,15 +93,15 @@ def fused_row_loss(
     positive_index
                  [B] int64 (one_way): the row of z2 that is the positive of each row of z1; z2 may then be shorter.
                  On an accelerator their range is not looked at, which would wait for the device
-    queue        [K, D] tensor, NegativeQueue, or `Columns` with ids or guide features of them: more negatives, no
+    queue        [K, D] tensor, NegativeQueue, or `Columns` with ids, guide features or weights: more negatives, no
                  gradient, used as given (two_view, one_way): with `normalize` its rows should have unit length, as a
                  NegativeQueue makes them; [0, D] is no queue
     ids, labels  [B] integers > -2^63 + 2 (one_way with more columns: [M]), two names of one thing: columns with the
                  anchor's id are never its negatives, whatever image they show
     guide        (g1 [B, E], g2 [B, E]), a guide model's features of z1 and z2, or a `Guide` with a margin: columns it
                  finds more similar to the anchor than the positive are no negatives
-    negatives    [K, D] for all anchors or [B, n, D] for each, with gradient, or `Columns` with ids or guide features of
-                 them; negatives of z1, of "q2d" in a tuple (not two_view)
+    negatives    [K, D] for all anchors or [B, n, D] for each, with gradient, or `Columns` with ids, guide features or
+                 weights of them; negatives of z1, of "q2d" in a tuple (not two_view)
     in_batch_negatives  False: only queue and `negatives` (one_way; MoCo)
     positives    [M, B, D] views that replace the partner in a debiasing correction, with gradient
     normalize    scale rows to unit length first (zero rows stay zero, with zero gradient); False: used as given

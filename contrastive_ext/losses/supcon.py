@@ -13,6 +13,7 @@ Khosla et al., NeurIPS 2020, arXiv:2004.11362.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -22,10 +23,12 @@ from torch import Tensor
 from .. import numerics
 from ..batch import distributed
 from ..batch.call import Call
+from ..batch.columns import Columns, keys_alone
+from ..batch.queue import NegativeQueue
 from ..checks import check_choice, describe
-from ..numerics import softplus
+from ..numerics import logsumexp_pair, softplus
 from ..operators.row_stats import row_stats
-from ..problem.pairs import integers
+from ..problem.pairs import UNFILLED, integers
 from .overloads import returns_stats
 from .stats import Record
 
@@ -56,6 +59,7 @@ def fused_supcon_loss(
     positives: Literal["out", "in"] = "out",
     *,
     logit_scale: float | Tensor | None = None,
+    queue: NegativeQueue | Columns | None = None,
     normalize: bool = True,
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
@@ -72,17 +76,20 @@ def fused_supcon_loss(
     temperature  > 0, or a 0-d tensor to learn it; default 0.1
     positives    where the mean over the positives P_i stands, "out"side of the logarithm or "in"side
     logit_scale  1/temperature instead
+    queue        labelled columns beside the rows, `Columns(keys [K, D], ids=labels)` or a NegativeQueue that labels are
+                 enqueued with, constant and used as given (unit rows with `normalize`): more positives and negatives
     normalize    scale rows to unit length first (zero rows stay zero, with zero gradient); False: used as given
     reduction    "mean" over the rows that have a positive, "sum" or "none"
     return_stats also return a `SupConStats`
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
     group        `AllRanks()` or a process group as in `fused_row_loss`: positives and negatives of all its ranks, the
                  loss of a rank's own rows. "mean" divides by the average over ranks of the rows that have a positive:
-                 the ranks' means average to that of the whole batch, in value and gradient
+                 the ranks' means average to that of the whole batch, in value and gradient. A queue is the same on
+                 all ranks
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [N] ([V, B]) for "none". A row without positives is
                  skipped: 0, no gradient, not counted in the mean
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
-    Memory       O(N D); time O(N^2 D), "in" twice that of "out"; once differentiable
+    Memory       O((N + K) D); time O(N (N + K) D), "in" twice that of "out"; once differentiable
     Paper        arXiv:2004.11362; pytorch-metric-learning has "out"
     """
     call = Call(
@@ -92,6 +99,7 @@ def fused_supcon_loss(
     call.check_values()
     check_values(positives)
     labels = _check(features, labels)
+    keys = _labelled(queue, features, normalize)
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = call.scale(features)
@@ -103,21 +111,28 @@ def fused_supcon_loss(
             everyone = ranks.rows(z)
             columns, column_labels = everyone.gather(z, features.dtype), everyone.gather(row_labels)
             own = everyone.own
+        held = None if keys is None else keys.as_set(features.dtype)
+        everything, every_label = columns, column_labels
+        if held is not None and held.ids is not None:
+            everything, every_label = torch.cat([columns, held.keys]), torch.cat([column_labels, held.ids])
         if call.is_dense:
-            losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
+            losses, pos, number = _dense(z, everything, every_label, own, scale, positives)
         else:
-            positive_mean, number, pairs = _class_means(columns, column_labels)
-            ids = row_ids = pairs if positives == "out" else column_labels
-            if ranks is not None:
-                positive_mean, number, row_ids = positive_mean[own], number[own], ids[own]
+            positive_mean, number, pairs = _class_means(everything, every_label)
+            ids = pairs.where(every_label != UNFILLED, UNFILLED) if positives == "out" else every_label
+            positive_mean, number, row_ids = positive_mean[own], number[own], ids[own]
+            of_batch, of_keys = ids.split([len(columns), len(everything) - len(columns)])
             pos = scale * (z * positive_mean).sum(1)
-            how = {
-                "v": None if ranks is None else columns, "num_images": z.shape[0],
-                "positive_offset": own.start, "row_ids": row_ids, "col_ids": None if ranks is None else ids,
-                "scale": scale, "unit": normalize,
-                "operand_dtype": features.dtype, "backend": backend,
-            }  # fmt: skip
-            losses = _out(z, pos, number, how) if positives == "out" else _in(z, how)
+            how = {"row_ids": row_ids, "scale": scale, "operand_dtype": features.dtype, "backend": backend}
+            sets = [{
+                "v": None if ranks is None else columns, "col_ids": None if ranks is None else of_batch,
+                "num_images": z.shape[0], "positive_offset": own.start, "unit": normalize, **how,
+            }]  # fmt: skip
+            if held is not None:
+                sets.append({"v": held.keys, "col_ids": of_keys, **how})
+            losses = _out(z, pos, number, sets) if positives == "out" else _in(z, sets)
+        if held is not None:
+            losses = numerics.spoil(losses, held.keys)
         has_positives = number > 0
         losses = torch.where(has_positives, losses, 0.0 * z.sum(1))  # 0, but NaN where the row holds one
         rows = has_positives.sum()
@@ -174,7 +189,7 @@ def out_against(
         "v": columns, "num_images": rows if own else 0, "row_ids": row_ids, "col_ids": ids, "scale": scale,
         "unit": unit, "backend": backend,
     }  # fmt: skip
-    return torch.where(number > 0, _out(z, pos, number, how), 0.0 * z.sum(1)), number
+    return torch.where(number > 0, _out(z, pos, number, [how]), 0.0 * z.sum(1)), number
 
 
 def _means_among(
@@ -210,17 +225,22 @@ class _ClassSums(torch.autograd.Function):
         return grad[group], None, None, None
 
 
-def _out(z: Tensor, pos: Tensor, number: Tensor, how: dict) -> Tensor:
-    gap = row_stats(z, **how).lse[0] - pos
+def _out(z: Tensor, pos: Tensor, number: Tensor, sets: list[dict]) -> Tensor:
+    gap = _log_sum(z, sets)[0] - pos
     return torch.where(number == 1, softplus(gap), gap)
 
 
-def _in(z: Tensor, how: dict) -> Tensor:
-    negatives = row_stats(z, **how)
-    positives = row_stats(z, **how, only_equal_ids=True)
-    number = positives.aux[0]
-    log_positives = positives.lse[0].masked_fill(number == 0, 0.0)
-    return softplus(negatives.lse[0] - log_positives) + number.clamp(min=1).log()
+def _in(z: Tensor, sets: list[dict]) -> Tensor:
+    negatives, _ = _log_sum(z, sets)
+    log_positives, number = _log_sum(z, sets, only_equal_ids=True)
+    log_positives = log_positives.masked_fill(number == 0, 0.0)
+    return softplus(negatives - log_positives) + number.clamp(min=1).log()
+
+
+def _log_sum(z: Tensor, sets: list[dict], **rule) -> tuple[Tensor, Tensor]:
+    """[N] log-sum-exp over the candidates of all sets, arguments of `row_stats` each, and their number."""
+    swept = [row_stats(z, **columns, **rule) for columns in sets]
+    return reduce(logsumexp_pair, (s.lse[0] for s in swept)), torch.stack([s.aux[0] for s in swept]).sum(0)
 
 
 def _dense(
@@ -243,7 +263,7 @@ def _dense(
 
     # positives outside the sum, as in the sweeps: a converged row keeps its digits
     outside = positive if positives == "in" else positive & (number == 1)[:, None]
-    others, base = ~(own | outside), mean if positives == "out" else log_sum(positive)
+    others, base = ~(own | outside) & (labels != UNFILLED), mean if positives == "out" else log_sum(positive)
     gap = log_sum(others) - base
     joined = torch.where(others.any(1), softplus(gap), 0.0 * base)
     if positives == "out":
@@ -265,6 +285,17 @@ def _check(features: Tensor, labels: Tensor) -> Tensor:
     if features.dim() not in (2, 3) or 0 in features.shape:
         raise ValueError(f"features must be [N, D] or [V, B, D], none of them 0; got {list(features.shape)}.")
     return image_labels(labels, features)
+
+
+def _labelled(queue: NegativeQueue | Columns | None, features: Tensor, normalize: bool) -> Columns | None:
+    """Checked columns of a queue, which have labels; None if there are none."""
+    keys = keys_alone(queue, features, normalize, ids=True)
+    if keys is not None and keys.held_ids is None:
+        raise ValueError(
+            "the queue of a supervised loss needs labels: Columns(keys, ids=labels), or a NegativeQueue with "
+            "enqueue(keys, labels)."
+        )
+    return keys
 
 
 def image_labels(labels: Tensor, views: Tensor) -> Tensor:

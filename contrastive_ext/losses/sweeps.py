@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
+from .. import numerics
 from ..batch.arrangement import Arrangement
 from ..batch.columns import ColumnSet, OwnColumns
-from ..numerics import logsumexp_pair, own_products
+from ..numerics import logsumexp_pair
 from ..operators.ranked_stats import ranked_stats
 from ..operators.row_stats import row_stats
 from ..problem.pairs import NO_COLUMN_ID, Gate
-from ..problem.problem import Statistics
 from ..problem.ranking import Ranking
 from .row_loss import RowLoss, RowStatistics
 from .stats import Diagnostics
@@ -42,15 +42,16 @@ def _sums(row_loss: RowLoss, batch: Arrangement, diagnostics: bool, backend: str
     parts = []
     for columns in batch.column_sets:
         scale, share = _hardened(batch.scale, row_loss.hardness_of(False) if columns.of_documents else 0.0)
-        swept = row_stats(
-            batch.anchors if columns.rows is None else columns.rows, columns.v, scale=scale,
-            exponents=row_loss.exponents, num_images=columns.num_images,
-            positive_offset=columns.positive_offset, row_ids=batch.anchor_ids,
-            col_ids=None if columns.v is None else columns.ids, ignored=columns.ignored, gate=columns.gate,
-            unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric, diagnostics=diagnostics,
-            backend=backend,
-        )  # fmt: skip
-        parts.append(_softened(_both_sides(swept, batch.symmetric), share))
+        swept = partial(_over_columns, batch, columns, row_loss.exponents, diagnostics, backend)
+        if columns.log_weight is None:
+            parts.append(_softened(swept(scale), share))
+            continue
+        lse, aux = _softened(swept(scale, columns.log_weight), share)
+        if diagnostics:  # similarities are those without the weights
+            with torch.no_grad():
+                plain = swept(batch.scale)[1]
+            aux = torch.stack([aux[0], plain[1], plain[2], aux[3]])
+        parts.append((lse, aux))
     if batch.own is not None:
         scale, share = _hardened(batch.scale, row_loss.hardness_of(True))
         parts.append(_softened(_own_sums(batch.anchors, batch.own, scale, row_loss.exponents, diagnostics), share))
@@ -60,6 +61,53 @@ def _sums(row_loss: RowLoss, batch: Arrangement, diagnostics: bool, backend: str
         return stats, None
     negatives, largest, total, lse_squared = aux.unbind(0)
     return stats, Diagnostics(negatives, largest, total, lse_squared, batch.candidates)
+
+
+def _over_columns(
+    batch: Arrangement,
+    columns: ColumnSet,
+    exponents: tuple[float, ...],
+    diagnostics: bool,
+    backend: str,
+    scale: float | Tensor,
+    log_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Statistics over one set of columns, of rows and where columns are anchors too of columns."""
+    u, v, unit = batch.anchors if columns.rows is None else columns.rows, columns.v, columns.unit
+    if log_weight is not None:
+        u, v = _with_weights(u, columns.keys, scale, log_weight, batch.operand_dtype)
+        unit = False
+    swept = row_stats(
+        u, v, scale=scale, exponents=exponents, num_images=columns.num_images,
+        positive_offset=columns.positive_offset, row_ids=batch.anchor_ids,
+        col_ids=None if v is None else columns.ids, ignored=columns.ignored, gate=columns.gate,
+        unit=unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric, diagnostics=diagnostics,
+        backend=backend,
+    )  # fmt: skip
+    if not batch.symmetric:
+        return swept.lse, swept.aux
+    return torch.cat([swept.lse, swept.col_lse], 1), torch.cat([swept.aux, swept.col_aux], 1)
+
+
+def _with_weights(
+    u: Tensor, v: Tensor, scale: float | Tensor, log_weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows and columns whose scaled products are s + w: a feature that is 1 in every row and w/scale in the column.
+
+    It is as many features as it takes to hold float32 in numbers of the operand dtype. Their 1 is one of the scale's,
+    d(1)/d(scale) = -1/scale, so that a learned scale gets the gradient of s alone.
+    """
+    known = scale.detach() if isinstance(scale, Tensor) else scale
+    rest = log_weight.detach().to(v.dtype) / known
+    held = []
+    for _ in range(_PARTS.get(dtype, 1)):
+        held.append(numerics.round_operand(rest, dtype))
+        rest = rest - held[-1]
+    one = known / scale * torch.ones_like(u[:, :1])
+    return torch.cat([u, one.expand(-1, len(held))], 1), torch.cat([v, torch.stack(held, 1)], 1)
+
+
+_PARTS = {torch.bfloat16: 3, torch.float16: 3}
 
 
 def _hardened(scale: float | Tensor, hardness: float) -> tuple[float | Tensor, float | Tensor]:
@@ -85,12 +133,6 @@ def _softened(swept: tuple[Tensor, Tensor], share: float | Tensor) -> tuple[Tens
     return lse, aux
 
 
-def _both_sides(swept: Statistics, symmetric: bool) -> tuple[Tensor, Tensor]:
-    if not symmetric:
-        return swept.lse, swept.aux
-    return torch.cat([swept.lse, swept.col_lse], 1), torch.cat([swept.aux, swept.col_aux], 1)
-
-
 def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Statistics over the union of two disjoint sets of columns."""
     (lse, aux), (more, more_aux) = one, other
@@ -105,17 +147,19 @@ def _own_sums(
     anchors: Tensor, own: OwnColumns, scale: float | Tensor, exponents: tuple[float, ...], diagnostics: bool
 ) -> tuple[Tensor, Tensor]:
     """Statistics over each anchor's own candidates: [A, n] logits, no more memory than the candidates."""
-    logits = scale * own_products(anchors, own.v)
+    logits = scale * numerics.own_products(anchors, own.v)
     count = logits.new_full(logits.shape[:1], logits.shape[1])
     if own.kept is not None:
         count = own.kept.sum(1).to(logits.dtype)
-    lse = torch.stack([_log_sum(beta * logits, own.kept) for beta in exponents])
+    weighted = logits if own.log_weight is None else logits + own.log_weight.to(logits.dtype)
+    lse = torch.stack([_log_sum(beta * weighted, own.kept) for beta in exponents])
     if not diagnostics:
         return lse, count[None]
     fixed = logits.detach()
     total = (fixed if own.kept is None else fixed.where(own.kept, 0.0)).sum(1)
     largest = (fixed if own.kept is None else fixed.where(own.kept, -torch.inf)).amax(1)
-    return lse, torch.stack([count, largest, total, _log_sum(2 * exponents[0] * fixed, own.kept)])
+    squared = _log_sum(2 * exponents[0] * weighted.detach(), own.kept)
+    return lse, torch.stack([count, largest, total, squared])
 
 
 def _log_sum(x: Tensor, kept: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@ them, hardness, a temperature for every row. test_truth.py holds values and grad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,12 +79,32 @@ CASES = {
         lambda b: _pairs(b, 2, t=lambda b: 0.4 + torch.rand(b, dtype=torch.float64)),
         lambda z1, z2, t, **o: ce.fused_hard_negative_loss(z1, z2, t, layout="one_way", **o),
     ),
+    "weights of a queue and a learned temperature": Case(
+        lambda b: _pairs(b, queue=_normal(D), w=_normal(), t=lambda b: 0.4 + torch.zeros((), dtype=torch.float64)),
+        lambda z1, z2, queue, w, t, **o: ce.fused_hard_negative_loss(
+            z1, z2, t, queue=ce.Columns(queue.detach(), log_weight=w), normalize=False, **o
+        ),
+    ),
+    "weights of negatives": Case(
+        lambda b: _pairs(b, n=_normal(3, D), w=_normal(3)),
+        lambda z1, z2, n, w, **o: ce.fused_infonce_loss(
+            z1, z2, layout="one_way", negatives=ce.Columns(n, log_weight=w), **o
+        ),
+    ),
+    "weights and hardness": Case(
+        lambda b: _pairs(b, n=_normal(D), w=_normal()),
+        lambda z1, z2, n, w, **o: ce.fused_infonce_loss(
+            z1, z2, layout=("q2d", "q2q"), negatives=ce.Columns(n, log_weight=w), hardness=2.0, **o
+        ),
+        smooth=False,
+    ),
 }  # fmt: skip
 
 
 def _floating(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that get a gradient: guides, g and gn, are constants."""
-    return {name: x for name, x in tensors.items() if x.is_floating_point() and name not in ("g", "gn")}
+    """The tensors that get a gradient: guides, g and gn, weights and a queue are constants."""
+    constants = ("g", "gn", "w", "queue")
+    return {name: x for name, x in tensors.items() if x.is_floating_point() and name not in constants}
 
 
 @pytest.mark.parametrize("case", [c for c in CASES.values() if c.smooth], ids=[n for n in CASES if CASES[n].smooth])
@@ -161,15 +182,26 @@ def test_repeats_bit_for_bit(run, case):
 
 
 @needs_proc
-@pytest.mark.parametrize("how", ["layout=('q2d', 'q2q', 'd2q', 'd2d')", "layout='one_way', positive_index=index"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "layout=('q2d', 'q2q', 'd2q', 'd2d')",
+        "layout='one_way', positive_index=index",
+        "queue=ce.Columns(queue, log_weight=-index.float().log1p())",
+    ],
+)
 def test_memory_is_linear(how):
-    setup = "z1, z2 = (torch.randn(n, 64).requires_grad_() for _ in range(2)); index = torch.arange(n).flip(0) // 2"
+    setup = (
+        "z1, z2 = (torch.randn(n, 64).requires_grad_() for _ in range(2)); index = torch.arange(n).flip(0) // 2; "
+        "queue = torch.nn.functional.normalize(torch.randn(n, 64), dim=1)"
+    )
     n = 6144
     growth = peak_growth(setup, f"ce.fused_infonce_loss(z1, z2, 0.5, {how}).backward()", small=16, large=n)
     assert 0 < growth <= 80 * 2**20, f"{growth / 2**20:.0f} MiB; one matrix is {n * n * 4 / 2**20:.0f} MiB"
 
 
 Z = torch.randn(4, 3)
+UNIT = torch.nn.functional.normalize(Z, dim=1)
 INDEX = torch.arange(4)
 
 
@@ -221,6 +253,36 @@ INDEX = torch.arange(4)
             ),
             ValueError,
             r"z2\[positive_index\]",
+        ),
+        (
+            lambda: ce.fused_infonce_loss(Z, Z, queue=ce.Columns(UNIT, log_weight=INDEX)),
+            ValueError,
+            r"log_weight of queue must be floating-point \[4\]",
+        ),
+        (
+            lambda: ce.fused_infonce_loss(Z, Z, layout="one_way", negatives=ce.Columns(Z, log_weight=torch.ones(3))),
+            ValueError,
+            r"log_weight of negatives must be floating-point \[4\]",
+        ),
+        (
+            lambda: ce.fused_infonce_loss(Z, Z, queue=ce.Columns(UNIT, log_weight=-INDEX * math.inf)),
+            ValueError,
+            "left out by ids",
+        ),
+        (
+            lambda: ce.fused_infonce_loss(Z, Z, queue=ce.Columns(UNIT, log_weight=torch.ones(4).requires_grad_())),
+            ValueError,
+            "give log_weight.detach()",
+        ),
+        (
+            lambda: ce.fused_bayesian_loss(Z, Z, queue=ce.Columns(UNIT, log_weight=torch.ones(4))),
+            ValueError,
+            "by its rank",
+        ),
+        (
+            lambda: ce.fused_false_negative_loss(torch.stack([Z, Z]), queue=ce.Columns(UNIT, log_weight=torch.ones(4))),
+            ValueError,
+            "no guide or log_weight",
         ),
     ],
 )

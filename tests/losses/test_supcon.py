@@ -159,6 +159,15 @@ def test_module_equals_function():
         (torch.ones(4, 2), torch.ones(4).long(), {"positives": "both"}, ValueError, "out, in"),
         (torch.ones(4, 2), torch.ones(4).long(), {"reduction": "max"}, ValueError, "mean, sum, none"),
         (torch.ones(4, 2), torch.ones(4).long(), {"temperature": -1.0}, ValueError, "> 0"),
+        (torch.ones(4, 2), torch.ones(4).long(), {"queue": torch.eye(2)}, ValueError, "needs labels"),
+        (torch.ones(4, 2), torch.ones(4).long(), {"queue": ce.Columns(torch.eye(3))}, ValueError, r"\[K, 2\]"),
+        (
+            torch.ones(4, 2),
+            torch.ones(4).long(),
+            {"queue": ce.Columns(torch.eye(2), ids=torch.arange(2), log_weight=torch.ones(2))},
+            ValueError,
+            "no guide or",
+        ),
     ],
 )
 def test_bad_input_says_what_to_do(features, labels, arguments, error, says):
@@ -204,3 +213,33 @@ def test_statistics_carry_no_gradient(run):
         for positives in ("out", "in"):
             _, stats = fused(z, labels, t, positives, return_stats=True, backend=name)
             assert not any(x.requires_grad for x in vars(stats).values())
+
+
+@pytest.mark.parametrize("positives", ["out", "in"])
+def test_a_queue_of_the_rows_left_out_gives_the_rows_left_in_the_same_loss(run, positives):
+    """Columns are columns, whether they are rows of the batch or held; unlabelled keys are negatives of all."""
+    backend, device = run
+    z, labels = _features(device=device), LABELS.to(device)
+    every = fused(z, labels, 0.3, positives, reduction="none", backend=backend)
+    unit = F.normalize(z, dim=1)
+    held = ce.Columns(unit[5:], ids=labels[5:])
+    torch.testing.assert_close(
+        fused(z[:5], labels[:5], 0.3, positives, queue=held, reduction="none", backend=backend), every[:5]
+    )
+    queue = ce.NegativeQueue(40, z.shape[1], dtype=z.dtype, device=device)
+    empty = fused(z, labels, 0.3, positives, queue=queue, backend=backend)
+    torch.testing.assert_close(empty, fused(z, labels, 0.3, positives, backend=backend))
+    queue.enqueue(z)
+    one_more_class = ce.Columns(unit, ids=torch.full_like(labels, 10**6))
+    torch.testing.assert_close(
+        fused(z, labels, 0.3, positives, queue=queue, backend=backend),
+        fused(z, labels, 0.3, positives, queue=one_more_class, backend="reference"),
+    )
+
+
+def test_bad_numbers_in_a_queue_reach_the_loss(run):
+    backend, device = run
+    keys = torch.full((2, 6), torch.nan, dtype=torch.float64, device=device)
+    held = ce.Columns(keys, ids=torch.tensor([99, 98], device=device))
+    for name in (backend, "reference"):
+        assert fused(_features(device=device), LABELS.to(device), queue=held, backend=name).isnan()
