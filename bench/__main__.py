@@ -5,6 +5,7 @@
     python -m bench --device cuda          the GPU protocol
     python -m bench show RESULTS.json      print a results file and draw its picture again
     python -m bench smoke                  correctness at tiny shapes
+    python -m bench hosts                  losses of other libraries beside their adapters
     python -m bench negatives              how many negatives are enough: losses and bounds against the batch size
     python -m bench proof                  correctness at real shapes on a GPU, a JSON line a case
     python -m bench speed                  the table of goals on a GPU, kernel by kernel
@@ -17,6 +18,7 @@ Exit status 1 says that a result was wrong, 2 that the arguments were, 130 that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import re
@@ -32,7 +34,9 @@ from . import environment, methods, negatives
 from .case import Case, short_name
 from .cases import cpu_cases, cpu_long_cases, cuda_cases, proof_cases, smoke_cases, speed_cases, tiny
 from .device import Device
+from .hosts import hosts
 from .losses import PAIR_LOSSES
+from .memory import HostMemory
 from .proof import prove
 from .run import STOPPED, run, show
 from .smoke import smoke
@@ -43,6 +47,7 @@ _OUT = Path(__file__).parent / "results" / "local"  # ignored by git: what is co
 _TIME_LIMIT_S = {"cpu": 240, "cuda": 1500}  # begin no case later: the CPU run promises five minutes
 _LONG_TIME_LIMIT_S = 3600
 _SPEED_LIMIT_S = 80.0
+_SECONDS_PER_HOST = {False: 2.0, True: 0.2}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +73,11 @@ def _command(options: argparse.Namespace) -> int:
     if options.command is None:
         return _bench(options)
     device = Device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.command == "hosts":
+        with contextlib.ExitStack() as stack:
+            memory = None if device.is_cuda else stack.enter_context(HostMemory())
+            peak = (lambda *_: None) if memory is None else memory.peak_mib_of_host
+            return hosts(device, peak, _SECONDS_PER_HOST[options.quick], options.quick)
     if options.command == "smoke":
         return int(smoke(device, _share(smoke_cases(), options)) > 0)
     if options.command == "proof":
@@ -170,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without", nargs="+", default=[], metavar="BACKEND", help="backends not to run")
     parser.add_argument("--tiles", type=Path, metavar="FILE", help="use the fastest tiles of a file of `tune`")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no case later")
-    commands = parser.add_subparsers(dest="command", metavar="show | smoke | negatives | proof | speed | tune")
+    commands = parser.add_subparsers(dest="command", metavar="show | smoke | hosts | negatives | proof | speed | tune")
     smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
     proof_parser = commands.add_parser("proof", help="real shapes against float64, repeats bit by bit: proof-<i>.jsonl")
     speed_parser = commands.add_parser("speed", help="the table of goals, kernel by kernel: speed.json, kernels.json")
@@ -186,6 +196,9 @@ def _parser() -> argparse.ArgumentParser:
         if command is not smoke_parser:
             command.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
             command.add_argument("--tiny", action="store_true", help="the same cases at sizes for a rehearsal")
+    host_parser = commands.add_parser("hosts", help="losses of other libraries, where installed, beside their adapters")
+    host_parser.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
+    host_parser.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
     speed_parser.add_argument("--time-limit", type=float, default=argparse.SUPPRESS, metavar="SECONDS")
     sweep = commands.add_parser(
         "negatives", help="contrastive and supervised loss, both bounds and accuracy against the number of negatives"

@@ -14,12 +14,15 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from .case import Case
+from . import hosts
+from .case import Case, Inputs
 from .device import Device
 from .losses import inputs_of
 from .methods import Method, find_method
@@ -50,8 +53,14 @@ class HostMemory:
 
     def peak_mib(self, method: Method, case: Case) -> float | None:
         """MiB beyond the inputs; None if the call did not survive."""
-        request = {"method": method.name, "case": asdict(case), "threads": torch.get_num_threads()}
-        self._server.stdin.write(json.dumps(request) + "\n")
+        return self._ask({"method": method.name, "case": asdict(case)})
+
+    def peak_mib_of_host(self, index: int, who: str, batch: int) -> float | None:
+        """The same of a loss of HOSTS (hosts.py)."""
+        return self._ask({"host": index, "who": who, "batch": batch})
+
+    def _ask(self, request: dict) -> float | None:
+        self._server.stdin.write(json.dumps(request | {"threads": torch.get_num_threads()}) + "\n")
         return json.loads(self._server.stdout.readline())
 
 
@@ -67,8 +76,12 @@ def peak_mib_cuda(method: Method, case: Case, device: Device) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _run(method: Method, case: Case, inputs) -> None:
-    torch.autograd.grad(method.mean_loss(case, inputs), inputs.leaves)
+def _run(method: Method, case: Case, inputs: Inputs) -> None:
+    _gradients(partial(method.mean_loss, case), inputs)
+
+
+def _gradients(mean_loss: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> None:
+    torch.autograd.grad(mean_loss(inputs), inputs.leaves)
 
 
 def _serve() -> None:
@@ -87,17 +100,32 @@ def _serve() -> None:
 
 def _measure(request: dict) -> float:
     torch.set_num_threads(request["threads"])
+    (small, few), (mean_loss, inputs) = _host_calls(request) if "host" in request else _case_calls(request)
+    _gradients(small, few)
+    with contextlib.suppress(OSError):  # where the peak cannot be reset it can only be overstated
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_kib("VmRSS")
+    _gradients(mean_loss, inputs)
+    return max(0.0, (_resident_kib("VmHWM") - before) / 1024)
+
+
+_Call = tuple[Callable[[Inputs], torch.Tensor], Inputs]
+
+
+def _case_calls(request: dict) -> tuple[_Call, _Call]:
+    """A tiny call that loads what the method needs, and the one to measure, each with its inputs."""
     device, case = Device("cpu"), Case(**request["case"])
     method = find_method(request["method"], case, device)
     inputs = inputs_of(case, device.torch)
     n, m = _TINY.get(case.layout, _TINY["queue"])
     tiny = replace(case, n=n, m=m)
-    _run(method, tiny, inputs_of(tiny, device.torch))
-    with contextlib.suppress(OSError):  # where the peak cannot be reset it can only be overstated
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_kib("VmRSS")
-    _run(method, case, inputs)
-    return max(0.0, (_resident_kib("VmHWM") - before) / 1024)
+    return (partial(method.mean_loss, tiny), inputs_of(tiny, device.torch)), (partial(method.mean_loss, case), inputs)
+
+
+def _host_calls(request: dict) -> tuple[_Call, _Call]:
+    call, host = hosts.call_of(request["host"], request["who"]), hosts.HOSTS[request["host"]]
+    few, inputs = (hosts.inputs_of(host, batch, torch.device("cpu")) for batch in (8, request["batch"]))
+    return (call, few), (call, inputs)
 
 
 def _resident_kib(field: str) -> float:

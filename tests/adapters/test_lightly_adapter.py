@@ -1,4 +1,4 @@
-"""lightly's losses: their definitions (values of its own classes: test_recorded_hosts.py), the memory bank, what is refused."""
+"""lightly's losses: definitions (its own values: test_recorded_hosts.py), the memory bank, what is refused."""
 
 from __future__ import annotations
 

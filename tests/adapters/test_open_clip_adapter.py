@@ -1,4 +1,4 @@
-"""open_clip's ClipLoss: its definition (values of its own class: test_recorded_hosts.py), two ranks, what is refused."""
+"""open_clip's ClipLoss: its definition (its own values: test_recorded_hosts.py), two ranks, what is refused."""
 
 from __future__ import annotations
 
