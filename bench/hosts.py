@@ -1,5 +1,5 @@
-"""Losses of other libraries beside the adapters that take their place, at the sizes of the libraries' own examples and at
-a large batch: `python -m bench hosts`. A library that is not installed is left out."""
+"""Losses of other libraries beside the adapters that take their place, at the sizes of the libraries' own examples and
+at a large batch: `python -m bench hosts`. A library that is not installed is left out."""
 
 from __future__ import annotations
 
