@@ -262,10 +262,10 @@ class SoftTargetLoss(_LossModule):
 
 
 class BayesianLoss(RowLossModule):
-    """Module of `fused_bayesian_loss`: BCL; `alpha` may be given to the call, for a schedule."""
+    """Module of `fused_bayesian_loss`: BCL; at the call `alpha`, for a schedule, and a prior for each pair."""
 
     of_the_call = ()
-    parameters_of_the_call = ("alpha",)
+    parameters_of_the_call = ("alpha", "tau_plus")
 
     def __init__(
         self,

@@ -221,7 +221,6 @@ def pair_rules(case: Mapping) -> bool:
         get("guide") == "self" and get("kind") not in (None, "random"),
         get("guide") == "self" and get("shape") is not None and get("shape")[1] < 5,
         get("operand_dtype") is not None and get("dtype") not in (None, "float32"),
-        get("tau_plus") in ("pairs", "rows") and loss == "bayesian",  # its weights are made from one prior
         get("tau_plus") == "rows" and layout not in ("two_view", "symmetric", None),
         get("tau_plus") == "rows" and (get("in_batch") is False or (get("scale") or "").endswith("rows")),
         loss == "bayesian" and (negatives or "").startswith("own"),

@@ -400,11 +400,13 @@ def _debiased_tail(how: Arithmetic, p: Problem, log_sum_exp: Tensor, tau: float 
 
 
 def bayesian(
-    how: Arithmetic, p: Problem, tau_plus: float = 0.1, alpha: float = 0.9, beta: float = 0.9, eps: float = 1e-3,
-    bins: int = 0,
+    how: Arithmetic, p: Problem, tau_plus: float | Tensor = 0.1, alpha: float = 0.9, beta: float = 0.9,
+    eps: float = 1e-3, bins: int = 0,
 ) -> Tensor:  # fmt: skip
     """bins = 0: ranks by comparing every negative with every other; else those of a histogram over the row's range."""
     number = p.count.clamp(min=1).double()[:, None]
+    if isinstance(tau_plus, Tensor):
+        tau_plus = tau_plus.double().repeat(len(p.pos) // len(tau_plus))[:, None]
     x = (p.logits.detach() / _column(p.scale.detach())).double().masked_fill(~p.negative, torch.inf)
     size = 1.0 + x[p.negative].abs().max().item() if p.negative.any() else 1.0
     if bins:

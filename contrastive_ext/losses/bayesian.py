@@ -20,15 +20,15 @@ from ..numerics import softplus
 from ..problem.ranking import Ranking, Ranks, check_ranking, choose_ranks, histogram_axis
 from .dense import DenseLogits
 from .pair_loss import LossOptions, fused_row_loss, loss_function
-from .row_loss import RowLoss, RowStatistics
+from .prior import WithPrior, prior_of_rows
+from .row_loss import RowStatistics
 from .stats import LossStats
 
 
 @dataclass(frozen=True)
-class Bayesian(RowLoss):
+class Bayesian(WithPrior):
     """The row loss softplus(log Ng - pos) with negatives weighted by rank."""
 
-    tau_plus: float = 0.1
     alpha: float = 0.9
     beta: float = 0.9
     ranks: Ranks = "auto"
@@ -36,6 +36,7 @@ class Bayesian(RowLoss):
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ranking(self.tau_plus, self.alpha, self.beta, self.eps, self.ranks, self.bins)
 
     def check(self, request: Request) -> None:
@@ -72,6 +73,7 @@ class Bayesian(RowLoss):
     def weighted(self, logits: DenseLogits) -> DenseLogits:
         """Ranks of every row as their definition has them, exact or of a histogram, and the weights that they make."""
         ranking = self.ranking(logits.logits.shape[1])
+        ranking = replace(ranking, tau_plus=prior_of_rows(self.tau_plus, logits.pos))
         rank = _histogram_ranks(logits, ranking.bins) if ranking.bins else _exact_ranks(logits)
         weight = ranking.weight_of_rank(rank, logits.count.clamp(min=1)[:, None])
         return replace(logits, log_weight=weight.log().masked_fill(~logits.negative, 0.0))
@@ -105,7 +107,7 @@ def fused_bayesian_loss(
     z1: Tensor,
     z2: Tensor,
     temperature: float | Tensor | None = None,
-    tau_plus: float = 0.1,
+    tau_plus: float | Tensor = 0.1,
     alpha: float = 0.9,
     beta: float = 0.9,
     *,
@@ -120,7 +122,8 @@ def fused_bayesian_loss(
 
     z1, z2       [B, D] fp16/bf16/fp32/fp64, row i of each is a pair
     temperature  > 0, or a 0-d tensor to learn it; default 0.5
-    tau_plus     in [0, 1), probability that a negative shares the anchor's class
+    tau_plus     in [0, 1), probability that a negative shares the anchor's class. Or constants, [B] of the pairs or
+                 [2B] of the rows (two_view, symmetric): computed by backend "torch", which "auto" then takes
     alpha        in [0.5, 1], how well the encoder ranks a positive above a negative (its macro-AUC): see `linear_alpha`
                  and `estimate_alpha`; 0.5 knows nothing
     beta         in [0, 1], concentration on hard negatives; alpha = beta = 1 is refused

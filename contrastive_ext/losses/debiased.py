@@ -10,19 +10,18 @@ t = .1 that is every row from tau = .01 on. Chuang et al., NeurIPS 2020, arXiv:2
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..batch.request import Request
-from ..checks import can_read, check_number, describe
 from ..numerics import softplus
 from ..problem.problem import Formula
 from .dense import DenseLogits
 from .pair_loss import LossOptions, fused_row_loss, loss_function
-from .row_loss import RowLoss, RowStatistics
+from .prior import WithPrior, prior_of_rows
+from .row_loss import RowStatistics
 from .stats import LossStats
 
 _OVERWHELMED = 60.0  # e^60 times the sum itself: far below the floor, and finite in float32
@@ -30,7 +29,7 @@ _OVERWHELMED = 60.0  # e^60 times the sum itself: far below the floor, and finit
 
 def debias(log_sum: Tensor, stats: RowStatistics, tau_plus: float | Tensor) -> tuple[Tensor, Tensor]:
     """log Ng [R] for a sum of exponentials e^{log_sum} over negatives, and where the floor replaced it (bool [R])."""
-    tau_plus = _of_rows(tau_plus, stats.pos)
+    tau_plus = prior_of_rows(tau_plus, stats.pos)
     log_count = stats.count.log()
     log_floor = log_count - stats.scale
     shift = torch.maximum(log_sum, log_floor).detach()
@@ -46,7 +45,7 @@ def debias(log_sum: Tensor, stats: RowStatistics, tau_plus: float | Tensor) -> t
 
 def dense_debias(sum_exp: Tensor, logits: DenseLogits, shift: Tensor, tau_plus: float | Tensor) -> Tensor:
     """[R] log(1 + Ng / e^p) with Ng as in the paper, every exponential taken relative to e^shift."""
-    tau_plus = _of_rows(tau_plus, logits.pos)
+    tau_plus = prior_of_rows(tau_plus, logits.pos)
     tiny = torch.finfo(shift.dtype).tiny  # log 0 has no gradient
     floor = logits.count * torch.exp(-logits.scale - shift)
     corrected = sum_exp
@@ -59,57 +58,12 @@ def dense_debias(sum_exp: Tensor, logits: DenseLogits, shift: Tensor, tau_plus: 
     return softplus(log_negatives - logits.pos)
 
 
-def _of_rows(tau_plus: float | Tensor, pos: Tensor) -> float | Tensor:
-    """The prior of every row [R], or the one of all."""
-    if not isinstance(tau_plus, Tensor):
-        return tau_plus
-    return tau_plus.detach().to(pos.dtype).repeat(pos.shape[0] // tau_plus.shape[0])
-
-
 def _log(tau_plus: float | Tensor) -> float | Tensor:
     return tau_plus.log() if isinstance(tau_plus, Tensor) else math.log(tau_plus)
 
 
 @dataclass(frozen=True)
-class DebiasedNegatives(RowLoss):
-    """Base of the losses with debiased negatives: tau_plus, the share of hidden positives, of all rows or of each."""
-
-    tau_plus: float | Tensor = 0.1
-
-    def __post_init__(self) -> None:
-        tau_plus = self.tau_plus
-        if isinstance(tau_plus, Tensor) and tau_plus.dim() > 0:
-            if tau_plus.dim() != 1 or not tau_plus.is_floating_point():
-                raise ValueError(f"tau_plus must be a number or floating-point [B] or [2B]; got {describe(tau_plus)}.")
-            if can_read(tau_plus) and not bool(((tau_plus >= 0) & (tau_plus < 1)).all()):
-                raise ValueError(f"tau_plus holds probabilities in [0, 1); got {tau_plus.min()} to {tau_plus.max()}.")
-            return
-        check_number("tau_plus", tau_plus)
-        if not 0 <= tau_plus < 1:
-            raise ValueError(f"tau_plus is a probability in [0, 1); got {tau_plus}.")
-
-    def check(self, request: Request) -> None:
-        """One prior, or one for every pair or row."""
-        super().check(request)
-        tau_plus, z1 = self.tau_plus, request.z1
-        if not isinstance(tau_plus, Tensor):
-            return
-        pairs = z1.shape[0]
-        lengths = (pairs,) if request.is_one_way else (pairs, 2 * pairs)
-        if tau_plus.shape[0] not in lengths or tau_plus.device != z1.device:
-            wanted = " or ".join(f"[{n}]" for n in lengths)
-            raise ValueError(
-                f"tau_plus must be a number or floating-point {wanted} on {z1.device}; got {describe(tau_plus)}."
-            )
-
-    def of_rows(self, rows: slice, total: int) -> RowLoss:
-        """With the priors of these rows, where every row has one."""
-        every = isinstance(self.tau_plus, Tensor) and self.tau_plus.shape[0] == total
-        return replace(self, tau_plus=self.tau_plus[rows]) if every else self  # type: ignore[index]
-
-
-@dataclass(frozen=True)
-class Debiased(DebiasedNegatives):
+class Debiased(WithPrior):
     """The row loss softplus(log Ng - pos) with the debiased negatives' sum Ng."""
 
     @property

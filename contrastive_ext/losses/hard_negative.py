@@ -17,15 +17,16 @@ from typing_extensions import Unpack
 from ..checks import check_number
 from ..numerics import softplus
 from ..problem.problem import Formula
-from .debiased import DebiasedNegatives, debias, dense_debias
+from .debiased import debias, dense_debias
 from .dense import DenseLogits
 from .pair_loss import LossOptions, fused_row_loss, loss_function
+from .prior import WithPrior
 from .row_loss import RowStatistics
 from .stats import LossStats
 
 
 @dataclass(frozen=True)
-class HardNegative(DebiasedNegatives):
+class HardNegative(WithPrior):
     """The row loss softplus(log Ng - pos) with importance-weighted, debiased negatives."""
 
     beta: float = 1.0

@@ -21,6 +21,7 @@ from ..operators.ranked_stats import ranked_stats
 from ..operators.row_stats import row_stats
 from ..problem.pairs import NO_COLUMN_ID, Gate
 from ..problem.ranking import Ranking
+from .prior import prior_of_rows
 from .row_loss import RowLoss, RowStatistics
 from .stats import Diagnostics
 
@@ -180,14 +181,16 @@ def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnost
         if gate is not None and gate.col_limit is not None:
             reverse = Gate(gate.features[None], gate.scorers[0], gate.col_limit)
         sides.append((v, batch.anchors, columns.ids, batch.anchor_ids, reverse))
+    anchors = batch.anchors.shape[0]
     swept = [
         ranked_stats(
-            u, v, ranking=ranking((u if v is None else v).shape[0]), scale=batch.scale,
+            u, v, ranking=_of_side(ranking((u if v is None else v).shape[0]), batch.pos, side * anchors, anchors),
+            scale=batch.scale,
             num_images=columns.num_images, positive_offset=columns.positive_offset, row_ids=row_ids,
             col_ids=col_ids, ignored=columns.ignored, gate=gate, diagnostics=diagnostics, unit=columns.unit,
             operand_dtype=batch.operand_dtype, backend=backend,
         )
-        for u, v, row_ids, col_ids, gate in sides
+        for side, (u, v, row_ids, col_ids, gate) in enumerate(sides)
     ]  # fmt: skip
     lse, aux = torch.cat([s.lse for s in swept]), torch.cat([s.aux for s in swept], 1)
     stats = _statistics(batch, (lse,), aux[0])
@@ -196,6 +199,12 @@ def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnost
     count, largest, total, lse_squared, weights, max_weight = aux.unbind(0)
     mean_weight = weights / count.clamp(min=1)
     return stats, Diagnostics(count, largest, total, lse_squared, batch.candidates, mean_weight, max_weight)
+
+
+def _of_side(ranking: Ranking, pos: Tensor, first: int, number: int) -> Ranking:
+    """With the priors of `number` rows from `first` on, where there is one for every pair or row."""
+    priors = prior_of_rows(ranking.tau_plus, pos)
+    return replace(ranking, tau_plus=priors).of_rows(slice(first, first + number))
 
 
 def _one_set_of_columns(batch: Arrangement) -> ColumnSet:

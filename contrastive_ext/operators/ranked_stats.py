@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..checks import describe
 from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.ranking import RankedStatistics, Ranking
@@ -44,7 +45,8 @@ def ranked_stats(
 
     u, v, scale, num_images, positive_offset, row_ids, col_ids, ignored, gate, unit, operand_dtype, backend
                  as in `row_stats`
-    ranking      the weight as a function of the rank, and the number of histogram bins (0: exact ranks)
+    ranking      the weight as a function of the rank, and the number of histogram bins (0: exact ranks); its priors [N]
+                 of u's dtype: backend "torch" alone, which "auto" then takes
     diagnostics  also what `RankedStatistics.aux` lists
     Returns      `RankedStatistics`; gradients flow from lse to u, v and scale
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run the call
@@ -54,41 +56,56 @@ def ranked_stats(
     check_problem(u, v, scale, (1.0,), num_images, positive_offset, row_ids, col_ids, False, False, backend)
     check_cancelled(u, v, row_ids, col_ids, False, ignored, gate, False)
     rules = num_images, positive_offset, False, row_ids, col_ids, ignored, *schema.gate_arguments(gate)
+    priors, tau_plus = (ranking.tau_plus, 0.0) if isinstance(ranking.tau_plus, Tensor) else (None, ranking.tau_plus)
+    if priors is not None:
+        backend = _of_priors(backend)
+        if priors.shape != u.shape[:1] or priors.dtype != u.dtype or priors.device != u.device:
+            raise ValueError(
+                f"the priors of a ranking must be {u.dtype} [{u.shape[0]}] on {u.device}; got {describe(priors)}."
+            )
     call = as_arguments(u, v, scale, [1.0], (*rules, unit), operand_dtype, backend)
-    parameters = [ranking.tau_plus, ranking.alpha, ranking.beta, ranking.eps]
-    return RankedStatistics(
-        *torch.ops.contrastive_ext.ranked_stats.default(*call, parameters, ranking.bins, diagnostics)
-    )
+    how = priors, [tau_plus, ranking.alpha, ranking.beta, ranking.eps], ranking.bins
+    return RankedStatistics(*torch.ops.contrastive_ext.ranked_stats.default(*call, *how, diagnostics))
+
+
+def _of_priors(backend: str) -> str:
+    """The backend of a call with a prior for every row."""
+    if backend not in ("auto", "torch"):
+        raise RuntimeError(
+            f"backend={backend!r} weighs ranks by one prior for all rows: a tau_plus of each needs backend='torch', "
+            "'auto' or 'reference'."
+        )
+    return "torch"
 
 
 def _forward(*args) -> tuple[Tensor, ...]:
-    call, (parameters, bins, diagnostics) = of_arguments(args)
+    call, (*how, diagnostics) = of_arguments(args)
     problem, backend = call.problem()
-    return tuple(backend.ranked_forward(problem, _ranking(parameters, bins), diagnostics=diagnostics))
+    return tuple(backend.ranked_forward(problem, _ranking(*how), diagnostics=diagnostics))
 
 
 def _backward(*args) -> tuple[Tensor, Tensor]:
-    call, (parameters, bins, *stats, grad_lse, need_u, need_v) = of_arguments(args)
+    call, (priors, parameters, bins, *stats, grad_lse, need_u, need_v) = of_arguments(args)
     problem, backend = call.problem()
-    ranking = _ranking(parameters, bins)
+    ranking = _ranking(priors, parameters, bins)
     return backend.ranked_backward(problem, ranking, RankedStatistics(*stats), grad_lse, need_u=need_u, need_v=need_v)
 
 
 def _forward_and_kept(args, call, wanted) -> tuple[tuple[Tensor, ...], ModuleType | None, list[Tensor]]:
     """As in row_stats.py."""
-    parameters, bins, diagnostics = wanted
+    priors, parameters, bins, diagnostics = wanted
     keeper = None if diagnostics or bins else call.keeper()
     if keeper is not None:
-        made = keeper.ranked_forward(call.problem()[0], _ranking(parameters, bins))
+        made = keeper.ranked_forward(call.problem()[0], _ranking(priors, parameters, bins))
         if made is not None:
             return tuple(made.stats), keeper, [*made.blocks, *made.sums]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.contrastive_ext.ranked_stats.default(*args), None, []
 
 
-def _ranking(parameters: list[float], bins: int) -> Ranking:
+def _ranking(priors: Tensor | None, parameters: list[float], bins: int) -> Ranking:
     tau_plus, alpha, beta, eps = parameters
-    return Ranking(tau_plus, alpha, beta, eps, bins)
+    return Ranking(tau_plus if priors is None else priors, alpha, beta, eps, bins)
 
 
 def _forward_shapes(u, *rest) -> tuple[Tensor, ...]:
@@ -104,8 +121,9 @@ class _RankedStats(torch.autograd.Function):
         call, wanted = of_arguments(args)
         (lse, aux, axis, below), ctx.keeper, kept = _forward_and_kept(args, call, wanted)
         u, v, scale, *pair_tensors = call.tensors()
-        ctx.numbers, ctx.ranking = call.numbers(), wanted[:2]
-        saved = (*pair_tensors, lse, aux, axis, below) if ctx.keeper is None else kept
+        priors, *ctx.ranking, _ = wanted
+        ctx.numbers = call.numbers()
+        saved = (*pair_tensors, priors, lse, aux, axis, below) if ctx.keeper is None else kept
         ctx.save_for_backward(u, v, scale, *saved)
         ctx.mark_non_differentiable(aux, axis, below)
         ctx.set_materialize_grads(False)
@@ -125,9 +143,10 @@ class _RankedStats(torch.autograd.Function):
                     ctx.keeper.backward, u, v, scale, exponents, grad_lse[None], None, *needs, *saved
                 )
             else:
-                call = of_saved((u, v, scale, *saved[:-4]), ctx.numbers)
+                *pair_tensors, priors, lse, aux, axis, below = saved
+                call = of_saved((u, v, scale, *pair_tensors), ctx.numbers)
                 du, dv = torch.ops.contrastive_ext.ranked_stats_backward.default(
-                    *call, *ctx.ranking, *saved[-4:], grad_lse.contiguous(), *needs
+                    *call, priors, *ctx.ranking, lse, aux, axis, below, grad_lse.contiguous(), *needs
                 )
             if need_scale:
                 dscale = (u * du).sum() / (scale if v is not None else 2 * scale)
@@ -136,6 +155,8 @@ class _RankedStats(torch.autograd.Function):
 
 
 _STATISTICS = "Tensor lse, Tensor aux, Tensor axis, Tensor below"
-register("ranked_stats", schema.ranked_stats(schema.PROBLEM), _forward, _forward_shapes)
-register("ranked_stats_backward", schema.ranked_stats_backward(schema.PROBLEM, _STATISTICS), _backward, backward_shapes)
+_HOW = schema.PRIORS_AND_RANKING
+register("ranked_stats", schema.ranked_stats(schema.PROBLEM, _HOW), _forward, _forward_shapes)
+_BACKWARD = schema.ranked_stats_backward(schema.PROBLEM, _STATISTICS, _HOW)
+register("ranked_stats_backward", _BACKWARD, _backward, backward_shapes)
 register_autograd("ranked_stats", _RankedStats)

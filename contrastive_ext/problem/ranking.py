@@ -18,8 +18,8 @@ over the row's range:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,18 +43,26 @@ def choose_ranks(ranks: str, candidates: int) -> Literal["exact", "histogram"]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The weight of a negative as a function of its rank, and how ranks are found: bins = 0 exactly."""
+    """The weight of a negative as a function of its rank, and how ranks are found: bins = 0 exactly.
 
-    tau_plus: float
+    tau_plus  one, or constants [N] of the rows
+    """
+
+    tau_plus: float | Tensor
     alpha: float
     beta: float
     eps: float
     bins: int
 
+    def of_rows(self, rows: slice) -> Ranking:
+        """The same for some of the rows."""
+        return replace(self, tau_plus=self.tau_plus[rows]) if isinstance(self.tau_plus, Tensor) else self
+
     @property
-    def coefficients(self) -> tuple[float, float, float, float, float]:
-        """(b, c, eps, low, high): omega = [low (1 - Phi) + high Phi] / [b (1 - Phi) + c Phi]."""
-        alpha, beta, tau = self.alpha, self.beta, self.tau_plus
+    def coefficients(self) -> tuple[Any, Any, float, float, float]:
+        """(b, c, eps, low, high): omega = [low (1 - Phi) + high Phi] / [b (1 - Phi) + c Phi]; b, c [N, 1] of priors."""
+        alpha, beta = self.alpha, self.beta
+        tau = self.tau_plus[:, None] if isinstance(self.tau_plus, Tensor) else self.tau_plus
         norm = alpha * (1 - beta) + (1 - alpha) * beta + self.eps
         return (
             2 * (alpha * (1 - tau) + (1 - alpha) * tau),
@@ -65,7 +73,7 @@ class Ranking:
         )
 
     def weight(self, u: Tensor, v: Tensor) -> Tensor:
-        """omega(u) for u in [0, 1] and v = 1 - u, of ranks the share that is larger."""
+        """omega(u) [N, M] for u in [0, 1] and v = 1 - u, of ranks the share that is larger."""
         b, c, eps, low, high = self.coefficients
         root = ((2 * v - c).square() + 4 * u * (v + eps)).sqrt()
         phi, rest = 2 * u / (b + root), 2 * (v + eps) / (c + 2 * eps + root)
@@ -76,12 +84,10 @@ class Ranking:
         return self.weight(rank / count, (count - rank) / count)
 
 
-def check_ranking(tau_plus: float, alpha: float, beta: float, eps: float, ranks: str, bins: int) -> None:
-    """TypeError for parameters that are no numbers, ValueError outside their range."""
-    for name, value in (("tau_plus", tau_plus), ("alpha", alpha), ("beta", beta), ("eps", eps)):
+def check_ranking(tau_plus: float | Tensor, alpha: float, beta: float, eps: float, ranks: str, bins: int) -> None:
+    """TypeError for parameters that are no numbers, ValueError outside their range; the prior's own range aside."""
+    for name, value in (("alpha", alpha), ("beta", beta), ("eps", eps)):
         check_number(name, value)
-    if not 0 <= tau_plus < 1:
-        raise ValueError(f"tau_plus, the probability of a false negative, must be in [0, 1); got {tau_plus}.")
     if not 0.5 <= alpha <= 1:
         raise ValueError(
             "alpha, how often the encoder ranks a positive above a negative (its macro-AUC), must be in [0.5, 1]; "
@@ -93,7 +99,7 @@ def check_ranking(tau_plus: float, alpha: float, beta: float, eps: float, ranks:
         raise ValueError("alpha = beta = 1 gives every negative weight 0; lower one of them.")
     if not 0 <= eps <= 1:
         raise ValueError(f"eps, a small number that denominators are kept from 0 with, must be in [0, 1]; got {eps}.")
-    if alpha == 1 and tau_plus == 0 and eps == 0:
+    if alpha == 1 and eps == 0 and (isinstance(tau_plus, Tensor) or tau_plus == 0):
         raise ValueError("alpha = 1 with tau_plus = 0 divides by zero at the highest rank; give eps > 0.")
     if ranks not in RANKS:
         raise ValueError(f"ranks must be one of {', '.join(RANKS)}; got {ranks!r}.")

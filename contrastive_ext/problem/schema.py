@@ -19,6 +19,7 @@ PROBLEM = (
     "ScalarType operand_dtype, str backend"
 )
 RANKING = "float[] ranking, int bins"
+PRIORS_AND_RANKING = f"Tensor? priors, {RANKING}"
 
 
 def pair_arguments(pairs: Pairs, col_ids: Any, unit: bool) -> tuple[Any, ...]:
@@ -51,11 +52,11 @@ def row_stats_backward(problem: str) -> str:
     )
 
 
-def ranked_stats(problem: str) -> str:
+def ranked_stats(problem: str, ranking: str = RANKING) -> str:
     """Schema of the forward of the ranked statistics."""
-    return f"({problem}, {RANKING}, bool diagnostics) -> (Tensor lse, Tensor aux, Tensor axis, Tensor below)"
+    return f"({problem}, {ranking}, bool diagnostics) -> (Tensor lse, Tensor aux, Tensor axis, Tensor below)"
 
 
-def ranked_stats_backward(problem: str, statistics: str) -> str:
+def ranked_stats_backward(problem: str, statistics: str, ranking: str = RANKING) -> str:
     """Schema of their gradient, from those of the forward's results that it depends on."""
-    return f"({problem}, {RANKING}, {statistics}, Tensor grad_lse, bool need_u, bool need_v) -> (Tensor du, Tensor dv)"
+    return f"({problem}, {ranking}, {statistics}, Tensor grad_lse, bool need_u, bool need_v) -> (Tensor du, Tensor dv)"

@@ -79,6 +79,13 @@ CASES = {
         lambda b: _pairs(b, 2, t=lambda b: 0.4 + torch.rand(b, dtype=torch.float64)),
         lambda z1, z2, t, **o: ce.fused_hard_negative_loss(z1, z2, t, layout="one_way", **o),
     ),
+    "a prior for every pair of the Bayesian loss": Case(
+        lambda b: _pairs(b, p=lambda b: 0.2 * torch.rand(b, dtype=torch.float64)),
+        lambda z1, z2, p, backend="auto", **o: ce.fused_bayesian_loss(
+            z1, z2, 0.5, p, ranks="exact", backend=backend if backend == "reference" else "auto", **o
+        ),
+        smooth=False,
+    ),
     "weights of a queue and a learned temperature": Case(
         lambda b: _pairs(b, queue=_normal(D), w=_normal(), t=lambda b: 0.4 + torch.zeros((), dtype=torch.float64)),
         lambda z1, z2, queue, w, t, **o: ce.fused_hard_negative_loss(
@@ -102,8 +109,8 @@ CASES = {
 
 
 def _floating(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that get a gradient: guides, g and gn, weights and a queue are constants."""
-    constants = ("g", "gn", "w", "queue")
+    """The tensors that get a gradient: guides, g and gn, weights, priors and a queue are constants."""
+    constants = ("g", "gn", "w", "p", "queue")
     return {name: x for name, x in tensors.items() if x.is_floating_point() and name not in constants}
 
 
@@ -279,6 +286,12 @@ INDEX = torch.arange(4)
             ValueError,
             "by its rank",
         ),
+        (
+            lambda: ce.fused_bayesian_loss(Z, Z, 0.5, torch.full((4,), 0.1), backend="cpu"),
+            RuntimeError,
+            "weighs ranks by one prior for all rows",
+        ),
+        (lambda: ce.fused_bayesian_loss(Z, Z, 0.5, torch.full((3,), 0.1)), ValueError, r"\[4\] or \[8\]"),
         (
             lambda: ce.fused_false_negative_loss(torch.stack([Z, Z]), queue=ce.Columns(UNIT, log_weight=torch.ones(4))),
             ValueError,

@@ -36,7 +36,7 @@ def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> 
         count = keep.sum(1).to(s.dtype)
         if ranking.bins:
             axis[:, rows], below[rows] = _count_bins(s, keep, count, ranking.bins)
-        weight = _weight(ranking, s, keep, count, _Table.of(rows, axis, below))
+        weight = _weight(ranking.of_rows(rows), s, keep, count, _Table.of(rows, axis, below))
         terms = log_terms(s, keep, weight)
         lse[rows] = terms.logsumexp(1)
         aux[0, rows] = count
@@ -57,7 +57,7 @@ def ranked_backward(
     # a row without negatives: exp(s - inf) = 0, not NaN
     lse = stats.lse.masked_fill(stats.lse == -torch.inf, torch.inf)
     for rows, s, keep in blocks(problem):
-        weight = _weight(ranking, s, keep, stats.aux[0, rows], _Table.of(rows, stats.axis, stats.below))
+        weight = _weight(ranking.of_rows(rows), s, keep, stats.aux[0, rows], _Table.of(rows, stats.axis, stats.below))
         # the weight within the exponent: e^s alone overflows where a weight of 0 takes the largest logit out of lse
         w = (s + weight.log() - lse[rows, None]).exp_().mul_(grad_lse[rows, None]).where(keep, 0.0)
         if du is not None:
