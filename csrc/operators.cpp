@@ -57,6 +57,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
   define("ranked_stats_backward_cpu(" + kProblem +
          ", float[] ranking, int bins, Tensor lse, Tensor axis, Tensor below, Tensor grad_lse, bool need_u, "
          "bool need_v) -> (Tensor du, Tensor dv)");
+  define("pair_sums_forward_cpu(" + kProblem +
+         ", Tensor offset, float sign) -> (Tensor sum, Tensor slope, Tensor count)");
+  define("pair_sums_backward_cpu(" + kProblem +
+         ", Tensor offset, float sign, Tensor grad_sum, bool need_u, bool need_v) -> (Tensor du, Tensor dv)");
   define(
       "top_columns_cpu(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids) -> "
       "(Tensor scores, Tensor columns)");

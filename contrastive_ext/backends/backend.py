@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..problem.problem import Problem, Statistics, Upstream
+from ..problem.problem import PairSums, Problem, Statistics, Upstream
 from ..problem.ranking import RankedStatistics
 from ..problem.short_road import WholeLossOps
 
@@ -19,7 +19,7 @@ class Backend:
     """A way to compute `Statistics` and `RankedStatistics` and their gradients; `why_not` says why it cannot, or None.
 
     `forward` and `backward`: as in torch/row_stats.py, which is the shortest whole backend; `ranked_forward` and
-    `ranked_backward` as in torch/ranked_stats.py.
+    `ranked_backward` as in torch/ranked_stats.py, `pair_sums` and `pair_sums_backward` as in torch/pair_sums.py.
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
     `whole_loss`: its operators of the short road (problem/short_road.py), or None, for inputs of a dtype and so many
     exponentials.
@@ -34,6 +34,8 @@ class Backend:
     top_columns: Callable[..., tuple[Tensor, Tensor]]
     ranked_forward: Callable[..., RankedStatistics]
     ranked_backward: Callable[..., tuple[Tensor, Tensor]]
+    pair_sums: Callable[..., PairSums]
+    pair_sums_backward: Callable[..., tuple[Tensor, Tensor]]
     whole_loss: Callable[[torch.dtype, int], WholeLossOps | None] = lambda dtype, numbers: None
     kept: ModuleType | None = None
     needs_proof: bool = False

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..problem.problem import Problem, Statistics, Upstream
+from ..problem.problem import PairSums, Problem, Statistics, Upstream
 from ..problem.ranking import RankedStatistics, Ranking
 from ..problem.schema import pair_arguments
 from ..problem.short_road import WholeLossOps, backward_shapes, forward_shapes
@@ -79,6 +79,20 @@ def ranked_backward(
     )
 
 
+def pair_sums(problem: Problem, offset: Tensor, sign: float) -> PairSums:
+    """Sums over the selected columns of every row; see `PairSums`."""
+    return PairSums(*torch.ops.contrastive_ext.pair_sums_forward_cpu.default(*_arguments(problem), offset, sign))
+
+
+def pair_sums_backward(
+    problem: Problem, offset: Tensor, sign: float, grad_sum: Tensor, *, need_u: bool, need_v: bool
+) -> tuple[Tensor, Tensor]:
+    """dL/du and dL/dv, an empty tensor where not needed."""
+    return torch.ops.contrastive_ext.pair_sums_backward_cpu.default(
+        *_arguments(problem), offset, sign, grad_sum, need_u, need_v
+    )
+
+
 def _arguments(problem: Problem) -> tuple:
     """In the order of `schema.NATIVE_PROBLEM`."""
     scale = float(problem.scale)  # already on the host
@@ -94,5 +108,7 @@ BACKEND = Backend(
     top_columns=top_columns,
     ranked_forward=ranked_forward,
     ranked_backward=ranked_backward,
+    pair_sums=pair_sums,
+    pair_sums_backward=pair_sums_backward,
     whole_loss=whole_loss,
 )

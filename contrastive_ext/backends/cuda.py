@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem.problem import Problem, Statistics, Upstream
+from ..problem.problem import PairSums, Problem, Statistics, Upstream
 from ..problem.ranking import RankedStatistics, Ranking
 from . import native
 from .backend import Backend
@@ -107,6 +107,16 @@ def ranked_backward(*_, **__) -> tuple[Tensor, Tensor]:
     raise AssertionError
 
 
+def pair_sums(*_, **__) -> PairSums:
+    """Raises: no such kernel yet."""
+    raise RuntimeError(f"backend {NAME!r} cannot run this call: it has no sums over pairs. Use 'triton'.")
+
+
+def pair_sums_backward(*_, **__) -> tuple[Tensor, Tensor]:
+    """Never reached: `pair_sums` raises."""
+    raise AssertionError
+
+
 def top_columns(
     scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -122,6 +132,8 @@ BACKEND = Backend(
     top_columns=top_columns,
     ranked_forward=ranked_forward,
     ranked_backward=ranked_backward,
+    pair_sums=pair_sums,
+    pair_sums_backward=pair_sums_backward,
     needs_proof=True,
     note=NOTE,
 )

@@ -66,6 +66,19 @@ class Statistics(NamedTuple):
     mean: Tensor
 
 
+class PairSums(NamedTuple):
+    """What sums over pairs return, of every row [N] over its selected columns.
+
+    sum     of softplus(sign s_ij + offset_i)
+    slope   of sigmoid(sign s_ij + offset_i), the derivative of `sum` by the offset
+    number  how many
+    """
+
+    sum: Tensor
+    slope: Tensor
+    number: Tensor
+
+
 @dataclass(frozen=True)
 class Upstream:
     """What the backward starts from: the statistics and dL/d(them), for rows and, where asked, columns."""

@@ -60,3 +60,15 @@ def ranked_stats(problem: str, ranking: str = RANKING) -> str:
 def ranked_stats_backward(problem: str, statistics: str, ranking: str = RANKING) -> str:
     """Schema of their gradient, from those of the forward's results that it depends on."""
     return f"({problem}, {ranking}, {statistics}, Tensor grad_lse, bool need_u, bool need_v) -> (Tensor du, Tensor dv)"
+
+
+def pair_sums(problem: str) -> str:
+    """Schema of the sums over pairs."""
+    return f"({problem}, Tensor offset, float sign) -> (Tensor sum, Tensor slope, Tensor count)"
+
+
+def pair_sums_backward(problem: str) -> str:
+    """Schema of their gradient."""
+    return (
+        f"({problem}, Tensor offset, float sign, Tensor grad_sum, bool need_u, bool need_v) -> (Tensor du, Tensor dv)"
+    )

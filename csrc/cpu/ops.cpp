@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "../compat.h"
+#include "pair_sums.h"
 #include "ranked_stats.h"
 #include "request.h"
 #include "row_stats_backward.h"
@@ -99,6 +100,38 @@ std::tuple<Tensor, Tensor> ranked_stats_backward_cpu(const Request& request, std
   return gradients.results();
 }
 
+void check_pair_sums(const Request& request, const Tensor& offset, double sign) {
+  STD_TORCH_CHECK(request.v, "sums over pairs take two sets; rows against themselves are given twice.");
+  STD_TORCH_CHECK(sign == 1.0 || sign == -1.0, "sign must be 1 or -1; got ", sign, ".");
+  check_tensor(offset, "offset", request.u.scalar_type(), {request.n()});
+}
+
+std::tuple<Tensor, Tensor, Tensor> pair_sums_forward_cpu(const Request& request, const Tensor& offset, double sign) {
+  check_pair_sums(request, offset, sign);
+  const int64_t n = request.n();
+  const Tensor sum = empty(request.u, {n}), slope = empty(request.u, {n}), count = empty(request.u, {n});
+  request.compute([&](auto zero, const auto& problem) {
+    using T = decltype(zero);
+    pair_sums_forward<T>(problem, {static_cast<T>(sign), data<T>(offset)},
+                         {data<T>(sum), data<T>(slope), data<T>(count)});
+  });
+  return {sum, slope, count};
+}
+
+std::tuple<Tensor, Tensor> pair_sums_backward_cpu(const Request& request, const Tensor& offset, double sign,
+                                                  const Tensor& grad_sum, bool need_u, bool need_v) {
+  check_pair_sums(request, offset, sign);
+  check_tensor(grad_sum, "grad_sum", request.u.scalar_type(), {request.n()});
+  const Gradients gradients(request, need_u, need_v);
+  if (!need_u && !need_v) return gradients.results();
+  request.compute([&](auto zero, const auto& problem) {
+    using T = decltype(zero);
+    pair_sums_backward<T>(problem, {static_cast<T>(sign), data<T>(offset)}, data<T>(grad_sum),
+                          data_if<T>(gradients.du, need_u), data_if<T>(gradients.dv, need_v));
+  });
+  return gradients.results();
+}
+
 std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& features, int64_t k, int64_t num_images,
                                            MaybeTensor col_ids) {
   const ScalarType dtype = scorers.scalar_type();
@@ -133,6 +166,8 @@ STABLE_TORCH_LIBRARY_IMPL(contrastive_ext, CPU, m) {
   m.impl("row_stats_backward_cpu", TORCH_BOX(&Flat<&row_stats_backward_cpu>::call));
   m.impl("ranked_stats_forward_cpu", TORCH_BOX(&Flat<&ranked_stats_forward_cpu>::call));
   m.impl("ranked_stats_backward_cpu", TORCH_BOX(&Flat<&ranked_stats_backward_cpu>::call));
+  m.impl("pair_sums_forward_cpu", TORCH_BOX(&Flat<&pair_sums_forward_cpu>::call));
+  m.impl("pair_sums_backward_cpu", TORCH_BOX(&Flat<&pair_sums_backward_cpu>::call));
   m.impl("top_columns_cpu", TORCH_BOX(&top_columns_cpu));
 }
 

@@ -114,6 +114,21 @@ struct RankedWeights {
   const T *col_coef, *col_shift;  // col_coef null: rows only
 };
 
+// Sums of softplus(x) and of sigmoid(x) over the kept pairs, x = sign s + offset of the row.
+template <class T>
+struct SoftplusSums {
+  T sign;
+  const T* offset;
+  T *row_sum, *row_slope;
+};
+
+// Gradient weights of such sums, in place of the logits: W_ij = keep(i->j) coef_i sigmoid(sign s + offset_i).
+template <class T>
+struct SigmoidWeights {
+  T sign;
+  const T *offset, *coef;
+};
+
 template <class T>
 struct TileKernels {
   void (*moments)(const Tile<T>&, const Moments<T>&);
@@ -129,6 +144,8 @@ struct TileKernels {
   void (*bin_counts)(const Tile<T>&, const BinCounts<T>&);
   void (*ranked_sums)(const Tile<T>&, const RankedSums<T>&);
   void (*ranked_weights)(const Tile<T>&, const RankedWeights<T>&);
+  void (*softplus_sums)(const Tile<T>&, const SoftplusSums<T>&);
+  void (*sigmoid_weights)(const Tile<T>&, const SigmoidWeights<T>&);
   // For the tests: y = exp(x), and y = 2^(factor x - shift2) for arguments in range.
   void (*exp)(const T* x, T* y, int64_t n);
   void (*exp2_in_range)(const T* x, T* y, int64_t n, T factor, T factor_low, T shift2);

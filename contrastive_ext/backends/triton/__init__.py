@@ -1,12 +1,14 @@
 """The `triton` backend, the door to triton_kernels/: launches, grids, workspaces.
 
 In reading order: launch (kernels, tiles, the shape of a grid), pairs (pair rules as arguments), gradient and forward
-(the sweeps of one problem), then one file per operator: row_stats, ranked_stats, top_columns, whole_loss.
+(the sweeps of one problem), then one file per operator: row_stats, ranked_stats, top_columns, whole_loss. Sums over
+pairs have no kernel yet: blocks of plain PyTorch make them.
 """
 
 from __future__ import annotations
 
 from ..backend import Backend
+from ..torch import pair_sums
 from . import ranked_stats, row_stats, top_columns, whole_loss
 
 BACKEND = Backend(
@@ -17,6 +19,8 @@ BACKEND = Backend(
     top_columns=top_columns.top_columns,
     ranked_forward=ranked_stats.ranked_forward,
     ranked_backward=ranked_stats.ranked_backward,
+    pair_sums=pair_sums.forward,
+    pair_sums_backward=pair_sums.backward,
     whole_loss=whole_loss.whole_loss,
     needs_proof=True,
 )
