@@ -41,22 +41,24 @@ def assert_same(compared: list[tuple[str, Tensor, Tensor]]) -> None:
         torch.testing.assert_close(ours, expected, rtol=0, atol=atol, msg=lambda text, label=label: f"{label}: {text}")
 
 
-def mine_of(rank: int, length: int, pairs: int, uneven: bool = False) -> Tensor:
+def mine_of(rank: int, length: int, pairs: int, uneven: bool = False, world: int = WORLD) -> Tensor:
     """Indices of this rank's rows of `length` whose first `pairs` belong to pairs; the rest is shared out as well.
 
-    uneven   rank 0 has two thirds of both
+    uneven   shares are W, W - 1, ..., 1 of both
     """
     parts = torch.arange(pairs), torch.arange(pairs, length)
     if uneven:
-        return torch.cat([x.tensor_split([len(x) - len(x) // 3])[rank] for x in parts])
-    return torch.cat([x.chunk(WORLD)[rank] if len(x) else x for x in parts])
+        shares, all_shares = [sum(range(n)) for n in range(world, 1, -1)], sum(range(world + 1))
+        cuts = [[len(x) - len(x) * rest // all_shares for rest in shares] for x in parts]
+        return torch.cat([x.tensor_split(cut)[rank] for x, cut in zip(parts, cuts, strict=True)])
+    return torch.cat([x.chunk(world)[rank] if len(x) else x for x in parts])
 
 
-def shard(rank: int, options: dict, pairs: int, uneven: bool = False) -> dict:
+def shard(rank: int, options: dict, pairs: int, uneven: bool = False, world: int = WORLD) -> dict:
     """This rank's part of the keywords of a call with the whole batch of `pairs`."""
 
     def mine(x: Tensor, own: int = pairs) -> Tensor:
-        return x[mine_of(rank, len(x), own, uneven)]
+        return x[mine_of(rank, len(x), own, uneven, world)]
 
     local = dict(options)
     for name in ("ids", "labels", "positive_weight"):
@@ -66,7 +68,7 @@ def shard(rank: int, options: dict, pairs: int, uneven: bool = False) -> dict:
         guide = ce.Guide.of(options["guide"])
         local["guide"] = replace(guide, g1=mine(guide.g1), g2=mine(guide.g2))
     if "positives" in options:
-        local["positives"] = options["positives"][:, mine_of(rank, pairs, pairs, uneven)]
+        local["positives"] = options["positives"][:, mine_of(rank, pairs, pairs, uneven, world)]
     if "negatives" in options:  # [K, D] for all anchors are shared out, [B, n, D] belong to pairs
         local["negatives"] = mine(options["negatives"], len(options["negatives"]))
     return local

@@ -11,6 +11,7 @@ from .. import numerics
 from ..checks import check_tensor, describe
 from ..problem.pairs import Gate, integers
 from .queue import NegativeQueue, check_lengths
+from .ring import Ring
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +112,7 @@ class ColumnSet:
     rows: Tensor | None = None  # [A, D] in place of the anchors, whose statistics it adds to
     ignored: Tensor | None = None  # [A, k] columns that a row leaves out
     of_documents: bool = True  # the columns are met by z1 itself ("q2d")
+    ring: Ring | None = None  # on which those of all other ranks come round beside v
 
     @property
     def keys(self) -> Tensor:

@@ -12,7 +12,7 @@ Khosla et al., NeurIPS 2020, arXiv:2004.11362.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,10 +22,13 @@ from torch import Tensor
 from .. import numerics
 from ..batch import distributed
 from ..batch.call import Call
+from ..batch.ring import Ring
+from ..batch.ring_stats import ring_stats
 from ..checks import check_choice, describe
 from ..numerics import softplus
 from ..operators.row_stats import row_stats
 from ..problem.pairs import integers
+from ..problem.problem import Statistics
 from .overloads import returns_stats
 from .stats import Record
 
@@ -98,25 +101,33 @@ def fused_supcon_loss(
         ranks = call.agree(group, features)
         z = numerics.operand(features, normalize).flatten(0, -2)
         row_labels = labels.repeat(z.shape[0] // labels.shape[0])
-        columns, column_labels, own = z, row_labels, slice(0, z.shape[0])
+        columns, column_labels, own, ring = z, row_labels, slice(0, z.shape[0]), None
         if ranks is not None:
             everyone = ranks.rows(z)
-            columns, column_labels = everyone.gather(z, features.dtype), everyone.gather(row_labels)
-            own = everyone.own
+            column_labels, own = everyone.gather(row_labels), everyone.own
+            if ranks.exchange == "ring":
+                ring = Ring(everyone, features.dtype, z.device)
+            else:
+                columns = everyone.gather(z, features.dtype)
         if call.is_dense:
             losses, pos, number = _dense(z, columns, column_labels, own, scale, positives)
         else:
-            positive_mean, number, pairs = _class_means(columns, column_labels)
-            ids = row_ids = pairs if positives == "out" else column_labels
-            if ranks is not None:
-                positive_mean, number, row_ids = positive_mean[own], number[own], ids[own]
+            classes = _Classes.of(column_labels)
+            if ring is None:
+                positive_mean = classes.means(columns)[own]
+            else:
+                positive_mean = classes.means_of_all(z, ring)
+            ids = classes.pairs if positives == "out" else column_labels
+            number, row_ids = classes.number[own], ids[own]
             pos = scale * (z * positive_mean).sum(1)
             how = {
-                "v": None if ranks is None else columns, "num_images": z.shape[0],
-                "positive_offset": own.start, "row_ids": row_ids, "col_ids": None if ranks is None else ids,
-                "scale": scale, "unit": normalize,
+                "num_images": z.shape[0], "row_ids": row_ids, "scale": scale, "unit": normalize,
                 "operand_dtype": features.dtype, "backend": backend,
             }  # fmt: skip
+            if ring is not None:
+                how |= {"ring": ring, "ids": row_ids}
+            elif ranks is not None:
+                how |= {"v": columns, "col_ids": ids, "positive_offset": own.start}
             losses = _out(z, pos, number, how) if positives == "out" else _in(z, how)
         has_positives = number > 0
         losses = torch.where(has_positives, losses, 0.0 * z.sum(1))  # 0, but NaN where the row holds one
@@ -134,16 +145,42 @@ def fused_supcon_loss(
         return loss, SupConStats(number.to(z.dtype).mean(), (~has_positives).sum(), similarity)
 
 
-def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, D] mean of every row's positives, 0 without any, their number [N], and ids [N] that classes of two share."""
-    ordered = labels.sort(stable=True)
-    starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
-    group = torch.empty_like(labels).scatter_(0, ordered.indices, starts.cumsum(0) - 1)
-    members = torch.zeros_like(labels).scatter_add_(0, group, torch.ones_like(group))
-    number = members[group] - 1
-    mean = (_ClassSums.apply(z, ordered.indices, group, members)[group] - z) / number.clamp(min=1)[:, None]
-    index = torch.arange(labels.shape[0], device=labels.device)
-    return mean, number, torch.where(number == 1, group, labels.shape[0] + index)
+@dataclass(frozen=True)
+class _Classes:
+    """Labels of N rows as classes 0, 1, ...: which rows each has."""
+
+    order: Tensor  # [N] rows, class by class
+    group: Tensor  # [N] class of every row
+    members: Tensor  # [N] rows of every class, 0 beyond the last
+
+    @staticmethod
+    def of(labels: Tensor) -> _Classes:
+        ordered = labels.sort(stable=True)
+        starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
+        group = torch.empty_like(labels).scatter_(0, ordered.indices, starts.cumsum(0) - 1)
+        members = torch.zeros_like(labels).scatter_add_(0, group, torch.ones_like(group))
+        return _Classes(ordered.indices, group, members)
+
+    @property
+    def number(self) -> Tensor:
+        """[N] how many positives every row has."""
+        return self.members[self.group] - 1
+
+    @property
+    def pairs(self) -> Tensor:
+        """[N] ids that two rows share where they are a class of two."""
+        index = torch.arange(self.group.shape[0], device=self.group.device)
+        return torch.where(self.number == 1, self.group, self.group.shape[0] + index)
+
+    def means(self, z: Tensor) -> Tensor:
+        """[N, D] mean of every row's positives among z [N, D], 0 without any."""
+        sums = _ClassSums.apply(z, self.order, self.group, self.members)
+        return (sums[self.group] - z) / self.number.clamp(min=1)[:, None]
+
+    def means_of_all(self, z: Tensor, ring: Ring) -> Tensor:
+        """[n, D] the same for this rank's rows z [n, D] alone, where the N rows are those of all ranks."""
+        sums = _SumsOfAll.apply(z, ring, self.group)
+        return (sums - z) / self.number[ring.rows.own].clamp(min=1)[:, None]
 
 
 def out_against(
@@ -165,8 +202,9 @@ def out_against(
     """
     rows = z.shape[0]
     if own:
-        mean, number, ids = _class_means(columns, column_labels)
-        mean, number, row_ids = mean[:rows], number[:rows], ids[:rows]
+        classes = _Classes.of(column_labels)
+        mean, number, ids = classes.means(columns)[:rows], classes.number[:rows], classes.pairs
+        row_ids = ids[:rows]
     else:
         mean, number, row_ids, ids = _means_among(z, labels, columns, column_labels)
     pos = scale * (z * mean).sum(1)
@@ -180,7 +218,7 @@ def out_against(
 def _means_among(
     z: Tensor, labels: Tensor, columns: Tensor, column_labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_class_means`, of rows that are no columns: means, numbers, and ids of rows and of columns."""
+    """As `_Classes`, of rows that are no columns: means, numbers, and ids of rows and of columns."""
     everyone = torch.cat([column_labels, labels])
     ordered = everyone.sort(stable=True)
     starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
@@ -210,14 +248,48 @@ class _ClassSums(torch.autograd.Function):
         return grad[group], None, None, None
 
 
+class _SumsOfAll(torch.autograd.Function):
+    """[n, D] sum of the rows of all ranks that are of each own row's class, group [N]. Its transpose is itself."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, ring: Ring, group: Tensor) -> Tensor:
+        ctx.ring = ring
+        ctx.save_for_backward(group)
+        shards = group.split(ring.rows.numbers)
+        own = shards[ring.rank].sort().values
+        sums = z.new_zeros(len(own) + 1, z.shape[1])
+        for step, (v,) in enumerate(ring.round(z)):
+            place = _place(own, shards[ring.rank - step])
+            lengths = torch.zeros(len(sums), dtype=torch.int64, device=z.device)
+            lengths = lengths.scatter_add_(0, place, torch.ones_like(place))
+            sums += torch.segment_reduce(v[place.argsort(stable=True)], "sum", lengths=lengths, unsafe=True)
+        return sums[_place(own, shards[ring.rank])]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (group,) = ctx.saved_tensors
+        return _SumsOfAll.apply(grad, replace(ctx.ring, wire=grad.dtype), group), None, None
+
+
+def _place(ordered: Tensor, group: Tensor) -> Tensor:
+    """Where each of `group` first stands in `ordered`, beyond its end if it does not."""
+    place = torch.searchsorted(ordered, group)
+    there = ordered[place.clamp(max=len(ordered) - 1)] == group
+    return place.where(there, len(ordered))
+
+
+def _swept(z: Tensor, *, ring: Ring | None = None, **how) -> Statistics:
+    return row_stats(z, **how) if ring is None else ring_stats(ring, z, **how)
+
+
 def _out(z: Tensor, pos: Tensor, number: Tensor, how: dict) -> Tensor:
-    gap = row_stats(z, **how).lse[0] - pos
+    gap = _swept(z, **how).lse[0] - pos
     return torch.where(number == 1, softplus(gap), gap)
 
 
 def _in(z: Tensor, how: dict) -> Tensor:
-    negatives = row_stats(z, **how)
-    positives = row_stats(z, **how, only_equal_ids=True)
+    negatives = _swept(z, **how)
+    positives = _swept(z, **how, only_equal_ids=True)
     number = positives.aux[0]
     log_positives = positives.lse[0].masked_fill(number == 0, 0.0)
     return softplus(negatives.lse[0] - log_positives) + number.clamp(min=1).log()

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch.arrangement import Arrangement
 from ..batch.columns import ColumnSet, OwnColumns
-from ..numerics import logsumexp_pair, own_products
+from ..batch.ring_stats import ring_stats
+from ..numerics import own_products
 from ..operators.ranked_stats import ranked_stats
-from ..operators.row_stats import row_stats
+from ..operators.row_stats import row_stats, union
 from ..problem.pairs import NO_COLUMN_ID, Gate
 from ..problem.problem import Statistics
 from ..problem.ranking import Ranking
@@ -42,19 +44,23 @@ def _sums(row_loss: RowLoss, batch: Arrangement, diagnostics: bool, backend: str
     parts = []
     for columns in batch.column_sets:
         scale, share = _hardened(batch.scale, row_loss.hardness_of(False) if columns.of_documents else 0.0)
-        swept = row_stats(
-            batch.anchors if columns.rows is None else columns.rows, columns.v, scale=scale,
-            exponents=row_loss.exponents, num_images=columns.num_images,
-            positive_offset=columns.positive_offset, row_ids=batch.anchor_ids,
-            col_ids=None if columns.v is None else columns.ids, ignored=columns.ignored, gate=columns.gate,
-            unit=columns.unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric, diagnostics=diagnostics,
-            backend=backend,
-        )  # fmt: skip
+        rows = batch.anchors if columns.rows is None else columns.rows
+        options: dict[str, Any] = {
+            "scale": scale, "exponents": row_loss.exponents, "num_images": columns.num_images,
+            "positive_offset": columns.positive_offset, "row_ids": batch.anchor_ids, "ignored": columns.ignored,
+            "gate": columns.gate, "unit": columns.unit, "operand_dtype": batch.operand_dtype,
+            "diagnostics": diagnostics, "backend": backend,
+        }  # fmt: skip
+        if columns.ring is None:
+            col_ids = None if columns.v is None else columns.ids
+            swept = row_stats(rows, columns.v, col_ids=col_ids, columns=batch.symmetric, **options)
+        else:
+            swept = ring_stats(columns.ring, rows, columns.v, ids=columns.ids, **options)
         parts.append(_softened(_both_sides(swept, batch.symmetric), share))
     if batch.own is not None:
         scale, share = _hardened(batch.scale, row_loss.hardness_of(True))
         parts.append(_softened(_own_sums(batch.anchors, batch.own, scale, row_loss.exponents, diagnostics), share))
-    lse, aux = reduce(_merge, parts)
+    lse, aux = reduce(union, parts)
     stats = _statistics(batch, tuple(lse.unbind(0)), aux[0])
     if not diagnostics:
         return stats, None
@@ -89,16 +95,6 @@ def _both_sides(swept: Statistics, symmetric: bool) -> tuple[Tensor, Tensor]:
     if not symmetric:
         return swept.lse, swept.aux
     return torch.cat([swept.lse, swept.col_lse], 1), torch.cat([swept.aux, swept.col_aux], 1)
-
-
-def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Statistics over the union of two disjoint sets of columns."""
-    (lse, aux), (more, more_aux) = one, other
-    merged = aux + more_aux  # count, and with diagnostics the total
-    if len(aux) > 1:
-        largest = torch.maximum(aux[1], more_aux[1])
-        merged = torch.stack([merged[0], largest, merged[2], logsumexp_pair(aux[3], more_aux[3])])
-    return logsumexp_pair(lse, more), merged
 
 
 def _own_sums(
