@@ -74,9 +74,9 @@ def shard(rank: int, options: dict, pairs: int, uneven: bool = False, world: int
     return local
 
 
-def averaged(gradients) -> list[Tensor]:
-    """What DistributedDataParallel makes of the ranks' gradients."""
+def averaged(gradients, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """What DistributedDataParallel makes of the gradients of the ranks, or of those of a group."""
     totals = [gradient.clone() for gradient in gradients]
     for total in totals:
-        dist.all_reduce(total)
-    return [total / dist.get_world_size() for total in totals]
+        dist.all_reduce(total, group=group)
+    return [total / dist.get_world_size(group) for total in totals]

@@ -79,16 +79,16 @@ def _gradient(
         part, gradient = torch.ops.contrastive_ext.row_stats_backward.default(
             *_against(call, step, *shard), lse, grad_lse, None, None, need_u or need_scale, need_v and not both_at_once
         )
-        if home is not None:
-            home.send(gradient, step)
-        elif need_v:
-            home = ring.homeward(part if both_at_once else gradient)
-        del shard, gradient  # not to be held while the next step computes
         if need_scale:
             dscale += (call.u * part).sum() / (2 * scale if both_at_once else scale)
         if need_u:
             du = part if du is None else du.add_(part)
-        del part
+        del shard, part  # what is not needed any more makes room for what comes
+        if home is not None:
+            home.send(gradient, step)
+        elif need_v:
+            home = ring.homeward(du if both_at_once else gradient)
+        del gradient
     arrived = None if home is None else home.arrived()
     return du, None if one_set else arrived, dscale if need_scale else None
 

@@ -23,6 +23,8 @@ from two_ranks import assert_same, averaged, mine_of, on_both_ranks, shard
 
 PAIRS, FEATURES = 12, 5  # pairs of all ranks together
 UNEVEN = {2: False, 3: True, 4: False}  # by the number of ranks
+WORLD = max(UNEVEN)
+GROUPS: dict[int, dist.ProcessGroup] = {}  # the last so many ranks, and every rank alone
 RING = ce.AllRanks(exchange="ring")
 BACKENDS = [name for name in ("torch", "cpu") if name in ce.available_backends()]
 USED = {
@@ -46,7 +48,7 @@ VIEWS = torch.stack([Z, Z])
 MISTAKES: dict[str, tuple[Callable[[int], object], str]] = {
     "a rank that gathers": (
         lambda r: ce.fused_infonce_loss(Z, Z, group=(RING, ce.AllRanks())[r]),
-        "exchange is ring on rank 0, gather on rank 1",
+        "exchange is ring on ranks 0, 2, gather on ranks 1, 3",
     ),
     "the reference": (
         lambda r: ce.fused_infonce_loss(Z, Z, backend="reference", group=RING),
@@ -88,15 +90,15 @@ def _case_name(loss, usage, backend) -> str:
 
 
 def _group(world: int) -> ce.AllRanks:
-    return ce.AllRanks(exchange="ring", uneven=UNEVEN[world])
+    return ce.AllRanks(GROUPS[world], exchange="ring", uneven=UNEVEN[world])
+
+
+def _averaged(gradients, world: int) -> list[Tensor]:
+    return averaged(gradients, GROUPS[world])
 
 
 def _mine(rank: int, world: int, length: int = PAIRS) -> Tensor:
     return mine_of(rank, length, PAIRS, UNEVEN[world], world)
-
-
-def _summed(gradients) -> list[Tensor]:
-    return [gradient * dist.get_world_size() for gradient in averaged(gradients)]
 
 
 def _against_whole_batch(rank: int, world: int, loss, usage, backend: str) -> list[tuple[str, Tensor, Tensor]]:
@@ -120,14 +122,15 @@ def _against_whole_batch(rank: int, world: int, loss, usage, backend: str) -> li
     rows = rows.unflatten(0, (-1, len(mine)))
     ours = torch.autograd.grad((rows * weight[:, mine]).sum(), list(leaves.values()))
     mean = loss.function(**local).detach()
-    compared = [("rows", rows.detach(), whole[:, mine]), ("mean", averaged([mean])[0], whole.mean())]
-    compared += zip([f"gradient of {name}" for name in leaves], _summed(ours), expected, strict=True)
+    compared = [("rows", rows.detach(), whole[:, mine]), ("mean", *_averaged([mean], world), whole.mean())]
+    summed = [world * gradient for gradient in _averaged(ours, world)]
+    compared += zip([f"gradient of {name}" for name in leaves], summed, expected, strict=True)
     if "guide" in usage.name or UNEVEN[world]:  # averages leave out empty rows, and are of as many rows on each rank
         return compared
     _, of_whole = loss.function(**leaves, **options, return_stats=True)
     names = [name for name, x in vars(of_whole).items() if isinstance(x, Tensor)]
     found, all_rows = (torch.stack([vars(s)[name].double() for name in names]) for s in (stats, of_whole))
-    return [*compared, ("statistics", averaged([found.detach()])[0], all_rows.detach())]
+    return [*compared, ("statistics", *_averaged([found.detach()], world), all_rows.detach())]
 
 
 @check
@@ -141,7 +144,7 @@ def supervised(rank: int, world: int):
         whole = ce.fused_supcon_loss(x, LABELS, t, **options)
         ours = ce.fused_supcon_loss(x[:, mine], LABELS[mine], t, **options, group=_group(world))
         expected = [whole.detach(), *torch.autograd.grad(whole, [x, t])]
-        found = averaged([ours.detach(), *torch.autograd.grad(ours, [x, t])])
+        found = _averaged([ours.detach(), *torch.autograd.grad(ours, [x, t])], world)
         for name, *compared in zip(("loss", "gradient", "gradient of temperature"), found, expected, strict=True):
             yield f"{backend} {positives}, {views} views: {name}", *compared
 
@@ -155,7 +158,7 @@ def one_side_without_gradient(rank: int, world: int):
         whole = ce.fused_infonce_loss(**z, layout="one_way", backend=backend)
         ours = ce.fused_infonce_loss(**local, layout="one_way", backend=backend, group=_group(world))
         (expected,), (found,) = (torch.autograd.grad(x, [learned]) for x in (whole, ours))
-        yield f"{backend}, {frozen} frozen", *averaged([found]), expected
+        yield f"{backend}, {frozen} frozen", *_averaged([found], world), expected
 
 
 @check
@@ -179,11 +182,8 @@ def the_same_bits_every_time(rank: int, world: int):
 
 @check
 def data_parallel_training_with_a_cache(rank: int, world: int):
-    class Encoder(nn.Linear):
-        pass
-
-    alone, scale = Encoder(7, FEATURES, dtype=torch.float64), ce.LogitScale(0.3).double()
-    own = DistributedDataParallel(Encoder(7, FEATURES, dtype=torch.float64))
+    alone, scale = nn.Linear(7, FEATURES, dtype=torch.float64), ce.LogitScale(0.3).double()
+    own = DistributedDataParallel(nn.Linear(7, FEATURES, dtype=torch.float64), process_group=GROUPS[world])
     own.module.load_state_dict(alone.state_dict())
     x1, x2 = torch.randn(2, PAIRS, 7, dtype=torch.float64)
     mine = _mine(rank, world)
@@ -194,34 +194,19 @@ def data_parallel_training_with_a_cache(rank: int, world: int):
     cache = ce.GradientCache(ce.fused_hard_negative_loss, 2)
     local = cache(own, x1[mine], x2[mine], logit_scale=scale(), tau_plus=0.05, group=_group(world))
     local.backward()
-    yield "mean", averaged([local.detach()])[0], whole.detach()
-    yield "scale", averaged([scale.log_scale.grad])[0], expected
+    yield "mean", *_averaged([local.detach()], world), whole.detach()
+    yield "scale", *_averaged([scale.log_scale.grad], world), expected
     for name, parameter in alone.named_parameters():
         yield name, own.module.get_parameter(name).grad, parameter.grad
 
 
 @check
 def a_group_of_one_is_no_group(rank: int, world: int):
-    alone = ce.AllRanks([dist.new_group([r]) for r in range(world)][rank], exchange="ring")
+    alone = ce.AllRanks(GROUPS[1], exchange="ring")
     z1, z2 = random_pairs(4 + rank, FEATURES, torch.float64)
     for layout in ("two_view", "one_way", "symmetric"):
         expected = ce.fused_infonce_loss(z1, z2, layout=layout)
         yield layout, ce.fused_infonce_loss(z1, z2, layout=layout, group=alone), expected
-
-
-@check
-def a_group_of_some(rank: int, world: int):
-    """Ranks of a group are not those of the default one."""
-    some = dist.new_group(range(world - 2, world))
-    if rank >= world - 2:
-        z1, z2 = random_pairs(6, FEATURES, torch.float64)
-        mine = slice(3 * (rank - world + 2), 3 * (rank - world + 3))
-        rows = ce.fused_infonce_loss(z1, z2, reduction="none").view(2, 6)[:, mine]
-        group = ce.AllRanks(some, exchange="ring")
-        ours = ce.fused_infonce_loss(z1[mine], z2[mine], reduction="none", group=group)
-        yield "rows", ours.view(2, 3), rows
-    else:
-        yield "no member", torch.zeros(1), torch.zeros(1)
 
 
 def _by_dtype(rank: int, world: int) -> dict:
@@ -235,7 +220,7 @@ def _by_dtype(rank: int, world: int) -> dict:
             group = _group(world) if isinstance(own, Tensor) else None
             value = ce.fused_infonce_loss(*(z[own] for z in leaves), 0.1, group=group)
             grads = torch.autograd.grad(value, leaves)
-            results.append([*averaged([value.detach(), *grads])] if group else [value.detach(), *grads])
+            results.append(_averaged([value.detach(), *grads], world) if group else [value.detach(), *grads])
         found[str(dtype)] = results
     return found
 
@@ -255,7 +240,16 @@ def _second_derivative(rank: int) -> object:
 
 
 def _run_everything(rank: int) -> dict:
-    world, results = dist.get_world_size(), {}
+    GROUPS[1] = [dist.new_group([r]) for r in range(WORLD)][rank]
+    for world in UNEVEN:  # the first rank of a group is another of the default one
+        GROUPS[world] = dist.new_group(range(WORLD - world, WORLD))
+    results = {w: _run_world(dist.get_rank(group), w) for w, group in GROUPS.items() if w > 1 and rank >= WORLD - w}
+    mistakes = {name: _said(call, rank % 2) for name, (call, _) in MISTAKES.items()}
+    return results | {"said": mistakes, "second derivative": _said(_second_derivative, rank)}
+
+
+def _run_world(rank: int, world: int) -> dict:
+    results = {}
     for case in CASES[world]:
         torch.manual_seed(0)
         results[_case_name(*case)] = _against_whole_batch(rank, world, *case)
@@ -263,24 +257,19 @@ def _run_everything(rank: int) -> dict:
         torch.manual_seed(0)
         results[name] = list(function(rank, world))
     torch.manual_seed(0)
-    results["by_dtype"] = _by_dtype(rank, world)
-    results["second derivative"] = _said(_second_derivative, rank)
-    if world == 2:
-        results["said"] = {name: _said(call, rank) for name, (call, _) in MISTAKES.items()}
-    return results
+    return results | {"by_dtype": _by_dtype(rank, world)}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> Callable[[int], list[dict]]:
-    """What each rank of so many found, by name."""
-    found: dict[int, list[dict]] = {}
+def everyone(tmp_path_factory) -> list[dict]:
+    """What each rank found, by the number of ranks that took part."""
+    return on_both_ranks(_run_everything, tmp_path_factory.mktemp("ranks"), WORLD)
 
-    def of(world: int) -> list[dict]:
-        if world not in found:
-            found[world] = on_both_ranks(_run_everything, tmp_path_factory.mktemp("ranks"), world)
-        return found[world]
 
-    return of
+@pytest.fixture(scope="module")
+def ranks(everyone) -> dict[int, list[dict]]:
+    """What each of so many ranks found, by name."""
+    return {world: [found[world] for found in everyone[WORLD - world :]] for world in UNEVEN}
 
 
 @pytest.mark.parametrize(
@@ -288,13 +277,13 @@ def ranks(tmp_path_factory) -> Callable[[int], list[dict]]:
     [pytest.param(w, *case, id=f"{w}-{_case_name(*case)}") for w, cases in CASES.items() for case in cases],
 )
 def test_a_ring_is_the_whole_batch(ranks, world, loss, usage, backend):
-    for rank in ranks(world):
+    for rank in ranks[world]:
         assert_same(rank[_case_name(loss, usage, backend)])
 
 
 @pytest.mark.parametrize("world, name", list(itertools.product(UNEVEN, CHECKS)))
 def test_ring(ranks, world, name):
-    for rank in ranks(world):
+    for rank in ranks[world]:
         assert_same(rank[name])
 
 
@@ -302,7 +291,7 @@ def test_ring(ranks, world, name):
 @pytest.mark.parametrize("world", UNEVEN)
 def test_operands_of_every_dtype_are_sent_exactly(ranks, world, dtype):
     """Nothing is lost on the wire: what differs is the order of float32 sums, and the gradient's last rounding."""
-    for rank in ranks(world):
+    for rank in ranks[world]:
         ours, whole = rank["by_dtype"][str(dtype)]
         for a, b, precision in zip(ours, whole, (torch.float32, dtype, dtype), strict=True):
             assert a.dtype == b.dtype == precision
@@ -311,14 +300,13 @@ def test_operands_of_every_dtype_are_sent_exactly(ranks, world, dtype):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_what_a_ring_cannot_do_raises_on_every_rank(ranks, name):
-    for rank in ranks(2):
+def test_what_a_ring_cannot_do_raises_on_every_rank(everyone, name):
+    for rank in everyone:
         assert re.search(f"ValueError: .*{MISTAKES[name][1]}", rank["said"][name])
 
 
-@pytest.mark.parametrize("world", UNEVEN)
-def test_a_second_derivative_raises(ranks, world):
-    for rank in ranks(world):
+def test_a_second_derivative_raises(everyone):
+    for rank in everyone:
         assert re.search("RuntimeError: .* once differentiable", rank["second derivative"])
 
 
