@@ -17,16 +17,20 @@ import contrastive_ext as ce
 WORLD = 2
 
 
-def on_both_ranks(function: Callable[[int], dict], folder: Path, world: int = WORLD) -> list[dict]:
-    """What `function(rank)` returns on each rank of a gloo group; it stands in a module and returns what pickles."""
-    mp.spawn(_run, (function, str(folder), world), nprocs=world)
+def on_both_ranks(
+    function: Callable[[int], dict], folder: Path, world: int = WORLD, backend: str = "gloo"
+) -> list[dict]:
+    """What `function(rank)` returns on each rank of a group; it stands in a module and returns what pickles."""
+    mp.spawn(_run, (function, str(folder), world, backend), nprocs=world)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
-def _run(rank: int, function: Callable[[int], dict], folder: str, world: int) -> None:
+def _run(rank: int, function: Callable[[int], dict], folder: str, world: int, backend: str) -> None:
     torch.set_num_threads(1)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(minutes=2)
+        backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(minutes=2)
     )
     torch.save(function(rank), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
