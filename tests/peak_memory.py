@@ -11,7 +11,7 @@ import pytest
 
 # As in bench/memory.py: glibc keeps freed blocks up to 32 MiB and fragments, what is held then reads differently every
 # time; and a fork of a process that has computed nothing has no memory freed earlier to hide the growth.
-_RETURN_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+RETURN_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 _PROGRAM = """
 import os, re, sys
 from pathlib import Path
@@ -47,7 +47,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def peak_growths(setup: str, call: str, small: int, *sizes: int) -> list[int]:
     """Bytes by which `call` raises the peak over what `setup` left, for n of every size; n = small warms up."""
     command = [sys.executable, "-W", "ignore", "-c", _PROGRAM, setup, call, *map(str, (small, *sizes))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | _RETURN_BLOCKS)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | RETURN_BLOCKS)
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.splitlines()]
 

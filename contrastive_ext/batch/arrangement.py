@@ -27,6 +27,7 @@ from .cancellation import Judgement
 from .columns import Columns, ColumnSet, OwnColumns
 from .distributed import Ranks
 from .request import Request
+from .ring import Ring
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Arrangement:
         anchors, count = self.anchors.shape[0], 0
         for columns in self.column_sets:
             count += anchors if columns.v is None else columns.v.shape[0]
+            count += 0 if columns.ring is None else columns.ring.others
             count -= anchors // columns.num_images if columns.num_images else 0
             count -= 0 if columns.ignored is None else columns.ignored.shape[1]
         return count + (0 if self.own is None else self.own.v.shape[1])
@@ -95,7 +97,7 @@ def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> A
     column_sets = []
     if request.in_batch_negatives:
         for own in _own_columns(request, u1, u2, judged, unit):
-            column_sets.append(own if ranks is None else _gathered(own, anchors, operand_dtype, ranks))
+            column_sets.append(own if ranks is None else _of_all(own, anchors, operand_dtype, ranks))
     if request.queue is not None:
         keys = request.queue.constant(operand_dtype)
         gate = _gate(request, judged, keys, request.queue, two_view)
@@ -110,7 +112,7 @@ def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> A
             gate = _gate(request, judged, v, request.negatives, two_view)
             log_weight = request.negatives.log_weight
             shared = ColumnSet(v, ids=request.negatives.ids, gate=gate, unit=unit, log_weight=log_weight)
-            column_sets.append(shared if ranks is None else _gathered(shared, anchors, operand_dtype, ranks))
+            column_sets.append(shared if ranks is None else _of_all(shared, anchors, operand_dtype, ranks))
 
     views = 2 if two_view or request.layout == "symmetric" else 1
     pos = scale * (u1 * partners).sum(-1)
@@ -198,11 +200,13 @@ def _kept(request: Request, judged: Judgement | None, v: Tensor, columns: Column
     return kept
 
 
-def _gathered(own: ColumnSet, anchors: Tensor, operand_dtype: torch.dtype, ranks: Ranks) -> ColumnSet:
-    """The columns of every rank, in rank order; this rank's own begin at positive_offset."""
+def _of_all(own: ColumnSet, anchors: Tensor, operand_dtype: torch.dtype, ranks: Ranks) -> ColumnSet:
+    """The columns of every rank: this rank's and a ring, or all in rank order, own ones from positive_offset on."""
     rows = anchors if own.rows is None else own.rows
     v = rows if own.v is None else own.v
     everyone = ranks.rows(v)
+    if ranks.exchange == "ring":
+        return replace(own, ring=Ring(everyone, operand_dtype, v.device))
     before = everyone.own.start
     return replace(
         own,

@@ -54,7 +54,9 @@ class Call:
         like      [..., B, D], B of which this rank's mean is made
         operands  the dtype of matrix products, if not that of `like`
         """
-        if group is not None and not self.is_dense:  # a backend may be missing on one rank
+        if self.is_dense:
+            distributed.check_gathers(group, "backend='reference' forms the matrix of all columns.")
+        elif group is not None:  # a backend may be missing on one rank
             dtypes = stats_dtype(like.dtype), operands or like.dtype
             dispatch.select(self.backend, like.device, *dtypes, like.shape[-1])
         return distributed.agree(group, like.shape[-2])

@@ -11,6 +11,7 @@ from .. import numerics
 from ..checks import can_read, check_tensor, describe
 from ..problem.pairs import Gate, integers
 from .queue import NegativeQueue, check_lengths
+from .ring import Ring
 
 LARGEST_LOG_WEIGHT = 1024  # beyond it is nothing but always or never, and fp16 would have to hold it over a scale
 
@@ -142,6 +143,7 @@ class ColumnSet:
     ignored: Tensor | None = None  # [A, k] columns that a row leaves out
     of_documents: bool = True  # the columns are met by z1 itself ("q2d")
     log_weight: Tensor | None = None  # [M] constants added to the logits
+    ring: Ring | None = None  # on which those of all other ranks come round beside v
 
     @property
     def keys(self) -> Tensor:

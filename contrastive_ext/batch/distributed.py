@@ -21,14 +21,18 @@ import inspect
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
 from numbers import Number
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import check_choice
+
+EXCHANGES = ("gather", "ring")
+Exchange = Literal["gather", "ring"]
 _Function = TypeVar("_Function", bound=Callable)
 # What ranks may say differently: it changes neither values nor which collectives run.
 _OWN_BUSINESS = ("backend", "return_stats", "group")
@@ -40,7 +44,7 @@ _OF_ROWS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AllRanks:
     """`group=AllRanks()`: all ranks of the default process group, which is looked up at every call.
 
@@ -48,15 +52,25 @@ class AllRanks:
     RuntimeError where a call finds torch.distributed not initialised. `torch.distributed.group.WORLD` is None until
     then, and None means this rank alone.
 
-    uneven  ranks may have other numbers of rows, as in the last batch of an epoch. A rank's "mean" is then multiplied
-            by W n_r / n, W ranks, n_r rows that enter its mean, n those of all ranks: the ranks' values average to the
-            mean over all rows, and their gradients to its gradient. "sum" and "none" are as ever. Every set of columns
-            costs one more small exchange. A rank without any row raises, on all ranks
+    group     a process group in place of the default one; with it, it is copied and pickled as that group is
+    exchange  "gather": a rank holds the columns of all W ranks and their gradient, O(W B D). "ring": it holds those of
+              one other rank at a time, O(B D), and makes two turns per set of columns, forward and backward (losses
+              over pairs and SupCon; not for backend="reference" and exact ranks, which need all columns at once). Same
+              values and gradients up to the order of sums; every call of a rank repeats bit for bit. Steps are as
+              many as ranks: for batches that a gather cannot hold, of at least some thousand rows per rank
+    uneven    ranks may have other numbers of rows, as in the last batch of an epoch. A rank's "mean" is then multiplied
+              by W n_r / n, W ranks, n_r rows that enter its mean, n those of all ranks: the ranks' values average to
+              the mean over all rows, and their gradients to its gradient. "sum" and "none" are as ever. Every set of
+              columns costs one more small exchange. A rank without any row raises, on all ranks
     """
 
+    group: dist.ProcessGroup | None = None
+    _: KW_ONLY
+    exchange: Exchange = "gather"
     uneven: bool = False
 
     def __post_init__(self) -> None:
+        check_choice("exchange", self.exchange, EXCHANGES)
         if not isinstance(self.uneven, bool):
             raise TypeError(f"uneven must be True or False; got {self.uneven!r:.60}.")
 
@@ -67,6 +81,7 @@ class Ranks:
 
     group: dist.ProcessGroup
     device: torch.device  # where small numbers travel
+    exchange: Exchange = "gather"
     uneven: bool = False
     share: float = 1.0  # W n_r / n
 
@@ -146,6 +161,12 @@ def agree(group: object, rows: int = 1) -> Ranks | None:
     return group.agree(rows)
 
 
+def check_gathers(group: object, reason: str) -> None:
+    """ValueError with the reason if the function of `across_ranks` that was given this group is to use a ring."""
+    if isinstance(group, _Call) and group.exchange == "ring":
+        raise ValueError(f"exchange='ring' is not possible here: {reason} Use AllRanks(exchange='gather').")
+
+
 def size(group: object) -> int:
     """How many ranks will call the function of `across_ranks` that was given this group; 1 without any."""
     return dist.get_world_size(group.group) if isinstance(group, _Call) else 1
@@ -153,8 +174,8 @@ def size(group: object) -> int:
 
 def _together(function: Callable, args: tuple, group: object, options: dict, said: dict[str, Any]):
     """The call of a function of `across_ranks` on this rank, whatever the others do with theirs."""
-    uneven = isinstance(group, AllRanks) and group.uneven
-    call = _Call(_process_group(group), function.__name__, said, uneven)
+    how = group if isinstance(group, AllRanks) else AllRanks()
+    call = _Call(_process_group(group), function.__name__, said, how)
     try:
         result = function(*args, group=call, **options)
     except Exception as error:
@@ -172,7 +193,7 @@ def _process_group(group: object) -> dist.ProcessGroup:
             "or leave group=None."
         )
     if isinstance(group, AllRanks):
-        group = dist.group.WORLD
+        group = dist.group.WORLD if group.group is None else group.group
     if not isinstance(group, dist.ProcessGroup):  # where a process is no member new_group returns a placeholder
         raise TypeError(
             "group must be AllRanks(), a torch.distributed.ProcessGroup that this process belongs to, or None; "
@@ -184,14 +205,16 @@ def _process_group(group: object) -> dist.ProcessGroup:
 class _Call:
     """A call that every rank of a group makes: its name, its arguments, and whether the ranks have met over it."""
 
-    def __init__(self, group: dist.ProcessGroup, name: str, arguments: dict[str, Any], uneven: bool):
-        self.group, self.name, self.arguments, self.uneven = group, name, arguments, uneven
+    def __init__(self, group: dist.ProcessGroup, name: str, arguments: dict[str, Any], how: AllRanks):
+        self.group, self.name, self.arguments = group, name, arguments
+        self.exchange, self.uneven = how.exchange, how.uneven
         self.has_met = False
 
     def agree(self, rows: int) -> Ranks:
         """What the ranks are to each other; ValueError unless all say the same."""
         said = {n: self._said_of(n, x) for n, x in self.arguments.items() if n not in _OWN_BUSINESS}
-        numbers, everyone = self._meet({"function": self.name, "uneven": repr(self.uneven), **said}, rows)
+        how = {"function": self.name, "exchange": self.exchange, "uneven": repr(self.uneven)}
+        numbers, everyone = self._meet(how | said, rows)
         for rank, other in enumerate(everyone):
             if "refused" in other:
                 raise ValueError(f"rank {rank} of the group refused this call: {other['refused']}")
@@ -203,7 +226,7 @@ class _Call:
             what = "; ".join(f"{name} is {value}" for name, value in different.items())
             raise ValueError(f"every rank of the group must make the same call, but {what}.")
         share = rows * len(numbers) / sum(numbers) if self.uneven else 1.0
-        return Ranks(self.group, self._device(), self.uneven, share)
+        return Ranks(self.group, self._device(), self.exchange, self.uneven, share)
 
     def _said_of(self, name: str, x: object) -> str:
         if not self.uneven or name not in _OF_ROWS:

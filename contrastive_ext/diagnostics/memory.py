@@ -8,7 +8,7 @@ the GPU to bench/results/nvidia-h200.json.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,11 +17,16 @@ from ..backends import cpu, cuda, dispatch, triton
 from ..backends import torch as plain_torch
 from ..backends.torch import kept, row_stats
 from ..backends.triton import launch
+from ..batch.distributed import EXCHANGES, Exchange
 from ..batch.request import LAYOUTS
+from ..batch.ring import OVERLAPS
 from ..checks import check_choice
 from ..numerics import SUPPORTED_DTYPES, stats_dtype
 
 MIB = 2**20
+# How often the columns of other ranks are held, gradients included: those of all ranks, and of one where transfers run
+# beside the computation or between two.
+GATHERED, OVERLAPPED, BETWEEN = 3.3, 4.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def mebibytes(size: int) -> str:
 @dataclass(frozen=True)
 class _Sizes:
     """A call in numbers: anchors and columns of the matrix, and of how many sides; numbers in z1 and z2, in the queue
-    and in the columns of other ranks; D; bytes of a number of the inputs and of one of the statistics; where it runs.
+    and in the columns of other ranks that are there at a time; how often these are held, with gradients; D; bytes of a
+    number of the inputs and of one of the statistics; where it runs.
     """
 
     anchors: int
@@ -64,6 +70,7 @@ class _Sizes:
     own: int
     queue: int
     others: int
+    held: float
     dim: int
     item: int
     stats: int
@@ -77,7 +84,7 @@ class _Sizes:
     def further_columns(self) -> float:
         """Those of other ranks, with their gradient, and a queue of 16 bits in the statistics dtype, twice."""
         widened = 0 if self.item == self.stats else 2 * self.stats + self.item
-        return 3.3 * self.others * self.stats + self.queue * widened
+        return self.held * self.others * self.stats + self.queue * widened
 
 
 def _dense(c: _Sizes) -> float:
@@ -110,7 +117,7 @@ def _torch(c: _Sizes) -> float:
         return tiles * min(size, c.anchors) * min(size, columns) * c.stats, 0
 
     batch, held = blocks(c.columns - keys, 6.5)
-    widened = c.queue * (0 if c.item == c.stats else c.stats) + 3.3 * c.others * c.stats
+    widened = c.queue * (0 if c.item == c.stats else c.stats) + c.held * c.others * c.stats
     return max(batch, held + blocks(keys, 2.5)[0]) + 4.5 * c.own * c.stats + widened
 
 
@@ -158,6 +165,7 @@ def estimate_memory(
     layout: Literal["two_view", "one_way", "symmetric"] = "two_view",
     queue_size: int = 0,
     world_size: int = 1,
+    exchange: Exchange = "gather",
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> MemoryEstimate:
@@ -166,7 +174,8 @@ def estimate_memory(
     batch_size   B, pairs of one rank
     dim          D, features
     layout, queue_size, dtype  as in the loss
-    world_size   ranks of `group`, whose candidates every rank holds
+    world_size   ranks of `group`
+    exchange     as in `AllRanks`: "gather", every rank holds the candidates of all, "ring", of one other at a time
     backend      a name, also of one that cannot run here; "auto": the one that a call would take on this machine's GPU
                  or, without one, on its CPU
     Returns      bytes, within a factor of 1.5 of what is measured from 1 MiB on. Debiased and decoupled losses take as
@@ -174,6 +183,7 @@ def estimate_memory(
     Raises       ValueError or TypeError on values that no loss takes
     """
     check_choice("layout", layout, LAYOUTS)
+    check_choice("exchange", exchange, EXCHANGES)
     dispatch.check_backend_name(backend)
     if dtype not in SUPPORTED_DTYPES:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype!r}.")
@@ -193,9 +203,14 @@ def estimate_memory(
         own=2 * batch_size * dim,
         queue=queue_size * dim,
         others=anchors * (world_size - 1) * dim,
+        held=GATHERED,
         dim=dim,
         item=dtype.itemsize,
         stats=stats_dtype(dtype).itemsize,
         device=device.type,
     )
-    return MemoryEstimate(int(_dense(sizes)), int(_MODELS[backend](sizes)), backend)
+    dense = int(_dense(sizes))
+    if exchange == "ring" and world_size > 1:
+        held = OVERLAPPED if OVERLAPS.get(device.type, True) else BETWEEN
+        sizes = replace(sizes, columns=anchors + queue_size, others=anchors * dim, held=held)
+    return MemoryEstimate(dense, int(_MODELS[backend](sizes)), backend)

@@ -122,6 +122,7 @@ def fused_false_negative_loss(
     )  # fmt: skip
     call.check_values()
     check_values(mode, top_k, threshold, aggregate)
+    distributed.check_gathers(group, "false negatives are detected among the columns of all ranks.")
     labels = _check(views, support, keys, labels)
     older = keys_alone(queue, views, normalize, ids=True)
     with numerics.without_autocast(views):

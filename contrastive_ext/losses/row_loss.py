@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..batch.distributed import check_gathers
 from ..batch.request import Request
 from ..problem.problem import Formula
 from ..problem.ranking import Ranking
@@ -69,6 +70,8 @@ class RowLoss:
                 f"{type(self).__name__} is not defined for layout={request.layout!r}, which sums several directions: "
                 "use 'one_way', 'symmetric' or 'two_view'."
             )
+        if self.ranking is not None:
+            check_gathers(request.group, "a negative's rank is one among those of all ranks.")
 
     def of_rows(self, rows: slice, total: int) -> RowLoss:
         """The loss of some of `total` rows, for one that has a parameter of each."""

@@ -131,6 +131,7 @@ def fused_self_labeling_loss(
     )  # fmt: skip
     call.check_values()
     check_values(label_temperature, mu, lam)
+    distributed.check_gathers(group, "its keys are constants, which are gathered once.")
     _check(q, k, queue, q_mix, perm, theta, label_temperature, mu, distributed.size(group))
     with numerics.without_autocast(q):
         dtype = numerics.stats_dtype(q.dtype)

@@ -94,6 +94,7 @@ def fused_soft_target_loss(
     )  # fmt: skip
     call.check_values()
     check_values(teacher_temperature)
+    distributed.check_gathers(group, "its keys are constants, which are gathered once.")
     check_vectors({"queries": queries, "teacher": teacher})
     if teacher.shape != queries.shape:
         raise ValueError(f"teacher must be [N, D] like queries; got {list(teacher.shape)} and {list(queries.shape)}.")

@@ -12,9 +12,9 @@ Khosla et al., NeurIPS 2020, arXiv:2004.11362.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,13 @@ from ..batch import distributed
 from ..batch.call import Call
 from ..batch.columns import Columns, keys_alone
 from ..batch.queue import NegativeQueue
+from ..batch.ring import Ring
+from ..batch.ring_stats import ring_stats
 from ..checks import check_choice, describe
 from ..numerics import logsumexp_pair, softplus
 from ..operators.row_stats import row_stats
 from ..problem.pairs import UNFILLED, integers
+from ..problem.problem import Statistics
 from .overloads import returns_stats
 from .stats import Record
 
@@ -106,30 +109,36 @@ def fused_supcon_loss(
         ranks = call.agree(group, features)
         z = numerics.operand(features, normalize).flatten(0, -2)
         row_labels = labels.repeat(z.shape[0] // labels.shape[0])
-        columns, column_labels, own = z, row_labels, slice(0, z.shape[0])
+        columns, column_labels, own, ring = z, row_labels, slice(0, z.shape[0]), None
         if ranks is not None:
             everyone = ranks.rows(z)
-            columns, column_labels = everyone.gather(z, features.dtype), everyone.gather(row_labels)
-            own = everyone.own
+            column_labels, own = everyone.gather(row_labels), everyone.own
+            if ranks.exchange == "ring":
+                ring = Ring(everyone, features.dtype, z.device)
+            else:
+                columns = everyone.gather(z, features.dtype)
         held = None if keys is None else keys.as_set(features.dtype)
-        everything, every_label = columns, column_labels
-        if held is not None and held.ids is not None:
-            everything, every_label = torch.cat([columns, held.keys]), torch.cat([column_labels, held.ids])
+        every_label = column_labels if held is None or held.ids is None else torch.cat([column_labels, held.ids])
         if call.is_dense:
+            everything = columns if held is None else torch.cat([columns, held.keys])
             losses, pos, number = _dense(z, everything, every_label, own, scale, positives)
         else:
-            positive_mean, number, pairs = _class_means(everything, every_label)
-            ids = pairs.where(every_label != UNFILLED, UNFILLED) if positives == "out" else every_label
-            positive_mean, number, row_ids = positive_mean[own], number[own], ids[own]
-            of_batch, of_keys = ids.split([len(columns), len(everything) - len(columns)])
+            classes = _Classes.of(every_label)
+            ids = classes.pairs.where(every_label != UNFILLED, UNFILLED) if positives == "out" else every_label
+            of_batch, of_keys = ids.split([len(column_labels), len(ids) - len(column_labels)])
+            number, row_ids = classes.number[own], ids[own]
+            if ring is None:
+                positive_mean = classes.means(columns if held is None else torch.cat([columns, held.keys]))[own]
+            else:
+                positive_mean = classes.means_of_all(z, ring, None if held is None else held.keys)
             pos = scale * (z * positive_mean).sum(1)
             how = {"row_ids": row_ids, "scale": scale, "operand_dtype": features.dtype, "backend": backend}
-            sets = [{
-                "v": None if ranks is None else columns, "col_ids": None if ranks is None else of_batch,
-                "num_images": z.shape[0], "positive_offset": own.start, "unit": normalize, **how,
-            }]  # fmt: skip
-            if held is not None:
-                sets.append({"v": held.keys, "col_ids": of_keys, **how})
+            batch: dict[str, Any] = {"num_images": z.shape[0], "unit": normalize, **how}
+            if ring is not None:
+                batch |= {"ring": ring, "ids": row_ids}
+            elif ranks is not None:
+                batch |= {"v": columns, "col_ids": of_batch, "positive_offset": own.start}
+            sets = [batch] if held is None else [batch, {"v": held.keys, "col_ids": of_keys, **how}]
             losses = _out(z, pos, number, sets) if positives == "out" else _in(z, sets)
         if held is not None:
             losses = numerics.spoil(losses, held.keys)
@@ -149,16 +158,48 @@ def fused_supcon_loss(
         return loss, SupConStats(number.to(z.dtype).mean(), (~has_positives).sum(), similarity)
 
 
-def _class_means(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, D] mean of every row's positives, 0 without any, their number [N], and ids [N] that classes of two share."""
-    ordered = labels.sort(stable=True)
-    starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
-    group = torch.empty_like(labels).scatter_(0, ordered.indices, starts.cumsum(0) - 1)
-    members = torch.zeros_like(labels).scatter_add_(0, group, torch.ones_like(group))
-    number = members[group] - 1
-    mean = (_ClassSums.apply(z, ordered.indices, group, members)[group] - z) / number.clamp(min=1)[:, None]
-    index = torch.arange(labels.shape[0], device=labels.device)
-    return mean, number, torch.where(number == 1, group, labels.shape[0] + index)
+@dataclass(frozen=True)
+class _Classes:
+    """Labels of N rows as classes 0, 1, ...: which rows each has."""
+
+    order: Tensor  # [N] rows, class by class
+    group: Tensor  # [N] class of every row
+    members: Tensor  # [N] rows of every class, 0 beyond the last
+
+    @staticmethod
+    def of(labels: Tensor) -> _Classes:
+        ordered = labels.sort(stable=True)
+        starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
+        group = torch.empty_like(labels).scatter_(0, ordered.indices, starts.cumsum(0) - 1)
+        members = torch.zeros_like(labels).scatter_add_(0, group, torch.ones_like(group))
+        return _Classes(ordered.indices, group, members)
+
+    @property
+    def number(self) -> Tensor:
+        """[N] how many positives every row has."""
+        return self.members[self.group] - 1
+
+    @property
+    def pairs(self) -> Tensor:
+        """[N] ids that two rows share where they are a class of two."""
+        index = torch.arange(self.group.shape[0], device=self.group.device)
+        return torch.where(self.number == 1, self.group, self.group.shape[0] + index)
+
+    def means(self, z: Tensor) -> Tensor:
+        """[N, D] mean of every row's positives among z [N, D], 0 without any."""
+        sums = _ClassSums.apply(z, self.order, self.group, self.members)
+        return (sums[self.group] - z) / self.number.clamp(min=1)[:, None]
+
+    def means_of_all(self, z: Tensor, ring: Ring, keys: Tensor | None) -> Tensor:
+        """[n, D] the same for this rank's rows z [n, D] alone, where the N rows are those of all ranks, then `keys`."""
+        everyone = sum(ring.rows.numbers)
+        sums = _SumsOfAll.apply(z, ring, self.group[:everyone]) - z
+        if keys is not None:
+            own = self.group[ring.rows.own]
+            ordered = own.sort().values
+            of_keys = _sums_at(_place(ordered, self.group[everyone:]), keys, len(ordered) + 1)
+            sums = sums + of_keys[_place(ordered, own)]
+        return sums / self.number[ring.rows.own].clamp(min=1)[:, None]
 
 
 def out_against(
@@ -180,8 +221,9 @@ def out_against(
     """
     rows = z.shape[0]
     if own:
-        mean, number, ids = _class_means(columns, column_labels)
-        mean, number, row_ids = mean[:rows], number[:rows], ids[:rows]
+        classes = _Classes.of(column_labels)
+        mean, number, ids = classes.means(columns)[:rows], classes.number[:rows], classes.pairs
+        row_ids = ids[:rows]
     else:
         mean, number, row_ids, ids = _means_among(z, labels, columns, column_labels)
     pos = scale * (z * mean).sum(1)
@@ -195,7 +237,7 @@ def out_against(
 def _means_among(
     z: Tensor, labels: Tensor, columns: Tensor, column_labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_class_means`, of rows that are no columns: means, numbers, and ids of rows and of columns."""
+    """As `_Classes`, of rows that are no columns: means, numbers, and ids of rows and of columns."""
     everyone = torch.cat([column_labels, labels])
     ordered = everyone.sort(stable=True)
     starts = ordered.values.diff(prepend=ordered.values[:1] - 1) != 0
@@ -225,6 +267,39 @@ class _ClassSums(torch.autograd.Function):
         return grad[group], None, None, None
 
 
+class _SumsOfAll(torch.autograd.Function):
+    """[n, D] sum of the rows of all ranks that are of each own row's class, group [N]. Its transpose is itself."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, ring: Ring, group: Tensor) -> Tensor:
+        ctx.ring = ring
+        ctx.save_for_backward(group)
+        shards = group.split(ring.rows.numbers)
+        own = shards[ring.rank].sort().values
+        sums = z.new_zeros(len(own) + 1, z.shape[1])
+        for step, (v,) in enumerate(ring.round(z)):
+            sums += _sums_at(_place(own, shards[ring.rank - step]), v, len(sums))
+        return sums[_place(own, shards[ring.rank])]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (group,) = ctx.saved_tensors
+        return _SumsOfAll.apply(grad, replace(ctx.ring, wire=grad.dtype), group), None, None
+
+
+def _place(ordered: Tensor, group: Tensor) -> Tensor:
+    """Where each of `group` first stands in `ordered`, beyond its end if it does not."""
+    place = torch.searchsorted(ordered, group)
+    there = ordered[place.clamp(max=len(ordered) - 1)] == group
+    return place.where(there, len(ordered))
+
+
+def _sums_at(place: Tensor, v: Tensor, number: int) -> Tensor:
+    """[number, D] sums of the rows of v that have each place, in a fixed order."""
+    lengths = torch.zeros(number, dtype=torch.int64, device=v.device).scatter_add_(0, place, torch.ones_like(place))
+    return torch.segment_reduce(v[place.argsort(stable=True)], "sum", lengths=lengths, unsafe=True)
+
+
 def _out(z: Tensor, pos: Tensor, number: Tensor, sets: list[dict]) -> Tensor:
     gap = _log_sum(z, sets)[0] - pos
     return torch.where(number == 1, softplus(gap), gap)
@@ -238,9 +313,13 @@ def _in(z: Tensor, sets: list[dict]) -> Tensor:
 
 
 def _log_sum(z: Tensor, sets: list[dict], **rule) -> tuple[Tensor, Tensor]:
-    """[N] log-sum-exp over the candidates of all sets, arguments of `row_stats` each, and their number."""
-    swept = [row_stats(z, **columns, **rule) for columns in sets]
+    """[N] log-sum-exp over the candidates of all sets, arguments of `row_stats` or `ring_stats`, and their number."""
+    swept = [_swept(z, **columns, **rule) for columns in sets]
     return reduce(logsumexp_pair, (s.lse[0] for s in swept)), torch.stack([s.aux[0] for s in swept]).sum(0)
+
+
+def _swept(z: Tensor, *, ring: Ring | None = None, **how) -> Statistics:
+    return row_stats(z, **how) if ring is None else ring_stats(ring, z, **how)
 
 
 def _dense(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch import Tensor
 from .. import numerics
 from ..batch.arrangement import Arrangement
 from ..batch.columns import ColumnSet, OwnColumns
-from ..numerics import logsumexp_pair
+from ..batch.ring_stats import ring_stats
 from ..operators.ranked_stats import ranked_stats
-from ..operators.row_stats import row_stats
+from ..operators.row_stats import row_stats, union
 from ..problem.pairs import NO_COLUMN_ID, Gate
 from ..problem.ranking import Ranking
 from .prior import prior_of_rows
@@ -56,7 +57,7 @@ def _sums(row_loss: RowLoss, batch: Arrangement, diagnostics: bool, backend: str
     if batch.own is not None:
         scale, share = _hardened(batch.scale, row_loss.hardness_of(True))
         parts.append(_softened(_own_sums(batch.anchors, batch.own, scale, row_loss.exponents, diagnostics), share))
-    lse, aux = reduce(_merge, parts)
+    lse, aux = reduce(union, parts)
     stats = _statistics(batch, tuple(lse.unbind(0)), aux[0])
     if not diagnostics:
         return stats, None
@@ -78,13 +79,16 @@ def _over_columns(
     if log_weight is not None:
         u, v = _with_weights(u, columns.keys, scale, log_weight, batch.operand_dtype)
         unit = False
-    swept = row_stats(
-        u, v, scale=scale, exponents=exponents, num_images=columns.num_images,
-        positive_offset=columns.positive_offset, row_ids=batch.anchor_ids,
-        col_ids=None if v is None else columns.ids, ignored=columns.ignored, gate=columns.gate,
-        unit=unit, operand_dtype=batch.operand_dtype, columns=batch.symmetric, diagnostics=diagnostics,
-        backend=backend,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "scale": scale, "exponents": exponents, "num_images": columns.num_images,
+        "positive_offset": columns.positive_offset, "row_ids": batch.anchor_ids, "ignored": columns.ignored,
+        "gate": columns.gate, "unit": unit, "operand_dtype": batch.operand_dtype, "diagnostics": diagnostics,
+        "backend": backend,
+    }  # fmt: skip
+    if columns.ring is not None:
+        swept = ring_stats(columns.ring, u, v, ids=columns.ids, **options)
+        return swept.lse, swept.aux
+    swept = row_stats(u, v, col_ids=None if v is None else columns.ids, columns=batch.symmetric, **options)
     if not batch.symmetric:
         return swept.lse, swept.aux
     return torch.cat([swept.lse, swept.col_lse], 1), torch.cat([swept.aux, swept.col_aux], 1)
@@ -132,16 +136,6 @@ def _softened(swept: tuple[Tensor, Tensor], share: float | Tensor) -> tuple[Tens
     if len(aux) > 1:
         aux = torch.stack([aux[0], aux[1] * share, aux[2] * share, aux[3]])
     return lse, aux
-
-
-def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Statistics over the union of two disjoint sets of columns."""
-    (lse, aux), (more, more_aux) = one, other
-    merged = aux + more_aux  # count, and with diagnostics the total
-    if len(aux) > 1:
-        largest = torch.maximum(aux[1], more_aux[1])
-        merged = torch.stack([merged[0], largest, merged[2], logsumexp_pair(aux[3], more_aux[3])])
-    return logsumexp_pair(lse, more), merged
 
 
 def _own_sums(

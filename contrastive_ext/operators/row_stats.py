@@ -16,11 +16,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..numerics import SUPPORTED_DTYPES
+from ..numerics import SUPPORTED_DTYPES, logsumexp_pair
 from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.problem import Statistics, Upstream
-from .problem_call import as_arguments, of_arguments, of_saved
+from .problem_call import ProblemCall, as_arguments, of_arguments, of_saved
 from .problem_checks import check_cancelled, check_problem
 from .registration import FirstOrderOnly, once_differentiable, register, register_autograd
 
@@ -65,16 +65,53 @@ def row_stats(
     Cost         2 N M D flops forward (half for one set), 4 to 6 backward. When v needs no gradient (a queue), the
                  gradient of u is made in the forward and the backward costs O(N D).
     """
+    call = checked_call(
+        u, v, scale=scale, exponents=exponents, num_images=num_images, positive_offset=positive_offset,
+        row_ids=row_ids, col_ids=col_ids, only_equal_ids=only_equal_ids, ignored=ignored, gate=gate, columns=columns,
+        means=means, unit=unit, operand_dtype=operand_dtype, backend=backend,
+    )  # fmt: skip
+    needs_gradient = u.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
+    frozen = v is not None and not v.requires_grad and not columns
+    means = means or (frozen and needs_gradient and torch.is_grad_enabled())
+    return Statistics(*torch.ops.contrastive_ext.row_stats.default(*call, columns, means, diagnostics, maximum))
+
+
+def checked_call(
+    u: Tensor,
+    v: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    exponents: tuple[float, ...] = (1.0,),
+    num_images: int = 0,
+    positive_offset: int = 0,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    only_equal_ids: bool = False,
+    ignored: Tensor | None = None,
+    gate: Gate | None = None,
+    columns: bool = False,
+    means: bool = False,
+    unit: bool = False,
+    operand_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> ProblemCall:
+    """The first arguments of the operator; raises as `row_stats` does."""
     check_problem(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend)
     check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, columns)
     if operand_dtype not in (None, *SUPPORTED_DTYPES):
         raise TypeError(f"operand_dtype must be float16, bfloat16, float32, float64 or None; got {operand_dtype!r}.")
-    needs_gradient = u.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
-    frozen = v is not None and not v.requires_grad and not columns
-    means = means or (frozen and needs_gradient and torch.is_grad_enabled())
     rules = num_images, positive_offset, only_equal_ids, row_ids, col_ids, ignored, *schema.gate_arguments(gate)
-    call = as_arguments(u, v, scale, exponents, (*rules, unit), operand_dtype, backend)
-    return Statistics(*torch.ops.contrastive_ext.row_stats.default(*call, columns, means, diagnostics, maximum))
+    return as_arguments(u, v, scale, exponents, (*rules, unit), operand_dtype, backend)
+
+
+def union(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """lse and aux (of one part, or with diagnostics) over two disjoint sets of columns; gradients flow from lse."""
+    (lse, aux), (more, more_aux) = one, other
+    merged = aux + more_aux  # count, and with diagnostics the total
+    if len(aux) > 1:
+        largest = torch.maximum(aux[1], more_aux[1])
+        merged = torch.stack([merged[0], largest, merged[2], logsumexp_pair(aux[3], more_aux[3])])
+    return logsumexp_pair(lse, more), merged
 
 
 def _forward(*args) -> tuple[Tensor, ...]:

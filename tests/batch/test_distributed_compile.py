@@ -32,6 +32,12 @@ LOSSES: dict[str, Callable] = {
     "bayesian": lambda group, *z: ce.fused_bayesian_loss(*z[:2], logit_scale=z[2], group=group),
     "supcon": lambda group, a, b, scale: ce.fused_supcon_loss(torch.stack([a, b]), IDS, logit_scale=scale, group=group),
     "all ranks": lambda _, a, b, scale: ce.fused_debiased_loss(a, b, logit_scale=scale, group=ce.AllRanks()),
+    "ring": lambda _, a, b, scale: ce.fused_debiased_loss(
+        a, b, logit_scale=scale, ids=IDS, group=ce.AllRanks(exchange="ring")
+    ),
+    "ring of classes": lambda _, a, b, scale: ce.fused_supcon_loss(
+        torch.stack([a, b]), IDS, logit_scale=scale, group=ce.AllRanks(exchange="ring")
+    ),
     "module": lambda group, a, b, scale: ce.DebiasedLoss(group=group)(a, b, logit_scale=scale),
 }
 # the call is outside the graphs, so one more compiler around one of them is enough
