@@ -137,16 +137,36 @@ def _against_whole_batch(rank: int, world: int, loss, usage, backend: str) -> li
 def supervised(rank: int, world: int):
     """The ranks share classes, but not equally many rows with a positive."""
     mine = _mine(rank, world)
+    held = ce.Columns(torch.randn(5, FEATURES, dtype=torch.float64), ids=torch.tensor([0, 3, -2, 9, 77]))
     for backend, positives, views in itertools.product(BACKENDS, ("out", "in"), (1, 2)):
         x = torch.randn(views, PAIRS, FEATURES, dtype=torch.float64, requires_grad=True)
         t = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-        options = {"positives": positives, "backend": backend}
+        options = {"positives": positives, "backend": backend, "queue": held if views == 2 else None}
         whole = ce.fused_supcon_loss(x, LABELS, t, **options)
         ours = ce.fused_supcon_loss(x[:, mine], LABELS[mine], t, **options, group=_group(world))
         expected = [whole.detach(), *torch.autograd.grad(whole, [x, t])]
         found = _averaged([ours.detach(), *torch.autograd.grad(ours, [x, t])], world)
         for name, *compared in zip(("loss", "gradient", "gradient of temperature"), found, expected, strict=True):
             yield f"{backend} {positives}, {views} views: {name}", *compared
+
+
+@check
+def weighted_negatives(rank: int, world: int):
+    """Weights travel with the columns they belong to."""
+    z1, z2 = random_pairs(PAIRS, FEATURES, torch.float64)
+    negatives, weights = torch.randn(PAIRS, FEATURES, dtype=torch.float64), torch.randn(PAIRS)
+    t = torch.tensor(0.3, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (z1, z2, negatives, t)]
+    for backend in BACKENDS:
+        how = {"layout": "one_way", "backend": backend}
+        whole = ce.fused_hard_negative_loss(z1, z2, t, 0.05, negatives=ce.Columns(negatives, log_weight=weights), **how)
+        mine = _mine(rank, world)
+        columns = ce.Columns(negatives[mine], log_weight=weights[mine])
+        ours = ce.fused_hard_negative_loss(z1[mine], z2[mine], t, 0.05, negatives=columns, **how, group=_group(world))
+        expected = [whole.detach(), *torch.autograd.grad(whole, leaves)]
+        found = _averaged([ours.detach(), *torch.autograd.grad(ours, leaves)], world)
+        for name, *compared in zip(("loss", "z1", "z2", "negatives", "temperature"), found, expected, strict=True):
+            yield f"{backend}: {name}", *compared
 
 
 @check
