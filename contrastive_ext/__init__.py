@@ -28,10 +28,12 @@ from .losses.decoupled import Decoupled, fused_decoupled_loss
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative, fused_hard_negative_loss
 from .losses.infonce import InfoNCE, fused_infonce_loss
+from .losses.labelled_infonce import LabelledStats, fused_labelled_infonce_loss
 from .losses.matryoshka import Matryoshka
 from .losses.pair_loss import fused_row_loss
 from .losses.row_loss import RowLoss, RowStatistics
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
+from .losses.sigmoid import SigmoidStats, fused_sigmoid_loss
 from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
 from .losses.stats import LossStats
 from .losses.supcon import SupConStats, fused_supcon_loss
@@ -42,8 +44,10 @@ from .modules import (
     FalseNegativeLoss,
     HardNegativeLoss,
     InfoNCELoss,
+    LabelledInfoNCELoss,
     RowLossModule,
     SelfLabelingLoss,
+    SigmoidLoss,
     SoftTargetLoss,
     SupConLoss,
 )
@@ -76,6 +80,8 @@ __all__ = [
     "HardNegativeLoss",
     "InfoNCE",
     "InfoNCELoss",
+    "LabelledInfoNCELoss",
+    "LabelledStats",
     "LogitScale",
     "LossStats",
     "Matryoshka",
@@ -86,6 +92,8 @@ __all__ = [
     "RowStatistics",
     "SelfLabelingLoss",
     "SelfLabelingStats",
+    "SigmoidLoss",
+    "SigmoidStats",
     "SoftTargetLoss",
     "SoftTargetStats",
     "SupConLoss",
@@ -103,8 +111,10 @@ __all__ = [
     "fused_false_negative_loss",
     "fused_hard_negative_loss",
     "fused_infonce_loss",
+    "fused_labelled_infonce_loss",
     "fused_row_loss",
     "fused_self_labeling_loss",
+    "fused_sigmoid_loss",
     "fused_soft_target_loss",
     "fused_supcon_loss",
     "linear_alpha",

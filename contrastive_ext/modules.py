@@ -17,17 +17,19 @@ from .batch.distributed import AllRanks
 from .batch.queue import NegativeQueue
 from .batch.request import check_request
 from .checks import check_keywords
-from .losses import false_negative, self_labeling, soft_target, supcon
+from .losses import false_negative, self_labeling, sigmoid, soft_target, supcon
 from .losses.bayesian import Bayesian
 from .losses.debiased import Debiased
 from .losses.decoupled import Decoupled
 from .losses.false_negative import FalseNegativeStats, fused_false_negative_loss
 from .losses.hard_negative import HardNegative
 from .losses.infonce import InfoNCE
+from .losses.labelled_infonce import LabelledStats, fused_labelled_infonce_loss
 from .losses.overloads import method_returns_stats
 from .losses.pair_loss import LossOptions, fused_row_loss
 from .losses.row_loss import RowLoss, check_row_loss
 from .losses.self_labeling import SelfLabelingStats, fused_self_labeling_loss
+from .losses.sigmoid import SigmoidStats, fused_sigmoid_loss
 from .losses.soft_target import SoftTargetStats, fused_soft_target_loss
 from .losses.stats import LossStats
 from .losses.supcon import SupConStats, fused_supcon_loss
@@ -193,6 +195,37 @@ class SupConLoss(_LossModule):
     def forward(self, /, features: Tensor, labels: Tensor, **call) -> Tensor | tuple[Tensor, SupConStats]:
         """Loss of features [N, D] or [V, B, D] with labels [N] or [B]; call-time keywords as in the function."""
         return fused_supcon_loss(features, labels, **self._arguments(call))
+
+
+class LabelledInfoNCELoss(_LossModule):
+    """Module of `fused_labelled_infonce_loss`: `LabelledInfoNCELoss(0.1)(features, labels)`."""
+
+    def __init__(self, temperature: float | None = None, **options):
+        options |= {"temperature": temperature}
+        super().__init__(fused_labelled_infonce_loss, lambda: None, ("features", "labels"), options)
+
+    @method_returns_stats
+    def forward(self, /, features: Tensor, labels: Tensor, **call) -> Tensor | tuple[Tensor, LabelledStats]:
+        """Loss of features [N, D] or [V, B, D] with labels [N] or [B]; call-time keywords as in the function."""
+        return fused_labelled_infonce_loss(features, labels, **self._arguments(call))
+
+
+class SigmoidLoss(_LossModule):
+    """Module of `fused_sigmoid_loss`: SigLIP; a learned scale and bias are given to the call."""
+
+    def __init__(
+        self,
+        logit_scale: float = sigmoid.DEFAULT_SCALE,
+        logit_bias: float = sigmoid.DEFAULT_BIAS,
+        **options,
+    ):
+        options |= {"logit_scale": logit_scale, "logit_bias": logit_bias}
+        super().__init__(fused_sigmoid_loss, sigmoid.check_values, ("z1", "z2"), options)
+
+    @method_returns_stats
+    def forward(self, /, z1: Tensor, z2: Tensor, **call) -> Tensor | tuple[Tensor, SigmoidStats]:
+        """Loss of the pairs z1 [B, D], z2 [M, D]; call-time keywords as in the function."""
+        return fused_sigmoid_loss(z1, z2, **self._arguments(call))
 
 
 class SelfLabelingLoss(_LossModule):

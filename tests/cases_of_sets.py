@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -119,7 +120,9 @@ SUPCON_FACTORS = {
 }
 
 
-def supcon_call(case: Mapping, seed: int) -> Call:
+def labelled_call(of: dict, truth_of: Callable, case: Mapping, seed: int) -> Call:
+    """A call of the one loss of a family whose rows have labels."""
+    ((function, module, _),) = of.values()
     dtype, (b, d), v = DTYPES[case["dtype"]], case["shape"], case["number_of_views"]
     draw = Draw(case["kind"], case["memory"], dtype, dtype, case["normalize"], seed)
     features = draw.views(v or 1, b, d)
@@ -127,7 +130,7 @@ def supcon_call(case: Mapping, seed: int) -> Call:
     inputs["features"] = draw.tensor(features[0] if v is None else features)
     (labels,) = draw.integers(case["labels"], b)
     constants["labels"] = labels
-    if case["positives"] is not None:
+    if case.get("positives") is not None:
         constants["positives"] = own["positives"] = case["positives"]
     overwrite = []
     if case["queue"] != "none":
@@ -143,10 +146,70 @@ def supcon_call(case: Mapping, seed: int) -> Call:
     scale = scale_of(case, 0.1, inputs, wanted, constants)
 
     def true(how: truth.Arithmetic, x: dict) -> truth.Outcome:
-        return truth_of_sets.supcon(how, x["features"], scale(x, how.compute), labels.long(), **own)
+        return truth_of(how, x["features"], scale(x, how.compute), labels.long(), **own)
 
     overwrite = may_overwrite(case, overwrite)
-    return Call(*SUPCON["supcon"][:2], inputs, wanted, constants, true, overwrite=overwrite, **how_called(case))
+    return Call(function, module, inputs, wanted, constants, true, overwrite=overwrite, **how_called(case))
+
+
+# InfoNCE of labelled rows
+
+LABELLED = {"labelled_infonce": (ce.fused_labelled_infonce_loss, ce.LabelledInfoNCELoss, {})}
+LABELLED_FACTORS = {name: factor for name, factor in SUPCON_FACTORS.items() if name != "positives"}
+
+
+# Sigmoid
+
+SIGMOID = {"sigmoid": (ce.fused_sigmoid_loss, ce.SigmoidLoss, {})}
+SIGMOID_FACTORS = {
+    "shape": Factor((*SHAPES, (1, 8), (2, 1))),
+    "more": Factor((False, True)),
+    "grad": Factor(("all", "z1", "z2")),
+    "scale": Factor(("default", "logit_scale", "learned_scale"), ("logit_scale",)),
+    "bias": Factor((None, 0.0, -3.5, "learned", "learned [1]"), ("logit_bias",)),
+    "ids": Factor(("none", "few", "wide", "int32", "one"), ("ids",)),
+    "operand_dtype": Factor((None, torch.float16, torch.bfloat16), ("operand_dtype",)),
+    "group": Factor((False, True), ("group",)),
+    **COMMON,
+}  # fmt: skip
+
+
+def sigmoid_rules(case: Mapping) -> bool:
+    return common_rules(case) and not (
+        case.get("operand_dtype") is not None and case.get("dtype") not in (None, "float32")
+    )
+
+
+def sigmoid_call(case: Mapping, seed: int) -> Call:
+    dtype, (b, d) = DTYPES[case["dtype"]], case["shape"]
+    operands = case["operand_dtype"] or dtype
+    draw = Draw(case["kind"], case["memory"], dtype, operands, case["normalize"], seed)
+    both = draw.views(2, b, d)
+    second = torch.cat([both[1], draw.others(draw.number(1, 7), d)]) if case["more"] else both[1]
+    inputs = {"z1": draw.tensor(both[0]), "z2": draw.tensor(second)}
+    wanted = {"all": {"z1", "z2"}, "z1": {"z1"}, "z2": {"z2"}}[case["grad"]]
+    constants, ids = plain_arguments(case), None
+    if case["ids"] != "none":
+        ids = draw.integers(case["ids"], len(second))[0]
+        constants["ids"] = ids
+    if case["operand_dtype"] is not None:
+        constants["operand_dtype"] = case["operand_dtype"]
+    learned = isinstance(case["bias"], str)
+    value = -4.25 if learned else -10.0 if case["bias"] is None else case["bias"]
+    if learned:
+        inputs["logit_bias"] = torch.full((1,) if "[1]" in case["bias"] else (), value, dtype=torch.float64)
+        inputs["logit_bias"] = inputs["logit_bias"].to(torch.float64 if case["dtype"] == "float64" else torch.float32)
+        wanted = wanted | {"logit_bias"}
+    elif case["bias"] is not None:
+        constants["logit_bias"] = value
+    scale = scale_of(case, 0.1, inputs, wanted, constants)
+
+    def true(how: truth.Arithmetic, x: dict) -> truth.Outcome:
+        bias = x["logit_bias"].reshape(()) if learned else torch.tensor(value, dtype=how.compute)
+        of = None if ids is None else ids.long()
+        return truth_of_sets.sigmoid(how, x["z1"], x["z2"], scale(x, how.compute), bias, of)
+
+    return Call(*SIGMOID["sigmoid"][:2], inputs, wanted, constants, true, **how_called(case, operands))
 
 
 # SANE
@@ -245,6 +308,14 @@ def soft_call(case: Mapping, seed: int) -> Call:
 
 
 VIEWS = Family("views", FNC, ("views",), FNC_FACTORS, fnc_rules, fnc_call)
-LABELS = Family("labels", SUPCON, ("features", "labels"), SUPCON_FACTORS, common_rules, supcon_call)
+_OF_LABELS = ("features", "labels")
+LABELS = Family(
+    "labels", SUPCON, _OF_LABELS, SUPCON_FACTORS, common_rules, partial(labelled_call, SUPCON, truth_of_sets.supcon)
+)
+POSITIVES = Family(
+    "positives", LABELLED, _OF_LABELS, LABELLED_FACTORS, common_rules,
+    partial(labelled_call, LABELLED, truth_of_sets.labelled_infonce),
+)  # fmt: skip
+BINARY = Family("binary", SIGMOID, ("z1", "z2"), SIGMOID_FACTORS, sigmoid_rules, sigmoid_call)
 KEYS = Family("keys", SANE, ("q", "k", "queue"), SANE_FACTORS, common_rules, sane_call)
 TARGETS = Family("targets", SOFT, ("queries", "keys", "teacher"), SOFT_FACTORS, common_rules, soft_call)

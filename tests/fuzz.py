@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 import contrastive_ext as ce
 from cases import PAIRS, RANKED, Family
-from cases_of_sets import KEYS, LABELS, TARGETS, VIEWS
+from cases_of_sets import BINARY, KEYS, LABELS, POSITIVES, TARGETS, VIEWS
 from covering import Case, random_case
 from truth_check import Call, Result, compare, ours, truths
 
-FAMILIES = (PAIRS, RANKED, VIEWS, LABELS, KEYS, TARGETS)
+FAMILIES = (PAIRS, RANKED, VIEWS, LABELS, POSITIVES, BINARY, KEYS, TARGETS)
 DRAWS = 40  # until no decision of a case is within rounding
 
 
@@ -42,7 +42,7 @@ def drawn(family: Family, case: Case, seed: int) -> tuple[Call, Result, Result, 
 def backends(case: Case) -> list[str]:
     """All that run here and take the case; Triton's interpreter knows no bfloat16."""
     names = [name for name in ce.available_backends() if name != "cuda"]
-    if case["loss"] == "bayesian" and case.get("tau_plus") in ("pairs", "rows"):
+    if case.get("loss") == "bayesian" and case.get("tau_plus") in ("pairs", "rows"):
         names = [name for name in names if name in ("torch", "reference")]
     sixteen = "bfloat16" in (case["dtype"], str(case.get("operand_dtype")).removeprefix("torch."))
     return [name for name in names if not (name == "triton" and sixteen)]

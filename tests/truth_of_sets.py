@@ -120,6 +120,56 @@ def supcon(
     return Outcome(losses.unflatten(0, features.shape[:-1]), stats, in_mean=some, differences=positives == "out")
 
 
+def labelled_infonce(
+    how: Arithmetic, features: Tensor, scale: Tensor, labels: Tensor, queue: Tensor | None = None,
+    queue_labels: Tensor | None = None, queue_filled: Tensor | None = None,
+) -> Outcome:  # fmt: skip
+    """-log of every positive alone among itself and the negatives; a mean over pairs."""
+    how.scale = scale.item()
+    z = how.rows("features", features).flatten(0, -2)
+    labels = labels.repeat(len(z) // len(labels))
+    columns, label_of = z, labels
+    if queue is not None:
+        exists = torch.ones(len(queue), dtype=torch.bool) if queue_filled is None else queue_filled
+        columns = torch.cat([z, how.constant(queue)[exists]])
+        label_of = torch.cat([labels, queue_labels[exists]])
+    same = (labels[:, None] == label_of) & ~torch.eye(len(z), len(columns), dtype=torch.bool)
+    different = labels[:, None] != label_of
+    logits = scale * (z @ columns.T)
+    how.saw(logits)
+    losses = []
+    for i in range(len(z)):
+        positives, negatives = logits[i, same[i]], logits[i, different[i]]
+        if len(positives) and len(negatives):
+            losses.append(log1p_exp(negatives.logsumexp(0) - positives).sum())
+        else:
+            losses.append(0.0 * z[i].sum())
+    stats = {"positives": same.sum(1).double().mean().item(), "skipped_rows": float((~same.any(1)).sum())}
+    losses = torch.stack(losses).unflatten(0, features.shape[:-1])
+    return Outcome(losses, stats, in_mean=same.sum(1))
+
+
+def sigmoid(how: Arithmetic, z1: Tensor, z2: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None = None) -> Outcome:
+    """-log sigmoid(y (s + b)) of all pairs, y = 1 of positives and -1 of others."""
+    how.scale = scale.item()
+    u1, u2 = how.rows("z1", z1), how.rows("z2", z2)
+    positive = torch.eye(len(u1), len(u2), dtype=torch.bool)
+    if ids is not None:
+        positive = positive | (ids[: len(u1), None] == ids)
+    similarity = u1 @ u2.T
+    logits = scale * similarity + bias
+    how.saw(logits)
+    losses = log1p_exp(torch.where(positive, -logits, logits)).sum(1)
+    pair, negative = torch.eye(len(u1), len(u2), dtype=torch.bool), ~positive
+    share = logits.detach().double().sigmoid()
+    stats = {
+        "positive_similarity": similarity[pair].mean().item(), "positive_probability": share[pair].mean().item(),
+        "negative_probability": (share[negative].sum() / max(1, negative.sum())).item(),
+        "positives": positive.sum(1).double().mean().item(),
+    }  # fmt: skip
+    return Outcome(losses, stats)
+
+
 def _entropy(y: Tensor) -> Tensor:
     return -torch.special.xlogy(y, y).sum(1)
 

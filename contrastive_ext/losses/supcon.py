@@ -101,8 +101,8 @@ def fused_supcon_loss(
     )  # fmt: skip
     call.check_values()
     check_values(positives)
-    labels = _check(features, labels)
-    keys = _labelled(queue, features, normalize)
+    labels = check_labelled(features, labels)
+    keys = labelled_keys(queue, features, normalize)
     with numerics.without_autocast(features):
         dtype = numerics.stats_dtype(features.dtype)
         scale = call.scale(features)
@@ -355,7 +355,7 @@ def check_values(positives: str) -> None:
     check_choice("positives", positives, POSITIVES)
 
 
-def _check(features: Tensor, labels: Tensor) -> Tensor:
+def check_labelled(features: Tensor, labels: Tensor) -> Tensor:
     """The labels, int64 [N] or [B]."""
     if not isinstance(features, Tensor) or features.dtype not in numerics.SUPPORTED_DTYPES:
         raise TypeError(
@@ -366,7 +366,7 @@ def _check(features: Tensor, labels: Tensor) -> Tensor:
     return image_labels(labels, features)
 
 
-def _labelled(queue: NegativeQueue | Columns | None, features: Tensor, normalize: bool) -> Columns | None:
+def labelled_keys(queue: NegativeQueue | Columns | None, features: Tensor, normalize: bool) -> Columns | None:
     """Checked columns of a queue, which have labels; None if there are none."""
     keys = keys_alone(queue, features, normalize, ids=True)
     if keys is not None and keys.held_ids is None:
