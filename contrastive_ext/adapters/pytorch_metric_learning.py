@@ -5,11 +5,11 @@ They are subclasses of the host's that compute the losses of rows and pairs; red
 `SelfSupervisedLoss`, `CrossBatchMemory` and `DistributedLossWrapper` do what they do there. (The wrapper's value is
 world_size times the loss, its gradient that of the whole batch; with `efficient=True` it is not.)
 
-What differs. Distances other than CosineSimilarity and DotProductSimilarity are refused. `NTXentLoss` takes rows with
-at most one positive: with several it sums over pairs, which no statistic of a row gives. `indices_tuple` is taken where
-it says what the labels say, checked by numbers and sums of indices; pairs that a miner chose are refused. 16-bit
-embeddings are computed in float32. Memory is O((N + M) D) without an `indices_tuple`; CrossBatchMemory itself makes all
-N x M pairs.
+What differs. Distances other than CosineSimilarity and DotProductSimilarity are refused. Of rows with several positives
+`NTXentLoss` has the mean over pairs alone, no loss of every pair: other reducers than MeanReducer are refused then.
+`indices_tuple` is taken where it says what the labels say, checked by numbers and sums of indices; pairs that a miner
+chose are refused. 16-bit embeddings are computed in float32. Memory is O((N + M) D) without an `indices_tuple`;
+CrossBatchMemory itself makes all N x M pairs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from torch import Tensor
 
 from .. import numerics
 from ..batch.call import check_call
+from ..losses.labelled_infonce import sums_over_positives
 from ..losses.supcon import out_against
 from ..problem.pairs import integers
 from .hosts import missing, rows_first
 
 try:
-    from pytorch_metric_learning import distances, losses
+    from pytorch_metric_learning import distances, losses, reducers
 except ImportError as error:
     raise missing("pytorch-metric-learning", "pytorch-metric-learning") from error
 
@@ -91,8 +92,12 @@ class _RowLosses:
             columns = z if same_set else numerics.operand(ref_emb.to(embeddings.dtype), unit)
             if own is not None and not same_set:
                 columns, ref_labels = (rows_first(x, own) for x in (columns, ref_labels))
-            rows, _ = out_against(z, labels, columns, ref_labels, 1 / self.temperature, own=own is not None, unit=unit)
+            rows = self._of_rows(z, labels, columns, ref_labels, own is not None, unit)
         return rows, number, total
+
+    @abstractmethod
+    def _of_rows(self, z: Tensor, labels: Tensor, columns: Tensor, ref_labels: Tensor, own: bool, unit: bool) -> Tensor:
+        """[N] losses of operands z among `columns`; own: column i is row i itself."""
 
 
 class SupConLoss(_RowLosses, losses.SupConLoss):
@@ -102,24 +107,35 @@ class SupConLoss(_RowLosses, losses.SupConLoss):
         super().__init__(temperature=temperature, **kwargs)
         self._check()
 
+    def _of_rows(self, z: Tensor, labels: Tensor, columns: Tensor, ref_labels: Tensor, own: bool, unit: bool) -> Tensor:
+        return out_against(z, labels, columns, ref_labels, 1 / self.temperature, own=own, unit=unit)[0]
+
     def _reported(self, rows: Tensor, number: Tensor, partner: Tensor) -> dict:
         return {"losses": rows, "indices": torch.arange(len(rows), device=rows.device), "reduction_type": "element"}
 
 
 class NTXentLoss(_RowLosses, losses.NTXentLoss):
-    """`losses.NTXentLoss` where no row has more than one positive, as in `SelfSupervisedLoss`."""
+    """`losses.NTXentLoss`: every positive pair alone against the anchor's negatives."""
 
     def __init__(self, temperature: float = 0.07, **kwargs):
         super().__init__(temperature=temperature, **kwargs)
         self._check()
 
+    def _of_rows(self, z: Tensor, labels: Tensor, columns: Tensor, ref_labels: Tensor, own: bool, unit: bool) -> Tensor:
+        among = {
+            "v": columns, "row_ids": labels, "col_ids": ref_labels, "num_images": z.shape[0] if own else 0,
+            "scale": 1 / self.temperature, "unit": unit,
+        }  # fmt: skip
+        return sums_over_positives(z, [among])[0]
+
     def _reported(self, rows: Tensor, number: Tensor, partner: Tensor) -> dict:
         if (number > 1).any():
-            raise ValueError(
-                "NTXentLoss needs rows with at most one positive (views of the same image); with labels that have "
-                f"{int(number.max()) + 1} members it is a sum over pairs, which no statistic of a row gives: use "
-                "SupConLoss, or the host's NTXentLoss."
-            )
+            if type(self.reducer) is not reducers.MeanReducer:
+                raise ValueError(
+                    f"with {int(number.max())} positives of a row NTXentLoss has the mean over all pairs, no loss of "
+                    f"every pair for {type(self.reducer).__name__}: use MeanReducer(), or the host's NTXentLoss."
+                )
+            return {"losses": rows.sum() / number.sum(), "indices": None, "reduction_type": "already_reduced"}
         (anchors,) = (number == 1).nonzero(as_tuple=True)
         pairs = anchors, partner[anchors]
         return {"losses": rows[anchors], "indices": pairs, "reduction_type": "pos_pair"}

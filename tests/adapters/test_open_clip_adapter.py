@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from contrastive_ext.adapters.open_clip import ClipLoss
+from contrastive_ext.adapters.open_clip import ClipLoss, SigLipLoss
 from parity import assert_compiles, assert_same, assert_survives_copies
 from rows import INPUTS, random_pairs
 from two_ranks import WORLD, on_both_ranks
@@ -53,6 +53,31 @@ def test_module_is_a_value():
     )
 
 
+def _sigmoid_host(image, text, scale, bias):
+    labels = 2 * torch.eye(len(image)) - 1
+    return -F.logsigmoid(labels * (scale * image @ text.T + bias)).sum() / len(image)
+
+
+BIAS = torch.tensor(-3.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "crowded"])
+def test_sigmoid_loss_is_its_definition(kind):
+    assert_same(SigLipLoss(), _sigmoid_host, *_pair(kind), SCALE, BIAS)
+    assert_same(SigLipLoss(), lambda *x: _sigmoid_host(*x, 0.0), *_pair(kind), SCALE)
+    out = SigLipLoss()(*_pair(kind), SCALE, BIAS, output_dict=True)
+    assert list(out) == ["contrastive_loss"]
+
+
+def test_sigmoid_module_is_a_value():
+    module = SigLipLoss(cache_labels=True, dist_impl="shift")
+    assert_survives_copies(module, *_pair(), SCALE, BIAS)
+    assert_compiles(module, *_pair(), SCALE, BIAS)
+    assert repr(module) == "SigLipLoss(cache_labels=True, rank=0, world_size=1, dist_impl='shift')"
+    with pytest.raises(ValueError, match="dist_impl must be one of"):
+        SigLipLoss(dist_impl="ring")
+
+
 def _on_a_rank(rank: int) -> dict:
     torch.manual_seed(0)
     image, text = (F.normalize(x) for x in random_pairs(4 * WORLD, 5, torch.float64))
@@ -63,6 +88,9 @@ def _on_a_rank(rank: int) -> dict:
         module = ClipLoss(local_loss=local, gather_with_grad=True, rank=rank, world_size=WORLD)
         loss = module(*inputs)
         found[local] = loss.detach(), torch.autograd.grad(loss, inputs)
+    inputs = [x.clone().requires_grad_() for x in (image[own], text[own], SCALE, BIAS)]
+    loss = SigLipLoss(rank=rank, world_size=WORLD)(*inputs)
+    found["sigmoid"] = loss.detach(), torch.autograd.grad(loss, inputs)
     with pytest.raises(ValueError, match=r"world_size=3, but torch\.distributed has 2 ranks"):
         ClipLoss(gather_with_grad=True, rank=rank, world_size=3)(image[own], text[own], SCALE)
     assert dist.get_world_size() == WORLD
@@ -85,6 +113,21 @@ def test_two_ranks_average_to_the_whole_batch(tmp_path):
         torch.testing.assert_close(torch.cat([g[0] for g in by_rank]) / WORLD, image, **close)
         torch.testing.assert_close(torch.cat([g[1] for g in by_rank]) / WORLD, text, **close)
         torch.testing.assert_close(sum(g[2] for g in by_rank) / WORLD, scale, **close)
+
+
+def test_sigmoid_losses_of_two_ranks_average_to_the_whole_batch(tmp_path):
+    ranks = on_both_ranks(_on_a_rank, tmp_path)
+    pair = (F.normalize(x) for x in random_pairs(4 * WORLD, 5, torch.float64))
+    inputs = [x.clone().requires_grad_() for x in (*pair, SCALE, BIAS)]
+    whole = _sigmoid_host(*inputs)
+    image, text, *numbers = torch.autograd.grad(whole, inputs)
+    values, by_rank = zip(*(rank["sigmoid"] for rank in ranks), strict=True)
+    close = {"rtol": 1e-12, "atol": 1e-13}
+    torch.testing.assert_close(sum(values) / WORLD, whole.detach(), **close)
+    for i, wanted in enumerate((image, text)):
+        torch.testing.assert_close(torch.cat([g[i] for g in by_rank]) / WORLD, wanted, **close)
+    for i, wanted in enumerate(numbers):
+        torch.testing.assert_close(sum(g[2 + i] for g in by_rank) / WORLD, wanted, **close)
 
 
 @pytest.mark.parametrize(

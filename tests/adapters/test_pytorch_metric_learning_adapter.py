@@ -31,6 +31,7 @@ BOTH = {
     "supcon": (adapter.SupConLoss, losses.SupConLoss, LABELS),
     "ntxent": (adapter.NTXentLoss, losses.NTXentLoss, PAIRS),
 }
+WITH_CLASSES = BOTH | {"ntxent of classes": (adapter.NTXentLoss, losses.NTXentLoss, LABELS)}
 
 
 def _rows(labels: torch.Tensor, kind: str = "random") -> torch.Tensor:
@@ -44,8 +45,9 @@ def both(request):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_same_as_the_package(both, distance, kind):
-    ours, theirs, labels = both
+@pytest.mark.parametrize("loss", WITH_CLASSES)
+def test_same_as_the_package(loss, distance, kind):
+    ours, theirs, labels = WITH_CLASSES[loss]
     options = {"temperature": 0.4 if distance != "dot" else 4.0, "distance": DISTANCES[distance]}
     a, b = ours(**options), theirs(**options)
     assert_same(lambda x: a(x, labels), lambda x: b(x, labels), _rows(labels, kind))
@@ -58,11 +60,12 @@ def test_defaults_are_the_packages(both):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reference_embeddings(both, kind):
+@pytest.mark.parametrize("loss", WITH_CLASSES)
+def test_reference_embeddings(loss, kind):
     """Of other labels too, with gradients on both sides; a row without a positive among them."""
-    ours, theirs, labels = both
+    ours, theirs, labels = WITH_CLASSES[loss]
     ref_labels = torch.cat([labels.unique(), torch.tensor([77, 78])])[1:]  # one label is missing
-    if ours is adapter.SupConLoss:
+    if labels is LABELS:
         ref_labels = torch.cat([ref_labels, ref_labels[:4]])
     a, b = ours(temperature=0.3), theirs(temperature=0.3)
     assert_same(
@@ -128,17 +131,17 @@ def test_all_pairs_as_indices(both):
     assert_same(lambda x: a(x, labels, pairs), lambda x: b(x, labels, pairs), _rows(labels))
 
 
-@pytest.mark.parametrize("loss", ["supcon", "ntxent"])
+@pytest.mark.parametrize("loss", WITH_CLASSES)
 def test_inside_cross_batch_memory(loss):
     """The memory holds the batch's own rows, which wrap around its end; the host leaves each row's own out."""
-    ours, theirs, _ = BOTH[loss]
+    ours, theirs, _ = WITH_CLASSES[loss]
     a, b = (losses.CrossBatchMemory(one(temperature=0.3), 5, memory_size=22) for one in (ours, theirs))
     for step in range(5):
-        labels = torch.randint(0, 4, (8,)) if loss == "supcon" else torch.arange(8) // 2 + 4 * step
+        labels = torch.arange(8) // 2 + 4 * step if loss == "ntxent" else torch.randint(0, 4, (8,))
         x = _rows(labels)
         assert_same(_once(a, labels), _once(b, labels), x)
     masked = torch.arange(8) < 3
-    labels = torch.randint(0, 4, (8,)) if loss == "supcon" else torch.arange(8) + 100
+    labels = torch.arange(8) + 100 if loss == "ntxent" else torch.randint(0, 4, (8,))
     assert_same(_once(a, labels, enqueue_mask=masked), _once(b, labels, enqueue_mask=masked), _rows(labels))
 
 
@@ -236,9 +239,12 @@ def test_a_miner_in_the_memory_is_refused():
         memory(_rows(LABELS), LABELS)
 
 
-def test_ntxent_with_many_positives_is_refused():
-    with pytest.raises(ValueError, match=r"at most one positive .* labels that have 4 members .* use SupConLoss"):
-        adapter.NTXentLoss()(_rows(LABELS), LABELS)
+@pytest.mark.parametrize(
+    "reducer", [reducers.AvgNonZeroReducer(), reducers.SumReducer()], ids=lambda r: type(r).__name__
+)
+def test_several_positives_have_no_loss_of_every_pair(reducer):
+    with pytest.raises(ValueError, match=r"with 3 positives of a row .* for \w+Reducer: use MeanReducer\(\)"):
+        adapter.NTXentLoss(reducer=reducer)(_rows(LABELS), LABELS)
 
 
 @pytest.mark.parametrize(
