@@ -124,7 +124,7 @@ def keys_alone(
     if columns is None:
         return None
     if columns.guide is not None or columns.log_weight is not None or (columns.ids is not None and not ids):
-        nothing = "guide or log_weight" if ids else "ids, guide or log_weight"
+        nothing = "guide or log_weight" if ids else "guide, log_weight or ids"
         raise ValueError(f"this loss takes {name} as they are: no {nothing} of Columns.")
     return columns.checked(like.shape[-1], like.device, normalize, name)
 

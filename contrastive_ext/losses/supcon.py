@@ -125,7 +125,7 @@ def fused_supcon_loss(
         else:
             classes = _Classes.of(every_label)
             ids = classes.pairs.where(every_label != UNFILLED, UNFILLED) if positives == "out" else every_label
-            of_batch, of_keys = ids.split([len(column_labels), len(ids) - len(column_labels)])
+            of_batch, of_keys = ids[: column_labels.shape[0]], ids[column_labels.shape[0] :]
             number, row_ids = classes.number[own], ids[own]
             if ring is None:
                 positive_mean = classes.means(columns if held is None else torch.cat([columns, held.keys]))[own]

@@ -8,6 +8,7 @@ from functools import wraps
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.export import Dim
 from torch.utils._pytree import tree_flatten, tree_map
@@ -75,6 +76,14 @@ def _vectors(*names: str, **more: Callable[[int], Tensor]) -> Callable[[int], di
     return lambda b: {name: torch.randn(b, D) for name in names} | {name: make(b) for name, make in more.items()}
 
 
+def _with_keys(function: Callable) -> Callable:
+    @wraps(function)
+    def call(keys: Tensor, key_labels: Tensor, **arguments):
+        return function(queue=ce.Columns(keys, ids=key_labels), **arguments)
+
+    return call
+
+
 def _calls() -> dict[str, Call]:
     calls = {loss.name: _over_pairs(loss, USAGES[0]) for loss in LOSSES + RANKED[1:]}
     calls["bayesian"] = _over_pairs(RANKED[0], USAGES[0], EXACT)
@@ -84,8 +93,16 @@ def _calls() -> dict[str, Call]:
             views = _vectors(views=lambda b: torch.randn(2, b, D))
             calls["fnc_{mode}_{top_k}_{threshold}".format(**rule)] = Call(ce.fused_false_negative_loss, views, rule)
     labelled = _vectors("features", labels=lambda b: torch.arange(b) % 3)
+    keys = {"keys": lambda b: F.normalize(torch.randn(7, D)), "key_labels": lambda b: torch.arange(7) % 4}
+    held = _vectors("features", labels=lambda b: torch.arange(b) % 3, **keys)
     for positives in ("out", "in"):
         calls[f"supcon_{positives}"] = Call(ce.fused_supcon_loss, labelled, {"positives": positives})
+        calls[f"supcon_{positives}_with_keys"] = Call(_with_keys(ce.fused_supcon_loss), held, {"positives": positives})
+    calls["labelled_infonce"] = Call(ce.fused_labelled_infonce_loss, labelled, {})
+    calls["labelled_infonce_with_keys"] = Call(_with_keys(ce.fused_labelled_infonce_loss), held, {})
+    pairs = _vectors("z1", "z2")
+    calls["sigmoid"] = Call(ce.fused_sigmoid_loss, pairs, {})
+    calls["sigmoid_ids"] = Call(ce.fused_sigmoid_loss, _vectors("z1", "z2", ids=lambda b: torch.arange(b) % 3), {})
     keys = {"keys": lambda b: torch.randn(9, D)}
     soft = Call(ce.fused_soft_target_loss, _vectors("queries", "teacher", **keys), {"teacher_temperature": 0.05})
     mixed = _vectors("q", "k", "q_mix", perm=torch.randperm, theta=torch.rand, queue=lambda b: torch.randn(7, D))
@@ -93,6 +110,7 @@ def _calls() -> dict[str, Call]:
 
 
 CALLS = _calls()
+DIFFERENTIABLE = ("z1", "z2", "views", "q", "features", "queries")
 # what a batch is arranged into, by the loss of two exponents; both ways of tracing see the same code
 ARRANGED = {usage.name: _over_pairs(LOSSES[5], usage) for usage in USAGES[1:]}
 EXPORTS = {f"{name}-strict": (call, True) for name, call in CALLS.items()}
@@ -142,7 +160,7 @@ def test_compiles_for_every_batch_size(call):
         tensors = call.tensors(b)
         results = []
         for function in (call.function, compiled):
-            leaves = {k: x.clone().requires_grad_() for k, x in tensors.items() if k in ("z1", "z2", "views", "q")}
+            leaves = {k: x.clone().requires_grad_() for k, x in tensors.items() if k in DIFFERENTIABLE}
             constants = call.constants if function is call.function else {}
             value = function(**(tensors | leaves), **constants)
             grads = torch.autograd.grad(value, list(leaves.values())) if leaves else ()
