@@ -51,6 +51,7 @@ def cpu_long_cases() -> list[Case]:
         _case("bayesian", "two_view", 512),  # what comparing all negatives of a row with each other can still do
         *(_case(loss, "two_view", 4096) for loss in ("debiased", "hard_negative", "decoupled")),
         *(_case(loss, layout, 4096) for loss, layout in (("false_negative", "views"), ("supcon", "labelled"))),
+        *(_case(loss, layout, 4096) for loss, layout in (("labelled_infonce", "classes"), ("sigmoid", "binary"))),
         _case("infonce", "symmetric", 4096),
         _case("infonce", "queue", 1024, 16384),
         _case("self_labeling", "self_labels", 1024, 16384),
@@ -134,7 +135,8 @@ def tiny(case: Case) -> Case:
 
 
 _SMOKE_SHAPES = {
-    "two_view": (70, 70, 32), "views": (70, 70, 32), "labelled": (70, 70, 32), "symmetric": (67, 67, 40),
+    "two_view": (70, 70, 32), "views": (70, 70, 32), "labelled": (70, 70, 32), "classes": (70, 70, 32),
+    "symmetric": (67, 67, 40), "binary": (67, 67, 40),
     "queue": (33, 129, 32),
 }  # fmt: skip
 

@@ -24,19 +24,19 @@ from .own_losses import OwnLoss
 FLOPS = {
     "dense": {
         "two_view": (2, 4), "symmetric": (2, 4), "queue": (2, 2), "self_labels": (8, 4), "soft_targets": (4, 2),
-        "views": (4, 4), "labelled": (2, 4),
+        "views": (4, 4), "labelled": (2, 4), "classes": (2, 4), "binary": (2, 4),
     },
     "recompute": {
         "two_view": (2, 6), "symmetric": (4, 12), "queue": (2, 4), "self_labels": (8, 12), "soft_targets": (4, 6),
-        "views": (4, 8), "labelled": (2, 6),
+        "views": (4, 8), "labelled": (2, 6), "classes": (2, 6), "binary": (2, 6),
     },
     "triangle": {
         "two_view": (1, 3), "symmetric": (2, 6), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
-        "views": (3, 3), "labelled": (1, 3),
+        "views": (3, 3), "labelled": (1, 3), "classes": (3, 9), "binary": (2, 6),
     },
     "rows": {
         "two_view": (2, 4), "symmetric": (2, 8), "queue": (4, 0), "self_labels": (12, 0), "soft_targets": (8, 0),
-        "views": (4, 4), "labelled": (2, 4),
+        "views": (4, 4), "labelled": (2, 4), "classes": (4, 10), "binary": (2, 6),
     },
     "histogram": {"two_view": (2, 3), "symmetric": (4, 12), "queue": (2, 4)},
     "sweeps": {"two_view": (6, 4), "symmetric": (12, 8), "queue": (6, 2)},

@@ -47,6 +47,10 @@ LOSSES: dict[str, LossRow] = {
         "FNC", contrastive_ext.fused_false_negative_loss, own_losses.FALSE_NEGATIVE, 0.1
     ),
     "fused_supcon_loss": LossRow("SupCon", contrastive_ext.fused_supcon_loss, own_losses.SUPCON, 0.1),
+    "fused_labelled_infonce_loss": LossRow(
+        "labelled InfoNCE", contrastive_ext.fused_labelled_infonce_loss, own_losses.LABELLED_INFONCE, 0.1
+    ),
+    "fused_sigmoid_loss": LossRow("sigmoid", contrastive_ext.fused_sigmoid_loss, own_losses.SIGMOID, 0.1),
     "fused_self_labeling_loss": LossRow(
         "SANE", contrastive_ext.fused_self_labeling_loss, own_losses.SELF_LABELING, 0.2
     ),

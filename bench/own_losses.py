@@ -18,6 +18,7 @@ from .case import Case, Inputs
 LABEL_TEMPERATURE, MU, LAM = 0.8, 1.0, 0.5  # defaults of the public function, which the timed calls leave untouched
 TEACHER_TEMPERATURE = 0.05
 TOP_K, THRESHOLD = 10, 0.7
+SIGMOID_BIAS = -10.0
 
 
 @dataclass(frozen=True)
@@ -177,3 +178,57 @@ FALSE_NEGATIVE = OwnLoss(
     "views", (1.0,), _draw_views, _call_false_negative, _prepare_false_negative, _false_negative_rows
 )
 SUPCON = OwnLoss("labelled", (1.0,), _draw_labelled, _call_supcon, _prepare_supcon, _supcon_rows)
+
+
+def _call_labelled_infonce(function, case, inputs, options):
+    loss = function(inputs.z1, inputs.constants["labels"], case.temperature, **options)
+    return loss / _positives(inputs.constants["labels"])[0] if options["reduction"] == "none" else loss
+
+
+def _positives(labels: Tensor) -> Tensor:
+    """[N] how many other rows have the label of each."""
+    return (labels[:, None] == labels).sum(1) - 1
+
+
+def _labelled_infonce_rows(case, x, rows):
+    """Of every row the mean over its positives: all labels have as many rows, so that their mean is that over pairs."""
+    u, labels = x["u"], x["labels"]
+    anchor = torch.arange(case.n, device=u.device)[rows]
+    same = labels[anchor, None] == labels
+    positive = same & (anchor[:, None] != torch.arange(case.n, device=u.device))
+    logits = u[anchor] @ u.T / case.temperature
+    lse = logits.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)
+    gap = lse - logits
+    return (torch.logaddexp(gap, torch.zeros_like(gap)) * positive).sum(1) / positive.sum(1)
+
+
+def _draw_classes(case, draw):
+    """Classes of two rows (of three where the number is odd)."""
+    features = draw(case.n)
+    rows = 2 if case.n % 2 == 0 else 3 if case.n % 3 == 0 else case.n
+    return features, None, None, {"labels": torch.arange(case.n, device=features.device) % (case.n // rows)}
+
+
+def _draw_pairs(case, draw):
+    z1 = draw(case.n)
+    return z1, z1 + 0.5 * draw(case.n), None, {}
+
+
+def _call_sigmoid(function, case, inputs, options):
+    return function(inputs.z1, inputs.z2, 1 / case.temperature, SIGMOID_BIAS, **options)
+
+
+def _prepare_pairs(case, units):
+    return {"u1": units.z1, "u2": units.z2}
+
+
+def _sigmoid_rows(case, x, rows):
+    logits = x["u1"][rows] @ x["u2"].T / case.temperature + SIGMOID_BIAS
+    at = torch.arange(case.n, device=logits.device)
+    return F.softplus(torch.where(at[rows, None] == at, -logits, logits), threshold=50).sum(1)
+
+
+LABELLED_INFONCE = OwnLoss(
+    "classes", (1.0, 1.0), _draw_classes, _call_labelled_infonce, _prepare_supcon, _labelled_infonce_rows
+)
+SIGMOID = OwnLoss("binary", (1.0,), _draw_pairs, _call_sigmoid, _prepare_pairs, _sigmoid_rows)
