@@ -22,6 +22,9 @@ from .batch.queue import NegativeQueue
 from .diagnostics.explain import Explanation, explain
 from .diagnostics.memory import MemoryEstimate, estimate_memory
 from .diagnostics.tuning import Trial, autotune
+from .evaluation.geometry import alignment, uniformity
+from .evaluation.mining import top_columns
+from .evaluation.retrieval import mean_reciprocal_rank, ranks_of_positives, recall_at_k
 from .losses.bayesian import Bayesian, fused_bayesian_loss
 from .losses.debiased import Debiased, fused_debiased_loss
 from .losses.decoupled import Decoupled, fused_decoupled_loss
@@ -52,6 +55,7 @@ from .modules import (
     SupConLoss,
 )
 from .operators.row_stats import row_stats
+from .operators.top_columns import TopColumns
 from .problem.pairs import Gate
 from .training.alpha import estimate_alpha, linear_alpha
 from .training.gradient_cache import GradientCache
@@ -98,8 +102,10 @@ __all__ = [
     "SoftTargetStats",
     "SupConLoss",
     "SupConStats",
+    "TopColumns",
     "Trial",
     "__version__",
+    "alignment",
     "autotune",
     "available_backends",
     "estimate_alpha",
@@ -118,11 +124,16 @@ __all__ = [
     "fused_soft_target_loss",
     "fused_supcon_loss",
     "linear_alpha",
+    "mean_reciprocal_rank",
     "momentum_mixup",
     "momentum_update",
     "mu_schedule",
+    "ranks_of_positives",
+    "recall_at_k",
     "row_stats",
     "theory",
+    "top_columns",
+    "uniformity",
 ]
 
 

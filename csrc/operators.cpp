@@ -62,8 +62,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
   define("pair_sums_backward_cpu(" + kProblem +
          ", Tensor offset, float sign, Tensor grad_sum, bool need_u, bool need_v) -> (Tensor du, Tensor dv)");
   define(
-      "top_columns_cpu(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids) -> "
-      "(Tensor scores, Tensor columns)");
+      "top_columns_cpu(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids, Tensor? row_ids, "
+      "Tensor? excluded, Tensor? below) -> (Tensor scores, Tensor columns)");
   define("whole_loss_forward_cpu(" + kCall +
          ", str formula, float[] parameters, float[] exponents, str reduction) -> "
          "(Tensor loss, Tensor operands, Tensor norm, Tensor lse, Tensor coefficients, Tensor clamped)");

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..problem.pairs import Candidates
 from ..problem.problem import PairSums, Problem, Statistics, Upstream
 from ..problem.ranking import RankedStatistics, Ranking
 from ..problem.schema import pair_arguments
@@ -41,11 +42,11 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     )
 
 
-def top_columns(
-    scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
     """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py."""
-    return torch.ops.contrastive_ext.top_columns_cpu(scorers, features, k, num_images, col_ids)
+    return torch.ops.contrastive_ext.top_columns_cpu(
+        scorers, features, k, which.num_images, which.col_ids, which.row_ids, which.excluded, which.below
+    )
 
 
 def whole_loss(dtype: torch.dtype, numbers: int) -> WholeLossOps | None:

@@ -117,9 +117,7 @@ def pair_sums_backward(*_, **__) -> tuple[Tensor, Tensor]:
     raise AssertionError
 
 
-def top_columns(
-    scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def top_columns(*_, **__) -> tuple[Tensor, Tensor]:
     """Raises: no such kernel yet."""
     raise RuntimeError(f"backend {NAME!r} cannot run this call: it has no search for the best columns. Use 'triton'.")
 

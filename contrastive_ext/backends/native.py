@@ -39,8 +39,8 @@ OPERATORS = {
     "ranked_stats_backward_cpu": schema.ranked_stats_backward(schema.NATIVE_PROBLEM, _RANKED),
     "pair_sums_forward_cpu": schema.pair_sums(schema.NATIVE_PROBLEM),
     "pair_sums_backward_cpu": schema.pair_sums_backward(schema.NATIVE_PROBLEM),
-    "top_columns_cpu": "(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids) -> "
-    "(Tensor scores, Tensor columns)",
+    "top_columns_cpu": "(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids, Tensor? row_ids, "
+    "Tensor? excluded, Tensor? below) -> (Tensor scores, Tensor columns)",
     "whole_loss_forward_cpu": FORWARD_SCHEMA,
     "whole_loss_backward_cpu": BACKWARD_SCHEMA,
 }

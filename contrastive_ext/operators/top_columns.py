@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..backends import dispatch
-from ..problem.pairs import NO_COLUMN
+from ..checks import describe
+from ..problem.pairs import NO_COLUMN, Candidates
 from .registration import register
 
 
@@ -36,6 +37,9 @@ def top_columns(
     *,
     num_images: int = 0,
     col_ids: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    excluded: Tensor | None = None,
+    below: Tensor | None = None,
     backend: str = "auto",
 ) -> TopColumns:
     """The k columns most similar to any scorer of an image.
@@ -43,8 +47,8 @@ def top_columns(
     scorers     [S, G, E] float32 or float64, S views of each of G images
     features    [M, E] same dtype, of the columns
     k           >= 1, how many
-    num_images  0, or G: column j shows image j mod G, and is no candidate of it
-    col_ids     [M] int64 or None: columns whose id is pairs.UNFILLED are nobody's candidates
+    num_images, col_ids, row_ids, excluded, below
+                which columns are candidates, see `problem.pairs.Candidates`
     Returns     `TopColumns`; a NaN score is never among the best
     Cost        2 S G M E flops, O(G k) memory
     """
@@ -58,9 +62,15 @@ def top_columns(
         )
     if k < 1 or num_images not in (0, scorers.shape[1]):
         raise ValueError(f"need k >= 1 and num_images 0 or {scorers.shape[1]}; got {k=}, {num_images=}.")
-    if col_ids is not None and (col_ids.dtype != torch.int64 or col_ids.shape != features.shape[:1]):
-        raise ValueError(f"col_ids must be int64 [{len(features)}]; got {col_ids.dtype} {list(col_ids.shape)}.")
-    return TopColumns(*torch.ops.contrastive_ext.top_columns(scorers, features, k, num_images, col_ids, backend))
+    groups = scorers.shape[1]
+    for name, x, dtype, length in (
+        ("col_ids", col_ids, torch.int64, len(features)), ("row_ids", row_ids, torch.int64, groups),
+        ("excluded", excluded, torch.int64, groups), ("below", below, scorers.dtype, groups),
+    ):  # fmt: skip
+        if x is not None and (x.dtype != dtype or x.shape != (length,) or x.device != scorers.device):
+            raise ValueError(f"{name} must be {dtype} [{length}] on {scorers.device}; got {describe(x)}.")
+    rules = num_images, col_ids, row_ids, excluded, below
+    return TopColumns(*torch.ops.contrastive_ext.top_columns(scorers, features, k, *rules, backend))
 
 
 def merge(one: TopColumns, other: TopColumns, columns_before: int) -> TopColumns:
@@ -72,21 +82,23 @@ def merge(one: TopColumns, other: TopColumns, columns_before: int) -> TopColumns
     return TopColumns(scores.gather(1, order), columns.gather(1, order))
 
 
-def _top_columns(scorers, features, k, num_images, col_ids, backend) -> tuple[Tensor, Tensor]:
+def _top_columns(scorers, features, k, num_images, *rules_and_backend) -> tuple[Tensor, Tensor]:
+    *rules, backend = rules_and_backend
     chosen = dispatch.select(backend, scorers.device, scorers.dtype, scorers.dtype, scorers.shape[2])
     scorers, features = scorers.detach().contiguous(), features.detach().contiguous()
-    return chosen.top_columns(scorers, features, k, num_images, None if col_ids is None else col_ids.contiguous())
+    which = Candidates(num_images, *(None if x is None else x.contiguous() for x in rules))
+    return chosen.top_columns(scorers, features, k, which)
 
 
-def _shapes(scorers, features, k, num_images, col_ids, backend) -> tuple[Tensor, Tensor]:
+def _shapes(scorers, features, k, *_) -> tuple[Tensor, Tensor]:
     groups = scorers.shape[1]
     return scorers.new_empty(groups, k), scorers.new_empty(groups, k, dtype=torch.int64)
 
 
 register(
     "top_columns",
-    "(Tensor scorers, Tensor features, int k, SymInt num_images, Tensor? col_ids, str backend) -> "
-    "(Tensor scores, Tensor columns)",
+    "(Tensor scorers, Tensor features, int k, SymInt num_images, Tensor? col_ids, Tensor? row_ids, Tensor? excluded, "
+    "Tensor? below, str backend) -> (Tensor scores, Tensor columns)",
     _top_columns,
     _shapes,
 )

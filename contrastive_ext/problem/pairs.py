@@ -150,3 +150,21 @@ def integers(name: str, x: Tensor, shape: int | tuple[int, ...], device: torch.d
         if smallest <= LARGEST_RESERVED_ID:
             raise ValueError(f"{name} must be above -2^63 + 2, what lies below is reserved; got {smallest}.")
     return numbers
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Which columns may be among the best of an image; what is None leaves nobody out.
+
+    num_images  0, or the number of images: column j shows image j mod num_images, and is no candidate of it
+    col_ids     [M] int64: columns whose id is UNFILLED are nobody's candidates
+    row_ids     [G] int64, with col_ids: columns of an image's own id are none of it
+    excluded    [G] int64: one column of each image (NO_COLUMN: none)
+    below       [G] a candidate's score is smaller
+    """
+
+    num_images: int = 0
+    col_ids: Tensor | None = None
+    row_ids: Tensor | None = None
+    excluded: Tensor | None = None
+    below: Tensor | None = None

@@ -133,7 +133,8 @@ std::tuple<Tensor, Tensor> pair_sums_backward_cpu(const Request& request, const 
 }
 
 std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& features, int64_t k, int64_t num_images,
-                                           MaybeTensor col_ids) {
+                                           MaybeTensor col_ids, MaybeTensor row_ids, MaybeTensor excluded,
+                                           MaybeTensor below) {
   const ScalarType dtype = scorers.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "scorers must be float32 or float64.");
   STD_TORCH_CHECK(scorers.dim() == 3 && scorers.size(0) > 0 && features.dim() == 2,
@@ -142,6 +143,9 @@ std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& 
   check_tensor(scorers, "scorers", dtype, {views, groups, dim});
   check_tensor(features, "features", dtype, {m, dim});
   if (col_ids) check_tensor(*col_ids, "col_ids", ScalarType::Long, {m});
+  if (row_ids) check_tensor(*row_ids, "row_ids", ScalarType::Long, {groups});
+  if (excluded) check_tensor(*excluded, "excluded", ScalarType::Long, {groups});
+  if (below) check_tensor(*below, "below", dtype, {groups});
   STD_TORCH_CHECK(k > 0 && (num_images == 0 || num_images == groups), "k must be positive, num_images 0 or G.");
   const Tensor scores = empty(scorers, {groups, k});
   const int64_t sizes[] = {groups, k};
@@ -153,6 +157,9 @@ std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& 
                     k,
                     num_images,
                     data<int64_t>(col_ids),
+                    data<int64_t>(row_ids),
+                    data<int64_t>(excluded),
+                    data<T>(below),
                     data<T>(scores),
                     data<int64_t>(columns)});
   });

@@ -43,12 +43,14 @@ class TopColumnsWorker {
     const TileKernels<T>& kernels = tile_kernels<T>();
     const T& limit = problem_.scores[(g + 1) * problem_.k - 1];
     for (int64_t j = -1; (j = kernels.first_above(x, j + 1, cols, limit)) < cols;)
-      if (is_candidate(g, j0 + j)) insert(g, x[j], j0 + j);
+      if (is_candidate(g, j0 + j, x[j])) insert(g, x[j], j0 + j);
   }
 
-  bool is_candidate(int64_t g, int64_t j) const {
-    return !(problem_.num_images > 0 && j % problem_.num_images == g) &&
-           !(problem_.col_ids && problem_.col_ids[j] == kUnfilled);
+  bool is_candidate(int64_t g, int64_t j, T score) const {
+    const TopColumns<T>& p = problem_;
+    if (p.num_images > 0 && j % p.num_images == g) return false;
+    if (p.col_ids && (p.col_ids[j] == kUnfilled || (p.row_ids && p.col_ids[j] == p.row_ids[g]))) return false;
+    return !(p.excluded && p.excluded[g] == j) && !(p.below && !(score < p.below[g]));
   }
 
   // Behind everything at least as large; the last one drops out.

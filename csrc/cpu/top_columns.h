@@ -10,10 +10,13 @@ template <class T>
 struct TopColumns {
   Scorers<T> by;
   int64_t m, k;
-  int64_t num_images;      // 0, or groups: column j is no candidate of image j % num_images
-  const int64_t* col_ids;  // null, or columns whose id is kUnfilled are nobody's candidates
-  T* scores;               // [groups, k], -inf where an image has fewer candidates
-  int64_t* columns;        // [groups, k], kNoColumn there
+  int64_t num_images;  // 0, or groups: column j is no candidate of image j % num_images
+  // Each null or: columns whose id is kUnfilled are nobody's candidates; with row_ids those of an image's own id are
+  // none of it; one column of each image is none; a candidate's score is smaller than `below`.
+  const int64_t *col_ids, *row_ids, *excluded;
+  const T* below;
+  T* scores;         // [groups, k], -inf where an image has fewer candidates
+  int64_t* columns;  // [groups, k], kNoColumn there
 };
 
 constexpr int64_t kNoColumn = -1;

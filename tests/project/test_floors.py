@@ -33,6 +33,7 @@ FLOORS = {
     "diagnostics": 6,
     # what a training script imports
     "adapters": 7,
+    "evaluation": 7,
     "modules": 7,
     "theory": 7,
     "training": 7,

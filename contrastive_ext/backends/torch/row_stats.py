@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...problem.pairs import NO_COLUMN, UNFILLED
+from ...problem.pairs import NO_COLUMN, UNFILLED, Candidates
 from ...problem.problem import Problem, Statistics, Upstream
 
 # CPU: 1024 x 1024 fp32 is 4 MiB, two of them stay in a shared L3. GPU: larger ones amortise launches (a few of 36 MiB).
@@ -71,9 +71,7 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     return u.new_empty(0) if du is None else du.mul_(problem.scale), u.new_empty(0) if dv is None else dv
 
 
-def top_columns(
-    scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
     """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py."""
     groups, device = scorers.shape[1], scorers.device
     best = scorers.new_full((groups, k), -torch.inf)
@@ -84,10 +82,16 @@ def top_columns(
             j = torch.arange(j0, min(j0 + size, len(features)), device=device)
             scores = (scorers[:, g] @ features[j0 : j0 + size].T).amax(0)
             ignored = scores.isnan()
-            if num_images:
-                ignored |= j % num_images == torch.arange(g.start, g.stop, device=device)[:, None]
-            if col_ids is not None:
-                ignored |= col_ids[j] == UNFILLED
+            if which.num_images:
+                ignored |= j % which.num_images == torch.arange(g.start, g.stop, device=device)[:, None]
+            if which.col_ids is not None:
+                ignored |= which.col_ids[j] == UNFILLED
+                if which.row_ids is not None:
+                    ignored |= which.col_ids[j] == which.row_ids[g, None]
+            if which.excluded is not None:
+                ignored |= j == which.excluded[g, None]
+            if which.below is not None:
+                ignored |= ~(scores < which.below[g, None])
             candidates = torch.cat([best[g], scores.masked_fill(ignored, -torch.inf)], 1)
             at = _first_largest(candidates, k)
             numbers = torch.cat([columns[g], j.expand(len(scores), -1)], 1).gather(1, at)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...problem.pairs import NO_COLUMN
+from ...problem.pairs import NO_COLUMN, Candidates
 from ..torch import row_stats as torch_blocks
 from . import launch
 
 
-def top_columns(
-    scorers: Tensor, features: Tensor, k: int, num_images: int, col_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
     """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py.
 
-    Lists longer than triton_kernels.top_columns.MAX_LISTED do not fit a program: the `torch` backend makes them.
+    Lists longer than triton_kernels.top_columns.MAX_LISTED do not fit a program, and the kernel knows no rule of a
+    single row: the `torch` backend makes them.
     """
-    if k > launch.kernels().top_columns.MAX_LISTED:
-        return torch_blocks.top_columns(scorers, features, k, num_images, col_ids)
+    of_rows = any(x is not None for x in (which.row_ids, which.excluded, which.below))
+    if of_rows or k > launch.kernels().top_columns.MAX_LISTED:
+        return torch_blocks.top_columns(scorers, features, k, which)
+    num_images, col_ids = which.num_images, which.col_ids
     scorers, features = launch.rounded(scorers), launch.rounded(features)
     num_scorers, groups, _ = scorers.shape
     config = launch.config_of("top_columns", features, "images")

@@ -52,9 +52,19 @@ def best(u, v, k):
     """Columns of v for u as one image each, and as several views of fewer images."""
     n, m = u.shape[0], v.shape[0]
     ids = torch.where(torch.rand(m) < 0.3, UNFILLED, 0)
-    ops.top_columns_cpu(u[None], v, k, n, None)
+    ops.top_columns_cpu(u[None], v, k, n, None, None, None, None)
     views = 3 if n % 3 == 0 else 1
-    ops.top_columns_cpu(u.view(views, n // views, u.shape[1]), v, k, 0, ids)
+    groups = n // views
+    rules = torch.arange(groups) % 3, torch.arange(groups) - 1, torch.randn(groups, dtype=u.dtype)
+    ops.top_columns_cpu(u.view(views, groups, u.shape[1]), v, k, 0, ids, *rules)
+
+
+def run_sums(u, v, images, scale, ids, rule):
+    request = (u, v, scale, [1.0], *pair_arguments(u, v, images, ids, rule), False)
+    offset, sign = torch.randn_like(u[:, 0]), 1.0 if ids else -1.0
+    total, _, _ = ops.pair_sums_forward_cpu(*request, offset, sign)
+    for needs in ((True, True), (True, False), (False, True)):
+        ops.pair_sums_backward_cpu(*request, offset, sign, torch.randn_like(total), *needs)
 
 
 def run_whole(pairs, extra, depth, dtype, layout, formula, parameters, exponents, reduction, normalize):
@@ -92,6 +102,8 @@ for threads in (1, 2, 4):
             run_ranked(u, v, n if n <= m else 0, scale, True, ids, bins, True, next(rules))
             run_ranked(u, None, max(1, n // 2), scale, True, ids, bins, ranked_calls % 4 == 0, next(rules))
             ranked_calls += 2
+        for scale, ids in itertools.product((2.0, 200.0), (False, True)):
+            run_sums(u, v, n if n <= m else 0, scale, ids, next(rules))
         next(rules)  # another rule meets the next size's options
     u[0, 0] = float("nan")
     run(u, None, 7, [1.0], 2.0, True, False, False, False, True)
