@@ -11,6 +11,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,13 +20,15 @@ from mkdocs.structure.files import File
 import contrastive_ext as ce
 from contrastive_ext import theory
 
+BENCHMARK = Path(__file__).parents[1] / "bench" / "results" / "cpu-amd-epyc.png"
 log = logging.getLogger("mkdocs.hooks.contrastive_ext")
 GROUPS: dict[str, Callable[[str], bool]] = {
     "Losses": lambda name: name.startswith("fused_"),
     "Modules": lambda name: name.endswith(("Loss", "LossModule")) and name != "RowLoss",
     "What a call is given": lambda name: name in ("AllRanks", "Columns", "Guide", "NegativeQueue"),
     "In a training": lambda name: name in (
-        "GradientCache", "LogitScale", "estimate_alpha", "linear_alpha", "momentum_mixup", "momentum_update", "mu_schedule",
+        "GradientCache", "LogitScale", "estimate_alpha", "linear_alpha", "momentum_mixup", "momentum_update",
+        "mu_schedule",
     ),
     "Records of return_stats": lambda name: name.endswith("Stats"),
     "A loss of your own": lambda name: True,
@@ -33,14 +36,16 @@ GROUPS: dict[str, Callable[[str], bool]] = {
         "Explanation", "MemoryEstimate", "Trial", "autotune", "available_backends", "estimate_memory", "explain",
     ),
 }  # fmt: skip
-ENTRY = re.compile(r"([A-Za-z]\w*(?:(?:, | )[A-Za-z]\w*)*)  +(\S.*)")
+# two spaces end a name; `return_stats` is as long as its column
+ENTRY = re.compile(r"(?:([A-Za-z]\w*(?:(?:, | )[A-Za-z]\w*)*)  +|(return_stats) )(\S.*)")
 NAMES_ALONE = re.compile(r"\w+(?:, \w+)*")
 FORMULA = re.compile(r"e\^|\bs_a|\blog sum|^L(_i)? = |^cache = |^value = |^    ")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The page reference.md, which no file holds."""
+    """What no file of docs/ holds: the reference, and the benchmark's picture."""
     files.append(File.generated(config, "reference.md", content=reference()))
+    files.append(File.generated(config, "pictures/overview.png", abs_src_path=str(BENCHMARK)))
     return files
 
 
@@ -52,6 +57,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         if parts.scheme != "https" or "." not in parts.netloc or re.search(r"[^\x21-\x7e]|[{}|\\^`]", target):
             log.warning("%s: the link %s is no https address of a host", page.file.src_uri, target)
     return markdown
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Nothing is loaded from another host, the theme's stand-in for a Worker neither."""
+    output = output.replace(
+        "https://unpkg.com/iframe-worker/shim", "../" * page.url.count("/") + "assets/file_worker.js"
+    )
+    for loaded in re.findall(
+        r"<(?:script|img|iframe)[^>]* src=\"?(https?:[^\" >]*)|<link[^>]*stylesheet[^>]*(https?:[^\" >]*)", output
+    ):
+        log.warning("%s: loads %s", page.file.src_uri, "".join(loaded))
+    return output
 
 
 def reference() -> str:
@@ -134,7 +151,7 @@ def blocks(doc: str) -> list[str | dict[str, str]]:
             match = ENTRY.match(line)
             if match or (entries is not None and NAMES_ALONE.fullmatch(line)):
                 entries = {} if entries is None else entries
-                name, text = (match[1], match[2]) if match else (line, "")
+                name, text = (match[1] or match[2], match[3]) if match else (line, "")
                 entries[name] = text
             elif entries is not None and line.startswith(" "):
                 entries[name] = f"{entries[name]} {line.strip()}".strip()
