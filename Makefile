@@ -137,6 +137,7 @@ sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer 
 
 gpu-files: $(BUILT) ## what a GPU machine without network or .git is given: library, ladder and commit in build/gpu
 	mkdir -p build/gpu
+	PATH="$(abspath $(BIN)):$$PATH" CONTRASTIVE_EXT_CUDA=1 $(RUN) setup.py -q build_ext --inplace --force
 	cp contrastive_ext/_C*.so build/gpu/
 	$(RUN) tools/cuda_gate.py build-ladder build/gpu/ladder
 	git describe --always --dirty --abbrev=40 > build/gpu/commit.txt
