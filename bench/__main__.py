@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(options: argparse.Namespace) -> int:
     if options.command == "show":
-        return show(options.results, options.readme)
+        return show(options.results, options.page)
     methods.left_out.update(options.without)
     if options.tiles is not None:
         prefer(options.tiles)
@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
     show_parser = commands.add_parser("show", help="print a results file and draw its picture again")
     show_parser.add_argument("results", type=Path, metavar="RESULTS.json")
-    show_parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between the marks of this file")
+    show_parser.add_argument("--page", type=Path, metavar="FILE", help="put the table between the marks of this file")
     return parser
 
 

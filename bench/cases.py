@@ -18,7 +18,7 @@ def _other_losses() -> list[str]:
 
 
 def cpu_cases(quick: bool = False) -> list[Case]:
-    """README's table: InfoNCE at growing N, then every loss and layout at one N; the costliest last.
+    """The site's table: InfoNCE at growing N, then every loss and layout at one N; the costliest last.
 
     All of it takes less than five minutes on two cores with other work on them.
     """

@@ -198,7 +198,7 @@ def label(row: Row) -> str:
 
 
 def markdown(results: Results) -> str:
-    """README's table: a line for every problem, ours and the baselines side by side."""
+    """The site's table: a line for every problem, ours and the baselines side by side."""
     backends = list(dict.fromkeys(row.backend.partition(",")[0] for row in results.rows if row.is_ours))
     heads = ["loss", "N", "eager PyTorch", "chunked recompute", *(f"`{name}` backend" for name in reversed(backends))]
     heads.append(f"`{backends[0]}` against eager" if backends else "")

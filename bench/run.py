@@ -1,4 +1,4 @@
-"""The benchmark itself: short trainings on digits, every case of the table, then picture, README table and a summary.
+"""The benchmark itself: short trainings on digits, every case of the table, then picture, table and a summary.
 
 The results file is written after every step, so that whatever ends a run leaves what was known by then.
 """
@@ -18,7 +18,7 @@ from .harness import Harness
 from .memory import HostMemory
 from .results import Results
 
-README_MARKS = "<!-- cpu table -->\n", "<!-- end of cpu table -->"
+MARKS = "<!-- cpu table -->\n", "<!-- end of cpu table -->"
 STOPPED = 130  # exit status after Ctrl-C, as shells have it
 _DIGITS_STEPS = {False: 20, True: 5}
 _SECONDS_PER_CASE = {False: 1.0, True: 0.5}
@@ -58,8 +58,8 @@ _HINTS = (
 )
 
 
-def show(path: Path, readme: Path | None = None) -> int:
-    """Print the lines of a results file and draw its picture again; put its table between README's marks."""
+def show(path: Path, page: Path | None = None) -> int:
+    """Print the lines of a results file and draw its picture again; put its table between a page's marks."""
     try:
         results = Results.read(path)
     except (OSError, ValueError) as error:
@@ -70,16 +70,14 @@ def show(path: Path, readme: Path | None = None) -> int:
     for rows in results.cases():
         print(report.group(rows))
     print(report.closing(results, write_views(results, path), _HINTS))
-    if readme is not None:
-        before, _, rest = readme.read_text().partition(README_MARKS[0])
-        readme.write_text(
-            before + README_MARKS[0] + report.markdown(results) + README_MARKS[1] + rest.split(README_MARKS[1])[1]
-        )
+    if page is not None:
+        before, _, rest = page.read_text().partition(MARKS[0])
+        page.write_text(before + MARKS[0] + report.markdown(results) + MARKS[1] + rest.split(MARKS[1])[1])
     return 0
 
 
 def write_views(results: Results, path: Path) -> list[Path]:
-    """The picture and README's table beside the results file; the paths of all of them."""
+    """The picture and the site's table beside the results file; the paths of all of them."""
     table, picture = path.with_suffix(".md"), path.with_suffix(".png")
     table.write_text(report.markdown(results))
     if importlib.util.find_spec("matplotlib") is None:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import platform
 import re
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,35 +32,54 @@ MOST_CLASSES = 10**8
 NARROWEST = 80  # columns of a terminal that the tables are made for
 
 
-def doctor() -> str:
-    """A report of versions, devices, backends with their reasons, and the verified-on-hardware table."""
-    lines = [
-        f"contrastive_ext {__version__}, torch {torch.__version__}",
-        f"Python {platform.python_version()}, {platform.machine()}",
-        f"triton: {_version('triton')}",
-        f"native library: {native.library() or native.why_missing()}",
-    ]
-    if native.why_missing() is None:
-        lines += [f"  {name}: {value}" for name, value in native.build_info().items()]
+def facts() -> dict[str, Any]:
+    """Versions, devices, the native library; for each device and dtype every backend and why it cannot run, or None."""
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))
-        lines.append(f"GPU: {torch.cuda.get_device_name()} ({dispatch.architecture(devices[-1])})")
-    else:
-        lines.append("GPU: none that torch can use")
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16):
-            lines += [
-                "",
-                f"{device.type}, {str(dtype).removeprefix('torch.')}, D = 128",
-                str(explain_for(device, dtype, 128)),
-            ]
-    lines += ["", "verified on hardware:"]
-    lines += [
-        f"  {backend} on {arch}, {dtype}: bench/results/{file}"
-        for (backend, arch, dtype), file in dispatch.VERIFIED.items()
-    ] or ["  no GPU kernels yet"]
-    return "\n".join(lines)
+    return {
+        "contrastive_ext": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "triton": _version("triton"),
+        "native_library": native.library() and str(native.library()),
+        "native_missing": native.why_missing(),
+        "native_build": native.build_info() if native.why_missing() is None else None,
+        "gpu": f"{torch.cuda.get_device_name()} ({dispatch.architecture(devices[-1])})" if len(devices) > 1 else None,
+        "backends": {
+            f"{device.type}, {str(dtype).removeprefix('torch.')}": explain_for(device, dtype, 128)
+            for device in devices
+            for dtype in (torch.float32, torch.bfloat16)
+        },
+        "verified": {
+            f"{backend} on {arch}, {dtype}": f"bench/results/{file}"
+            for (backend, arch, dtype), file in dispatch.VERIFIED.items()
+        },
+    }
+
+
+def doctor() -> str:
+    """The facts as a report."""
+    found = facts()
+    lines = [
+        f"contrastive_ext {found['contrastive_ext']}, torch {found['torch']}",
+        f"Python {found['python']}, {found['machine']}",
+        f"triton: {found['triton']}",
+        f"native library: {found['native_library'] or found['native_missing']}",
+    ]
+    lines += [f"  {name}: {value}" for name, value in (found["native_build"] or {}).items()]
+    lines.append(f"GPU: {found['gpu'] or 'none that torch can use'}")
+    for problem, explanation in found["backends"].items():
+        lines += ["", f"{problem}, D = 128", str(explanation)]
+    verified = [f"  {what}: {file}" for what, file in found["verified"].items()]
+    return "\n".join([*lines, "", "verified on hardware:", *(verified or ["  no GPU kernels yet"])])
+
+
+def as_json() -> str:
+    """The facts for a program, or for an issue."""
+    return json.dumps(facts(), indent=1, default=asdict)
 
 
 def _version(package: str) -> str:
@@ -76,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"contrastive_ext {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="doctor | negatives")
-    commands.add_parser("doctor", help="versions, devices, backends with their reasons")
+    of_doctor = commands.add_parser("doctor", help="versions, devices, backends with their reasons")
+    of_doctor.add_argument("--json", action="store_true", help="the same as JSON, for an issue")
     negatives = commands.add_parser("negatives", help="coverage, collisions, tau_plus and memory by batch size")
     classes = negatives.add_mutually_exclusive_group(required=True)
     classes.add_argument("--classes", type=int, metavar="C", help="number of classes, equally frequent")
@@ -86,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     negatives.add_argument("--plot", type=Path, metavar="PNG", help="also draw the coverage curve (needs matplotlib)")
     options = parser.parse_args(arguments)
     if options.command == "doctor":
-        print(_fit(doctor()))
+        print(as_json() if options.json else _fit(doctor()))
     elif options.command == "negatives":
         print(_fit(_negatives(options, negatives.error)))
     else:

@@ -1,153 +1,98 @@
-"""MoCo, and MoCo with self-labelling refinery and momentum mixup (SANE), side by side on scikit-learn's digits.
+"""MoCo with a queue, stopped and resumed bit for bit; half a minute on two cores.
 
-    python -m examples.moco_digits              from the top folder: a few minutes on two cores
-    python -m examples.moco_digits --seeds 2 --steps 100
+    pip install contrastive_ext scikit-learn
+    python moco_digits.py --steps 400
+    python moco_digits.py --steps 200 --save moco.pt && python moco_digits.py --steps 400 --resume moco.pt
 
-An encoder learns 1297 of the 8 x 8 images without labels, against a queue of keys from its momentum average. The other
-500 images, which it never saw, are then classified by the nearest of ten class means made from 1 or 5 of them per
-class, averaged over many draws. All methods take the same number of steps from the same initial weights; a step with
-mixed images costs more, because the encoder sees them too. Mixup with one-hot labels (mu = 0) tells how much of SANE's
-effect is the mixing and how much the soft labels. The training step is `training_step`.
+Both ways end with the same weights to the last bit: the queue is a part of the loss module, whose `state_dict` holds
+its keys, where the next ones go and how many there are. The queue's 257 places are a prime number: no batch divides
+them, and it wraps in the middle of one.
 """
-
-from __future__ import annotations
 
 import argparse
 import copy
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
 
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import contrastive_ext as ce
-from bench.device import Device
-from bench.digits import FEATURES, augment, load, new_encoder, probe
-from bench.report import Progress
-
-HELD_OUT = 500
-QUEUE = 257  # prime: no batch divides it, the queue wraps in the middle of one
-MOMENTUM = 0.98
-TEMPERATURE = 0.2
-LEARNING_RATE = 3e-3
-KAPPA = 2.0
-SHOTS = (1, 5)
-# mu at a step of so many: None without mixed images, 0 with one-hot labels
-METHODS: dict[str, Callable[[int, int], float | None]] = {
-    "MoCo": lambda step, steps: None,
-    "MoCo + mixup": lambda step, steps: 0.0,
-    "MoCo + SANE": ce.mu_schedule,
-}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One trained encoder: accuracy by number of shots, milliseconds per step, the last statistics of the loss."""
+class MoCo(nn.Module):
+    """An encoder, its moving average, and the loss with its queue: everything that a checkpoint has to hold."""
 
-    accuracy: dict[int, float]
-    step_ms: float
-    stats: dict[str, float]
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
+        self.average = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.criterion = ce.InfoNCELoss(
+            temperature=0.2, layout="one_way", in_batch_negatives=False, queue=ce.NegativeQueue(257, 64)
+        )
 
-
-def training_step(encoder: nn.Module, average: nn.Module, criterion: ce.SelfLabelingLoss, x: Tensor, mu: float | None):
-    """Loss and statistics of a batch of images; mu None is MoCo, without mixed images."""
-    view, other = augment(x), augment(x)
-    with torch.no_grad():
-        k = F.normalize(average(other), dim=1)
-    if mu is None:
-        result = criterion(encoder(view), k, return_stats=True)
-    else:
-        mixed, perm, theta = ce.momentum_mixup(view, other, KAPPA)
-        result = criterion(encoder(view), k, encoder(mixed), perm, theta, mu=mu, return_stats=True)
-    criterion.queue.enqueue(k)  # after the loss: a key is no negative of its own image
-    return result
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.encoder(augment(x))
+        with torch.no_grad():
+            k = self.average(augment(x))
+        loss = self.criterion(q, k)
+        self.criterion.queue.enqueue(k)  # after the loss: a key is no negative of its own image
+        return loss
 
 
-def train(method: str, seed: int, steps: int, batch: int) -> Outcome:
-    """Train one encoder and probe it on images it has not seen."""
-    torch.manual_seed(seed)
-    images, labels = load(Device("cpu"))
-    order = torch.randperm(len(images))
-    held_out, seen = order[:HELD_OUT], images[order[HELD_OUT:]]
-    encoder = new_encoder()
-    average = copy.deepcopy(encoder).requires_grad_(False)
-    criterion = ce.SelfLabelingLoss(TEMPERATURE, queue=ce.NegativeQueue(QUEUE, FEATURES))
-    optimizer = torch.optim.Adam(encoder.parameters(), LEARNING_RATE)
-    stats, began = None, time.perf_counter()
-    for step in range(steps):
-        x = seen[torch.randperm(len(seen))[:batch]]
-        loss, stats = training_step(encoder, average, criterion, x, METHODS[method](step, steps))
+def augment(x: Tensor) -> Tensor:
+    """One random view of images [n, 64]: shifted by up to a pixel each way, brighter or darker, with noise."""
+    down, right = torch.randint(-1, 2, (2,)).tolist()
+    moved = x.reshape(-1, 8, 8).roll((down, right), (1, 2)).flatten(1)
+    return moved * (0.8 + 0.4 * torch.rand(len(x), 1)) + 0.15 * torch.randn_like(x)
+
+
+@torch.no_grad()
+def one_shot_accuracy(z: Tensor, labels: Tensor, draws: int = 100) -> float:
+    """Classification by the most similar of ten labelled images, one of each class; the mean over random tens."""
+    z, random, right = F.normalize(z, dim=1), torch.Generator().manual_seed(0), 0
+    for _ in range(draws):
+        order = torch.randperm(len(labels), generator=random)
+        ten = torch.stack([order[labels[order] == c][0] for c in range(10)])
+        right += int(((z @ z[ten].T).argmax(1) == labels).sum()) - 10  # the ten themselves are no test
+    return right / draws / (len(labels) - 10)
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400, help="steps in all, those before --resume included")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--save", help="file for a checkpoint at the end")
+    parser.add_argument("--resume", help="checkpoint to go on from")
+    options = parser.parse_args(arguments)
+
+    torch.manual_seed(0)
+    pixels, classes = load_digits(return_X_y=True)
+    x, labels = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(classes)
+    model = MoCo()
+    optimizer = torch.optim.Adam(model.encoder.parameters(), 3e-3)
+    first = 0
+    if options.resume:
+        saved = torch.load(options.resume, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        first = saved["step"]
+    for _ in range(first, options.steps):
+        loss = model(x[torch.randperm(len(x) - 500)[: options.batch]])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        ce.momentum_update(encoder, average, MOMENTUM)
-    step_ms = 1e3 * (time.perf_counter() - began) / max(1, steps)
-    return Outcome(_accuracy(encoder, images[held_out], labels[held_out]), step_ms, stats.to_dict() if stats else {})
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, list[Outcome]]:
-    """Train every method with every seed, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8, help="runs of each method")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=128)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # products this small lose more by waiting for a second thread than they gain
-    outcomes: dict[str, list[Outcome]] = {method: [] for method in METHODS}
-    with Progress(options.seeds * len(METHODS)) as progress:
-        for seed in range(options.seeds):
-            for method in METHODS:
-                progress.say(f"{method}, seed {seed}")
-                outcomes[method].append(train(method, seed, options.steps, options.batch))
-                progress.finish(f"{method}, seed {seed}: " + _percent(outcomes[method][-1].accuracy))
-    _show(outcomes, [_untrained(seed) for seed in range(options.seeds)], _raw_pixels())
-    return outcomes
-
-
-def _accuracy(encoder: nn.Module, images: Tensor, labels: Tensor) -> dict[int, float]:
-    return {shots: probe(encoder, images, labels, shots)[0] for shots in SHOTS}
-
-
-def _untrained(seed: int) -> dict[int, float]:
-    return train("MoCo", seed, steps=0, batch=1).accuracy
-
-
-def _raw_pixels() -> dict[int, float]:
-    images, labels = load(Device("cpu"))
-    return _accuracy(nn.Flatten(), images, labels)
-
-
-def _percent(accuracy: dict[int, float]) -> str:
-    return ", ".join(f"{shots}-shot {100 * value:.1f} %" for shots, value in accuracy.items())
-
-
-def _show(outcomes: dict[str, list[Outcome]], untrained: list[dict[int, float]], pixels: dict[int, float]) -> None:
-    runs = len(untrained)
-    print(f"\naccuracy on {HELD_OUT} unseen images, mean +- standard deviation over {runs} seeds")
-    print(f"{'':18}" + "".join(f"{shots}-shot".rjust(16) for shots in SHOTS) + "ms per step".rjust(14))
-    print(f"{'raw pixels':18}" + "".join(f"{100 * pixels[shots]:.1f} %".rjust(16) for shots in SHOTS))
-    print(f"{'untrained':18}" + "".join(_spread([a[shots] for a in untrained]).rjust(16) for shots in SHOTS))
-    for method, done in outcomes.items():
-        cells = "".join(_spread([x.accuracy[shots] for x in done]).rjust(16) for shots in SHOTS)
-        print(f"{method:18}{cells}{torch.tensor([x.step_ms for x in done]).median():14.1f}")
-    plain, *others = outcomes
-    print(f"difference to {plain} with the same seeds, in points +- its standard error:")
-    for method in others:
-        print(f"{method:18}" + "".join(_gain(outcomes[plain], outcomes[method], shots).rjust(16) for shots in SHOTS))
-    last = outcomes[others[-1]][-1].stats
-    print(f"last step of {others[-1]}: " + ", ".join(f"{name} {value:.3g}" for name, value in last.items()))
-
-
-def _gain(plain: list[Outcome], other: list[Outcome], shots: int) -> str:
-    gain = 100 * torch.tensor([b.accuracy[shots] - a.accuracy[shots] for a, b in zip(plain, other, strict=True)])
-    return f"{gain.mean():+.1f} +- {gain.std() / len(gain) ** 0.5:.1f}" if len(gain) > 1 else f"{gain.mean():+.1f}"
-
-
-def _spread(values: list[float]) -> str:
-    x = 100 * torch.tensor(values)
-    return f"{x.mean():.1f} +- {x.std():.1f} %" if len(x) > 1 else f"{x.mean():.1f} %"
+        ce.momentum_update(model.encoder, model.average, 0.99)
+    if options.save:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state | {"random": torch.get_rng_state(), "step": options.steps}, options.save)
+    accuracy = one_shot_accuracy(model.encoder(x[-500:]), labels[-500:])
+    bits = b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())
+    print(f"steps {first} to {options.steps}: one-shot accuracy {accuracy:.1%}")
+    print(f"checksum of encoder, average and queue: {hashlib.sha256(bits).hexdigest()[:16]}")
+    return hashlib.sha256(bits).hexdigest()
 
 
 if __name__ == "__main__":

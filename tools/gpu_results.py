@@ -1,10 +1,10 @@
-"""Takes over what `make gpu` brought back: results files, the verified table, the README's table of the GPU.
+"""Takes over what `make gpu` brought back: results files, the verified table, the site's table of the GPU.
 
     python tools/gpu_results.py FOLDER [--root ROOT]
 
 Writes bench/results/<device>.json with -proof.jsonl, -kernels.json and -tiles.json beside it, the lines of
-contrastive_ext/backends/verified.py for what the proof shows, and the README between its two marks. Refuses a rehearsal
-and results of a tree that is no commit.
+contrastive_ext/backends/verified.py for what the proof shows, and docs/benchmarks.md between its two marks. Refuses a
+rehearsal and results of a tree that is no commit.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     verified.write_text(
         with_entries(verified.read_text(), entries(proofs, speed["architecture"], f"{slug}-proof.jsonl"))
     )
-    readme = options.root / "README.md"
-    before, _, after = (readme.read_text().partition(MARKS[0])[0], *readme.read_text().partition(MARKS[1])[1:])
-    readme.write_text(f"{before}{MARKS[0]}\n{table(speed, kernels)}\n{MARKS[1]}{after}")
+    page = options.root / "docs" / "benchmarks.md"
+    before, _, after = (page.read_text().partition(MARKS[0])[0], *page.read_text().partition(MARKS[1])[1:])
+    page.write_text(f"{before}{MARKS[0]}\n{table(speed, kernels)}\n{MARKS[1]}{after}")
     print(f"{len(proofs)} proofs, {len(speed['rows'])} rows of {speed['device']} taken over")
     return 0
 

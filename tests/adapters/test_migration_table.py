@@ -1,4 +1,4 @@
-"""Every line of the README's migration table runs as it stands, and importing contrastive_ext imports no adapter."""
+"""Every line of the site's migration table runs as it stands, and importing contrastive_ext imports no adapter."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TABLE = README.split("| host | import | call |\n|---|---|---|\n")[1].split("\n\n")[0]
+PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+TABLE = PAGE.split("| host | import | call |\n|---|---|---|\n")[1].split("\n\n")[0]
 ROWS = [row.strip("| ").split(" | ") for row in TABLE.splitlines()]
 # what cannot be called with tensors alone: whether the host that it needs is there
 NO_TENSORS = {"sentence-transformers": "sentence_transformers", "Lightning": "pytorch_lightning"}

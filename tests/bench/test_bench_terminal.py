@@ -1,4 +1,4 @@
-"""The benchmark as a person meets it: in terminals of 80 and 120 columns, mistyped, interrupted, and in README."""
+"""The benchmark as a person meets it: in terminals of 80 and 120 columns, mistyped, interrupted, and on the site."""
 
 from __future__ import annotations
 
@@ -148,23 +148,23 @@ def test_results_go_where_git_does_not_look(monkeypatch):
         assert ignored.returncode == 0
 
 
-def test_readme_shows_the_committed_run_of_the_default_table():
+def test_the_site_shows_the_committed_run_of_the_default_table():
     results = Results.read(RESULTS)
-    readme = (ROOT / "README.md").read_text()
-    block = re.search(r"<!-- cpu table -->\n(.*)<!-- end of cpu table -->", readme, re.S)
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    block = re.search(r"<!-- cpu table -->\n(.*)<!-- end of cpu table -->", page, re.S)
     assert block and block.group(1) == report.markdown(results)
-    assert RESULTS.relative_to(ROOT).as_posix() in readme
-    assert f"load average {results.environment['load_average']:.0f}" in " ".join(readme.split())
+    assert RESULTS.relative_to(ROOT).as_posix() in page
+    assert f"load average {results.environment['load_average']:.0f}" in " ".join(page.split())
     assert [rows[0].case_name for rows in results.cases()] == [case.name for case in cases.cpu_cases()]
     assert not results.left_out and results.is_green and results.digits
     assert RESULTS.with_suffix(".png").is_file()
 
 
-def test_readme_quotes_the_long_run():
+def test_the_site_quotes_the_long_run():
     path = RESULTS.with_stem("cpu-amd-epyc-long")
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    page = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
     rows = {row.backend: row for row in Results.read(path).rows if row.N == 16384 and row.layout == "two_view"}
     for name in ("cpu", "eager"):
         row = rows[name]
-        assert f"{report.milliseconds(row.total_quartiles_ms[1])} ms and {row.peak_extra_mib:,.0f} MiB" in readme
-    assert path.relative_to(ROOT).as_posix() in readme
+        assert f"{report.milliseconds(row.total_quartiles_ms[1])} ms and {row.peak_extra_mib:,.0f} MiB" in page
+    assert path.relative_to(ROOT).as_posix() in page

@@ -5,6 +5,7 @@ A change that is meant: `CAPTURE=1 pytest tests/project/test_command_line.py` wr
 
 from __future__ import annotations
 
+import json
 import os
 from functools import partial
 
@@ -80,3 +81,20 @@ def test_a_command_that_is_none_is_refused(capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["negative"])
     assert end.value.code == 2 and "doctor" in capsys.readouterr().err
+
+
+def test_doctor_as_json_says_the_same(machine, capsys):
+    command.main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"] == "9.9.9" and found["gpu"] is None and found["native_build"] is None
+    assert found["native_missing"].startswith("native kernels are not built")
+    explanation = found["backends"]["cpu, float32"]
+    assert explanation["chosen"] == "torch" and explanation["reasons"]["torch"] is None
+    assert any(file.endswith("nvidia-h200-proof.jsonl") for file in found["verified"].values())
+
+
+def test_doctor_as_json_of_this_machine(capsys):
+    command.main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["native_build"] is None) == (found["native_missing"] is not None)
+    assert found["contrastive_ext"] == contrastive_ext.__version__

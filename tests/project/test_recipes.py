@@ -1,4 +1,5 @@
-"""Every recipe of the README trains an encoder whose outputs are far from unit length, as a final BatchNorm makes them.
+"""Every recipe of the README, and the site's script, trains an encoder whose outputs are far from unit length, as a
+final BatchNorm makes them.
 
 The calls are taken from the README's text; a row that shows keywords only is completed here. A new row fails a test.
 """
@@ -25,7 +26,8 @@ from repository import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE = README.split("| you have | call |\n|---|---|\n")[1].split("\n\n")[0]
 ROWS = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", TABLE, re.MULTILINE))
-SCRIPT = README.split("## One import in a training script")[1].split("```python\n")[1].split("```")[0]
+START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+SCRIPT = START.split("## One import in a training script")[1].split("```python\n")[1].split("```")[0]
 STEPS, BATCH = 30, 128
 
 

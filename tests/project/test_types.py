@@ -1,4 +1,4 @@
-"""What mypy and pyright say to a user: about the README's code, the examples, and what a call returns."""
+"""What mypy and pyright say to a user: about the code of the README and the first pages, the examples, calls."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from repository import ROOT
+from site_code import blocks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What a training script has before the README's lines begin.
@@ -121,15 +121,14 @@ CHECKERS = pytest.mark.parametrize("checker", [mypy, pyright], ids=["mypy", "pyr
 
 def snippets() -> dict[str, str]:
     """Python in the README: code blocks, indented lines that import the package, calls in tables."""
-    fenced = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    indented = re.findall(r"(?:^    .*\n|^\n(?=    ))+", re.sub(r"^```.*?^```", "", README, flags=re.M | re.S), re.M)
-    found = fenced + [textwrap.dedent(x) for x in indented if "import contrastive_ext" in x or "from contrastive" in x]
+    pages = [ROOT / "README.md", ROOT / "docs" / "start.md", ROOT / "docs" / "losses" / "own.md"]
+    fenced = [block for page in pages for block in blocks(page)]
     calls = []
     for line in README.splitlines():
         if line.startswith("| "):
             calls += [code for code in re.findall(r"`([^`]+\))`", line) if _is_call(code)]
-    assert len(found) >= 3 and len(calls) >= 6
-    return {f"snippet_{i}.py": SCRIPT + text for i, text in enumerate([*found, "\n".join(calls)])}
+    assert len(fenced) >= 4 and len(calls) >= 6
+    return {f"snippet_{i}.py": SCRIPT + text for i, text in enumerate([*fenced, "\n".join(calls)])}
 
 
 def _is_call(code: str) -> bool:

@@ -131,7 +131,10 @@ def brought(tmp_path):
     verified = "contrastive_ext/backends/verified.py"
     (root / verified).parent.mkdir(parents=True)
     (root / verified).write_text((ROOT / verified).read_text())
-    (root / "README.md").write_text(f"before\n{gpu_results.MARKS[0]}\nold\n{gpu_results.MARKS[1]}\nafter\n")
+    (root / "docs").mkdir()
+    (root / "docs" / "benchmarks.md").write_text(
+        f"before\n{gpu_results.MARKS[0]}\nold\n{gpu_results.MARKS[1]}\nafter\n"
+    )
     folder.mkdir()
     row = {
         "loss": "fused_infonce_loss", "backend": "triton", "layout": "two_view", "N": 64, "M": 64, "D": 8,
@@ -166,9 +169,9 @@ def test_results_are_taken_over(brought):
     assert '"sm_91", torch.float32' not in verified  # TF32 is not proven
     assert '("cuda"' not in verified  # not complete
     compile(verified, "verified.py", "exec")
-    readme = (root / "README.md").read_text()
-    assert readme.startswith("before\n") and readme.endswith("\nafter\n") and "old" not in readme
-    assert "| 0.040 + 0.060 | 3.00 (graph 0.500) | 12.00 | 3 | 3 |" in readme
+    page = (root / "docs" / "benchmarks.md").read_text()
+    assert page.startswith("before\n") and page.endswith("\nafter\n") and "old" not in page
+    assert "| 0.040 + 0.060 | 3.00 (graph 0.500) | 12.00 | 3 | 3 |" in page
     assert {path.name for path in (root / "bench" / "results").iterdir()} == {
         "nvidia-made-up.json", "nvidia-made-up-proof.jsonl", "nvidia-made-up-kernels.json",
     }  # fmt: skip

@@ -1,0 +1,85 @@
+"""python -m study: run the table of runs on all cores, write the results file, say what it comes to."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+import contrastive_ext as ce
+
+from . import docstrings, one, views
+from .questions import DIGITS, STEPS, WHOLE, Run, runs
+from .results import Results, departures
+
+COMMITTED = Path(__file__).parents[1] / "bench" / "results" / "study.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m study", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=["run", "show"], default="run")
+    parser.add_argument("file", nargs="?", type=Path, default=COMMITTED, help="of show")
+    parser.add_argument("--site", type=Path, help="folder of the site: show draws its pictures and tables into it")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/local/study.json"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only", default="", help="regular expression on the names of questions and kinds of data")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    options = parser.parse_args(arguments)
+    if options.command == "show":
+        views.show(Results.read(options.file), options.site)
+        return 0
+    chosen = [r for r in runs(options.seeds, options.steps) if re.search(options.only, f"{r.question} {r.data}")]
+    if not chosen:
+        parser.error(f"no question matches {options.only!r}: {', '.join(dict.fromkeys(r.question for r in runs(1)))}.")
+    results = Results(_facts(options.seeds, options.steps), [])
+    began = time.monotonic()
+    if any(run.data not in (DIGITS, WHOLE) for run in chosen):
+        print("features of MiniLM, once", flush=True)
+        docstrings.frozen_features()
+    small = [run for run in chosen if run.data != WHOLE]
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, spawned, initializer=one.alone) as pool:
+        for future in as_completed([pool.submit(one.train, run) for run in small]):
+            _take(results, future.result(), len(chosen), began)
+    for run in chosen:
+        if run.data == WHOLE:  # on all threads
+            _take(results, one.train(run), len(chosen), began)
+    results.facts["seconds"] = round(time.monotonic() - began)
+    results.write(options.out)
+    views.show(results, options.site)
+    print(f"\n{len(results.rows)} runs in {results.facts['seconds']} s: {options.out}")
+    if COMMITTED.exists() and options.out.resolve() != COMMITTED and options.steps == STEPS:
+        apart = departures(results, Results.read(COMMITTED))
+        print("\n".join(["means outside the committed spread:", *apart]) if apart else "within the committed spread")
+    return 0
+
+
+def _take(results: Results, done: tuple[Run, dict[str, float], float], total: int, began: float) -> None:
+    run, metrics, seconds = done
+    results.add(run, metrics, seconds)
+    where = f"[{len(results.rows)}/{total}, {int(time.monotonic() - began)} s]"
+    x = "" if run.x is None else f" at {run.x:g}"
+    print(
+        f"{where} {run.question}: {run.label}{x}, t {run.temperature}, seed {run.seed}: {metrics['score']:.1f}",
+        flush=True,
+    )
+
+
+def _facts(seeds: int, steps: int) -> dict[str, object]:
+    return {
+        "contrastive_ext": ce.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "machine": platform.machine(), "cores": os.cpu_count(), "seeds": seeds, "steps": steps,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
