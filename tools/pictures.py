@@ -49,6 +49,15 @@ def pull(function: Callable[..., Tensor], positive_cosine: float = POSITIVE, t: 
     return torch.autograd.grad(loss, negatives)[0][:, 0]
 
 
+def pull_of_sigmoid(bias: float) -> Tensor:
+    """[NEGATIVES] dL/dcosine of every negative of one anchor in the sigmoid loss."""
+    anchor = on_the_circle(torch.ones(1, dtype=torch.float64))
+    cosines = torch.cat([torch.tensor([POSITIVE], dtype=torch.float64), cosines_of_negatives()])
+    columns = on_the_circle(cosines).requires_grad_()
+    loss = ce.fused_sigmoid_loss(anchor, columns, 1 / T, bias, normalize=False, backend="reference")
+    return torch.autograd.grad(loss, columns)[0][1:, 0]
+
+
 def by_positive(path: Path, title: str, t: float, named: Sequence[tuple[str, Callable[..., Tensor], dict]]) -> None:
     """The sum of what all negatives of one anchor get, by the cosine of its positive."""
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
@@ -97,6 +106,10 @@ def losses(out: Path) -> None:
     curves(out / "hard_negative.png", "Hard negatives, tau_plus 0: the closest ones count more", [
         infonce, *((f"beta {b}", pull(ce.fused_hard_negative_loss, tau_plus=0.0, beta=b)) for b in (0.5, 1.0, 2.0)),
     ])  # fmt: skip
+    sigmoid = [pull_of_sigmoid(bias) for bias in (-3.0, -2.0, -1.0)]
+    curves(out / "sigmoid.png", "Sigmoid: each negative by itself, the bias says from where on", [
+        infonce, *zip((f"sigmoid, bias {b:g}" for b in (-3, -2, -1)), sigmoid, strict=True),
+    ])  # fmt: skip
     curves(out / "bayesian.png", "Bayesian, tau_plus 0.1: weights by rank", [
         infonce, *((f"alpha {a}, beta {b}", pull(ce.fused_bayesian_loss, alpha=a, beta=b))
                    for a, b in ((0.6, 0.9), (0.9, 0.9), (0.9, 0.5))),
@@ -124,6 +137,12 @@ def views(out: Path) -> None:
         ("InfoNCE", of_first(lambda z: ce.fused_infonce_loss(z[0], z[1], T, normalize=False, reduction="none",
                                                              backend="reference"))),
         ("eliminated", of_first(fnc("eliminate"))), ("attracted", of_first(fnc("attract"))),
+    ])  # fmt: skip
+    curves(out / "labelled_infonce.png", "Labelled InfoNCE: of six columns of the class the far ones are attracted", [
+        ("SupCon, out", of_first(lambda z: ce.fused_supcon_loss(z, labels, T, normalize=False, reduction="none",
+                                                                backend="reference"))),
+        ("labelled InfoNCE / positives", of_first(lambda z: ce.fused_labelled_infonce_loss(
+            z, labels, T, normalize=False, reduction="none", backend="reference") / 13)),
     ])  # fmt: skip
     curves(out / "supcon.png", "SupCon: six columns of the anchor's class are attracted", [
         ("out", of_first(lambda z: ce.fused_supcon_loss(z, labels, T, normalize=False, reduction="none",

@@ -33,7 +33,7 @@ def _tensors() -> dict:
     features = F.normalize(torch.randn(8, 2, 128), dim=-1).requires_grad_()
     return {name: rows(8) for name in names} | {
         "negative_keys": rows(5), "y": rows(16), "features": features, "labels": torch.arange(8) // 2,
-        "logit_scale": torch.tensor(14.3, requires_grad=True),
+        "logit_scale": torch.tensor(14.3, requires_grad=True), "logit_bias": torch.tensor(-10.0, requires_grad=True),
     }  # fmt: skip
 
 

@@ -24,11 +24,13 @@ TINY = {
     "moco_digits": ["--steps", "4"],
     "ddp": ["--steps", "2", "--batch", "24", "--width", "16", "--check"],
     "lightning_digits": ["--epochs", "1"],
+    "mine_hard_negatives": ["--pairs", "40", "--steps", "2", "--batch", "8"],
     "sentence_pairs": ["--steps", "1", "--batch", "4", "--held-out", "8"],
     "false_negatives": ["--seeds", "1", "--steps", "2"],
     "bcl_alpha": ["--epochs", "1"],
     "compile_and_graphs": ["--rows", "64", "--repeats", "1"],
 }
+OWN_TEST = ("moco_digits", "ddp", "sentence_pairs", "mine_hard_negatives")
 # what one may need beside Python: this package, torch, and what the head of the file installs
 ALLOWED = {"torch", "contrastive_ext", "sklearn", "lightning", "transformers"}
 
@@ -65,7 +67,7 @@ def test_an_example_is_short_and_needs_no_other_file(name):
     assert installed | {"torch"} == needed | {"torch"}  # the package brings torch
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name not in ("moco_digits", "ddp", "sentence_pairs")])
+@pytest.mark.parametrize("name", [name for name in TINY if name not in OWN_TEST])
 def test_a_copied_example_trains(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     result = copied(name, tmp_path).main(TINY[name])
@@ -129,3 +131,10 @@ def test_sentence_pairs_train(model, tmp_path, capsys):
     before, after = copied("sentence_pairs", tmp_path).main(arguments)
     assert 0.1 < before <= 1 and 0.1 < after <= 1
     assert "mean reciprocal rank of 8 held out" in capsys.readouterr().out
+
+
+def test_mined_negatives_train(tmp_path, capsys):
+    path = new_model(tmp_path / "model")
+    before, after = copied("mine_hard_negatives", tmp_path).main(["--model", str(path), *TINY["mine_hard_negatives"]])
+    assert 0 < before <= 1 and 0 < after <= 1
+    assert "mean reciprocal rank of 10 held out" in capsys.readouterr().out
