@@ -138,11 +138,13 @@ def views(out: Path) -> None:
                                                              backend="reference"))),
         ("eliminated", of_first(fnc("eliminate"))), ("attracted", of_first(fnc("attract"))),
     ])  # fmt: skip
-    curves(out / "labelled_infonce.png", "Labelled InfoNCE: of six columns of the class the far ones are attracted", [
-        ("SupCon, out", of_first(lambda z: ce.fused_supcon_loss(z, labels, T, normalize=False, reduction="none",
+    near = torch.arange(1 + NEGATIVES)
+    near[176:186] = 0  # ten columns of the class that are close already
+    curves(out / "labelled_infonce.png", "Ten close columns of the class: in SupCon each also pushes the others", [
+        ("SupCon, out", of_first(lambda z: ce.fused_supcon_loss(z, near, T, normalize=False, reduction="none",
                                                                 backend="reference"))),
-        ("labelled InfoNCE / positives", of_first(lambda z: ce.fused_labelled_infonce_loss(
-            z, labels, T, normalize=False, reduction="none", backend="reference") / 13)),
+        ("labelled InfoNCE, per positive", of_first(lambda z: ce.fused_labelled_infonce_loss(
+            z, near, T, normalize=False, reduction="none", backend="reference") / 21)),
     ])  # fmt: skip
     curves(out / "supcon.png", "SupCon: six columns of the anchor's class are attracted", [
         ("out", of_first(lambda z: ce.fused_supcon_loss(z, labels, T, normalize=False, reduction="none",
