@@ -17,10 +17,9 @@ from torch import Tensor
 from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.ranking import RankedStatistics, Ranking
-from .problem_call import as_arguments, of_arguments, of_saved
-from .problem_checks import check_cancelled, check_problem
+from .problem_call import of_arguments, of_saved
 from .registration import once_differentiable, register, register_autograd
-from .row_stats import backward_shapes
+from .row_stats import backward_shapes, checked_call
 
 
 def ranked_stats(
@@ -51,14 +50,18 @@ def ranked_stats(
     Cost         exact: 8 N M D flops and two sorts of every row; histogram: 5 N M D (one set) or 8. Memory beyond u, v
                  and their gradients: a block of whole rows per thread, and (bins + 4) N numbers for a histogram
     """
-    check_problem(u, v, scale, (1.0,), num_images, positive_offset, row_ids, col_ids, False, False, backend)
-    check_cancelled(u, v, row_ids, col_ids, False, ignored, gate, False)
-    rules = num_images, positive_offset, False, row_ids, col_ids, ignored, *schema.gate_arguments(gate)
-    call = as_arguments(u, v, scale, [1.0], (*rules, unit), operand_dtype, backend)
-    parameters = [ranking.tau_plus, ranking.alpha, ranking.beta, ranking.eps]
+    call = checked_call(
+        u, v, scale=scale, num_images=num_images, positive_offset=positive_offset, row_ids=row_ids, col_ids=col_ids,
+        ignored=ignored, gate=gate, unit=unit, operand_dtype=operand_dtype, backend=backend,
+    )  # fmt: skip
     return RankedStatistics(
-        *torch.ops.contrastive_ext.ranked_stats.default(*call, parameters, ranking.bins, diagnostics)
+        *torch.ops.contrastive_ext.ranked_stats.default(*call, *ranking_arguments(ranking), diagnostics)
     )
+
+
+def ranking_arguments(ranking: Ranking) -> tuple[list[float], int]:
+    """In the order of `schema.RANKING`."""
+    return [ranking.tau_plus, ranking.alpha, ranking.beta, ranking.eps], ranking.bins
 
 
 def _forward(*args) -> tuple[Tensor, ...]:
