@@ -52,6 +52,14 @@ MISTAKES: dict[str, tuple[Callable[[int], object], str]] = {
         lambda r: ce.fused_infonce_loss(Z, Z, group=(RING, ce.AllRanks())[r]),
         "exchange is ring on ranks 0, 2, gather on ranks 1, 3",
     ),
+    "dtypes": (
+        lambda r: ce.fused_infonce_loss(*[Z.to((torch.half, torch.double)[r])] * 2, group=RING),
+        "z1 is torch.float16 .* torch.float64",
+    ),
+    "a frozen side": (
+        lambda r: ce.fused_infonce_loss(Z, Z.clone().requires_grad_(r == 1), layout="one_way", group=RING),
+        "z2 is .* on ranks 0, 2, .* with gradient on ranks 1, 3",
+    ),
     "the reference": (
         lambda r: ce.fused_infonce_loss(Z, Z, backend="reference", group=RING),
         r"backend='reference' forms the matrix of all columns\. Use AllRanks\(exchange='gather'\)",
