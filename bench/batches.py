@@ -1,6 +1,6 @@
 """Large batches: what a gradient cache and a ring of processes cost, and what memory they save.
 
-    python -m bench batches            a minute on two cores; --quick: small sizes
+    python -m bench batches            two minutes on two cores; --quick: small sizes
 
     gradient cache   InfoNCE of an encoder's embeddings, all at once and in chunks, on one process
     ring             InfoNCE of a fixed number of embeddings per rank, gathered and in a ring, on 1, 2 and 4 processes
@@ -63,7 +63,7 @@ class Sizes:
     ranks: tuple[int, ...]
 
 
-FULL = Sizes(pairs=4096, features=128, hidden=4096, chunk=256, of_rank=512, of_rank_features=1024, ranks=(1, 2, 4))
+FULL = Sizes(pairs=2048, features=128, hidden=2048, chunk=128, of_rank=512, of_rank_features=1024, ranks=(1, 2, 4))
 QUICK = Sizes(pairs=256, features=32, hidden=512, chunk=64, of_rank=64, of_rank_features=64, ranks=(1, 2))
 
 
