@@ -29,7 +29,8 @@ def ring_stats(
 
     ids, and the features of a gate, are those of this rank's columns. Everything else is as in `row_stats`, and of this
     rank. Every rank has to make the call, and its backward.
-    Memory beyond u, v and their gradients: two shards, in the backward and while transfers overlap up to five
+    Memory beyond u, v and their gradients: a foreign shard and, in the backward, what a step adds to both; where
+    transfers overlap also the next shard and two gradients on their way
     """
     call = checked_call(u, v, col_ids=None if v is None else ids, **options)
     lse, aux = _RingStats.apply(ring, diagnostics, ids, *call)
