@@ -127,7 +127,7 @@ def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnost
     """One call over all candidates of an anchor; with layout="symmetric" one per direction."""
     if any(columns.ring is not None for columns in batch.column_sets):
         lse, aux = _ranked_around(ranking, batch, diagnostics, backend)
-        return _with_weights(batch, lse, aux, diagnostics)
+        return _ranked_results(batch, lse, aux, diagnostics)
     columns = _one_set_of_columns(batch)
     v, gate = columns.v, columns.gate
     sides = [(batch.anchors, v, batch.anchor_ids, None if v is None else columns.ids, gate)]
@@ -146,10 +146,10 @@ def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnost
         for u, v, row_ids, col_ids, gate in sides
     ]  # fmt: skip
     lse, aux = torch.cat([s.lse for s in swept]), torch.cat([s.aux for s in swept], 1)
-    return _with_weights(batch, lse, aux, diagnostics)
+    return _ranked_results(batch, lse, aux, diagnostics)
 
 
-def _with_weights(batch: Arrangement, lse: Tensor, aux: Tensor, diagnostics: bool) -> _Swept:
+def _ranked_results(batch: Arrangement, lse: Tensor, aux: Tensor, diagnostics: bool) -> _Swept:
     """What a loss of ranks sees, and of the diagnostics the weights too."""
     stats = _statistics(batch, (lse,), aux[0])
     if not diagnostics:
