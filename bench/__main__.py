@@ -6,6 +6,7 @@
     python -m bench show RESULTS.json      print a results file and draw its picture again
     python -m bench smoke                  correctness at tiny shapes
     python -m bench hosts                  losses of other libraries beside their adapters
+    python -m bench batches                gradient cache and ring of processes: time and memory
     python -m bench negatives              how many negatives are enough: losses and bounds against the batch size
     python -m bench proof                  correctness at real shapes on a GPU, a JSON line a case
     python -m bench speed                  the table of goals on a GPU, kernel by kernel
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from . import environment, methods, negatives
+from . import batches, environment, methods, negatives
 from .case import Case, short_name
 from .cases import cpu_cases, cpu_long_cases, cuda_cases, proof_cases, smoke_cases, speed_cases, tiny
 from .device import Device
@@ -70,6 +71,8 @@ def _command(options: argparse.Namespace) -> int:
         prefer(options.tiles)
     if options.command == "negatives":
         return _negatives(options)
+    if options.command == "batches":
+        return _batches(options)
     if options.command is None:
         return _bench(options)
     device = Device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -157,6 +160,18 @@ def _negatives(options: argparse.Namespace) -> int:
     return 0
 
 
+def _batches(options: argparse.Namespace) -> int:
+    try:
+        rows = batches.measure(batches.QUICK if options.quick else batches.FULL, lambda text: print(text, flush=True))
+    except RuntimeError as error:
+        print(error)
+        return 1
+    path = options.out / "batches.json"
+    batches.write(rows, environment.facts(Device("cpu")), path)
+    print(f"results: {path}")
+    return 0
+
+
 def _regex(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
@@ -180,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without", nargs="+", default=[], metavar="BACKEND", help="backends not to run")
     parser.add_argument("--tiles", type=Path, metavar="FILE", help="use the fastest tiles of a file of `tune`")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no case later")
-    commands = parser.add_subparsers(dest="command", metavar="show | smoke | hosts | negatives | proof | speed | tune")
+    commands = parser.add_subparsers(
+        dest="command", metavar="show | smoke | hosts | batches | negatives | proof | speed | tune"
+    )
     smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
     proof_parser = commands.add_parser("proof", help="real shapes against float64, repeats bit by bit: proof-<i>.jsonl")
     speed_parser = commands.add_parser("speed", help="the table of goals, kernel by kernel: speed.json, kernels.json")
@@ -200,6 +217,9 @@ def _parser() -> argparse.ArgumentParser:
     host_parser.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
     host_parser.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
     speed_parser.add_argument("--time-limit", type=float, default=argparse.SUPPRESS, metavar="SECONDS")
+    large = commands.add_parser("batches", help="gradient cache and ring of processes on this CPU: batches.json")
+    large.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
+    large.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
     sweep = commands.add_parser(
         "negatives", help="contrastive and supervised loss, both bounds and accuracy against the number of negatives"
     )

@@ -30,7 +30,7 @@ from .methods import Method, find_method
 _ROOT = Path(__file__).resolve().parents[1]
 # glibc returns blocks from this size on to the system at once. By default it adapts, keeps blocks up to 32 MiB and
 # fragments: the 95 MiB that `chunked` holds at N = 16,384 then read as 784 to 1031 MiB, different every time.
-_RETURN_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+RETURN_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 _TINY = {"two_view": (64, 64), "symmetric": (32, 32), "queue": (32, 64)}
 
 
@@ -40,7 +40,7 @@ class HostMemory:
     def __enter__(self) -> HostMemory:
         path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "bench.memory"], cwd=_ROOT, env=os.environ | _RETURN_BLOCKS | {"PYTHONPATH": path},
+            [sys.executable, "-m", "bench.memory"], cwd=_ROOT, env=os.environ | RETURN_BLOCKS | {"PYTHONPATH": path},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
         )  # fmt: skip
         return self
@@ -104,9 +104,9 @@ def _measure(request: dict) -> float:
     _gradients(small, few)
     with contextlib.suppress(OSError):  # where the peak cannot be reset it can only be overstated
         Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_kib("VmRSS")
+    before = resident_kib("VmRSS")
     _gradients(mean_loss, inputs)
-    return max(0.0, (_resident_kib("VmHWM") - before) / 1024)
+    return max(0.0, (resident_kib("VmHWM") - before) / 1024)
 
 
 _Call = tuple[Callable[[Inputs], torch.Tensor], Inputs]
@@ -128,7 +128,8 @@ def _host_calls(request: dict) -> tuple[_Call, _Call]:
     return (call, few), (call, inputs)
 
 
-def _resident_kib(field: str) -> float:
+def resident_kib(field: str) -> float:
+    """This process's resident set, VmRSS, or its peak, VmHWM."""
     status = Path("/proc/self/status")
     if not status.is_file():  # macOS: the peak only, in bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -76,19 +76,24 @@ class Outcome:
     curve: dict[float, tuple[float, float]]  # threshold -> precision, recall on the training set
 
 
-def mine(folder: Path) -> Corpus:
-    """Pairs of docstring and code in the Python files below `folder`."""
+def texts(folder: Path) -> list[tuple[str, str, str]]:
+    """Docstring, code and module of every function with all three in the Python files below `folder`."""
     found = []
     for path in sorted(folder.rglob("*.py")):
         inside = path.relative_to(folder).parts
         if _SKIPPED.isdisjoint(inside):
             found += [(docstring, code, inside[0].removesuffix(".py")) for docstring, code in _pairs(path)]
-    docstrings, codes, modules = zip(*found, strict=True)
+    return found
+
+
+def mine(folder: Path) -> Corpus:
+    """Pairs of docstring and code in the Python files below `folder`."""
+    docstrings, codes, modules = zip(*texts(folder), strict=True)
     numbers = {text: i for i, text in enumerate(dict.fromkeys(docstrings))}
     module_numbers = {name: i for i, (name, _) in enumerate(Counter(modules).most_common())}
     return Corpus(
-        [_words(text) for text in docstrings],
-        [_words(text) for text in codes],
+        [words_of(text) for text in docstrings],
+        [words_of(text) for text in codes],
         torch.tensor([numbers[text] for text in docstrings]),
         torch.tensor([module_numbers[name] for name in modules]),
     )
@@ -112,7 +117,8 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _words(text: str) -> Tensor:
+def words_of(text: str) -> Tensor:
+    """Its words as bucket numbers."""
     return torch.tensor([zlib.crc32(word.lower().encode()) % BUCKETS for word in _WORD.findall(text)] or [0])
 
 

@@ -70,7 +70,7 @@ class NegativeQueue(nn.Module):
         ids    [n] integers > -2^63 + 2, to ignore a key for anchors of the same id
         group  `AllRanks()` or a torch.distributed process group: keys of all its ranks are appended in rank order, so
                that the queue stays the same everywhere; every rank must bring the same n, or any
-               n with `AllRanks(uneven=True)`
+               n with `AllRanks(uneven=True)`. Keys are gathered, whatever the exchange of the losses
         """
         size, dim = self.data.shape
         device = self.data.device

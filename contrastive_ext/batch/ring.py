@@ -64,10 +64,6 @@ class Ring:
             known = iter(shard[1:])
             yield (shard[0].to(vectors.dtype), *(None if x is None else next(known) for x in beside))
 
-    def homeward(self, own: Tensor) -> Homeward:
-        """Where gradients of foreign shards go; what comes for this rank's shard is added to `own`, in place."""
-        return Homeward(self, own)
-
     def exchange(self, sent: list[Tensor], to: int, rows: int, source: int) -> _Transfer:
         """Send tensors to one rank while another's, the same but of `rows` rows, are received."""
         sent = [x.contiguous() for x in sent]
@@ -83,9 +79,12 @@ class Ring:
 
 
 class Homeward:
-    """Gradients of foreign shards on their way to the ranks that own them."""
+    """Gradients of foreign shards on their way to the ranks that own them.
 
-    def __init__(self, ring: Ring, own: Tensor):
+    own   that of this rank's shard, to which what comes is added in place; without a ring nothing does
+    """
+
+    def __init__(self, ring: Ring | None, own: Tensor):
         self._ring, self._own = ring, own
         self._coming: _Transfer | None = None
 
@@ -93,6 +92,7 @@ class Homeward:
         """That of the shard of this step; what the rank which has this rank's shard in it has found comes back."""
         self._add()
         ring = self._ring
+        assert ring is not None
         self._coming = ring.exchange([gradient], ring.rank - step, self._own.shape[0], ring.rank + step)
         if not ring.overlaps:
             self._add()

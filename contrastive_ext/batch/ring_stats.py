@@ -10,6 +10,8 @@ which travel with them, are all that can cancel them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,8 @@ def ring_stats(
 
     ids, and the features of a gate, are those of this rank's columns. Everything else is as in `row_stats`, and of this
     rank. Every rank has to make the call, and its backward.
-    Memory beyond u, v and their gradients: two shards, in the backward and while transfers overlap up to five
+    Memory beyond u, v and their gradients: a foreign shard and, in the backward, what a step adds to both; where
+    transfers overlap also the next shard and two gradients on their way
     """
     call = checked_call(u, v, col_ids=None if v is None else ids, **options)
     lse, aux = _RingStats.apply(ring, diagnostics, ids, *call)
@@ -39,11 +42,9 @@ class _RingStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ring: Ring, diagnostics: bool, ids: Tensor | None, *arguments):
         call, total = ProblemCall(*arguments), None
-        for step, shard in enumerate(_round(ring, call, ids)):
+        for shard in shards_around(ring, call, ids):
             with torch._C._AutoDispatchBelowAutograd():
-                lse, aux, *_ = torch.ops.contrastive_ext.row_stats.default(
-                    *_against(call, step, *shard), False, False, diagnostics, False
-                )
+                lse, aux, *_ = torch.ops.contrastive_ext.row_stats.default(*shard, False, False, diagnostics, False)
             total = (lse, aux) if total is None else union(total, (lse, aux))
         assert total is not None
         lse, aux = total
@@ -64,43 +65,52 @@ class _RingStats(torch.autograd.Function):
         return (None, None, None, *found, *[None] * (len(ctx.needs_input_grad) - 6))
 
 
-def _gradient(
-    ring: Ring, needs: tuple[bool, bool, bool], numbers: tuple, lse: Tensor, grad_lse: Tensor, ids, *tensors
+def _gradient(ring: Ring, needs: tuple[bool, bool, bool], numbers: tuple, lse: Tensor, grad_lse: Tensor, ids, *tensors):
+    call = of_saved(tensors, numbers)
+    operator = torch.ops.contrastive_ext.row_stats_backward.default
+    return gradient_around(ring, call, ids, needs, lambda c, *wanted: operator(*c, lse, grad_lse, None, None, *wanted))
+
+
+def shards_around(ring: Ring | None, call: ProblemCall, ids: Tensor | None) -> Iterator[ProblemCall]:
+    """The call on its own columns, then on the shard of every other rank; ids are those of its own columns."""
+    own = (call.u if call.v is None else call.v, ids, call.gate_features)
+    for step, (v, of_shard, features) in enumerate(iter([own]) if ring is None else ring.round(*own)):
+        beside = {"col_ids": of_shard, "gate_features": features, "gate_col_limit": None}
+        yield call if step == 0 else call._replace(v=v, num_images=0, positive_offset=0, ignored=None, **beside)
+        del v
+
+
+def gradient_around(
+    ring: Ring | None,
+    call: ProblemCall,
+    ids: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    operator: Callable[[ProblemCall, bool, bool], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """du, dv (None for one set, where du holds it) and dscale."""
-    call, (need_u, need_v, need_scale) = of_saved(tensors, numbers), needs
+    """du, dv (None for one set, where du holds it) and dscale of one turn.
+
+    needs     gradients of u, v (one set: u again) and scale
+    operator  (call, need_u, need_v) -> the gradient of one shard, from statistics over all of them
+    """
+    need_u, need_v, need_scale = needs
     one_set = call.v is None
     scale = call.scale_value if call.scale is None else call.scale
     du: Tensor | None = None
     home: Homeward | None = None
-    dscale = torch.zeros_like(lse[0, 0])
-    for step, shard in enumerate(_round(ring, call, ids)):
-        both_at_once = one_set and step == 0  # the part of u holds that of the columns
-        part, gradient = torch.ops.contrastive_ext.row_stats_backward.default(
-            *_against(call, step, *shard), lse, grad_lse, None, None, need_u or need_scale, need_v and not both_at_once
-        )
+    dscale = torch.zeros_like(call.u[0, 0])
+    for step, shard in enumerate(shards_around(ring, call, ids)):
+        both_at_once = one_set and step == 0  # du holds what the columns get
+        part, gradient = operator(shard, need_u or need_scale, need_v and not both_at_once)
+        del shard
         if need_scale:
             dscale += (call.u * part).sum() / (2 * scale if both_at_once else scale)
         if need_u:
             du = part if du is None else du.add_(part)
-        del shard, part  # what is not needed any more makes room for what comes
+        del part  # what is not needed any more makes room for what comes
         if home is not None:
             home.send(gradient, step)
         elif need_v:
-            home = ring.homeward(du if both_at_once and du is not None else gradient)
+            home = Homeward(ring, du if one_set and du is not None else gradient)
         del gradient
     arrived = None if home is None else home.arrived()
     return du, None if one_set else arrived, dscale if need_scale else None
-
-
-def _round(ring: Ring, call: ProblemCall, ids: Tensor | None):
-    return ring.round(call.u if call.v is None else call.v, ids, call.gate_features)
-
-
-def _against(call: ProblemCall, step: int, v: Tensor, ids: Tensor | None, features: Tensor | None) -> ProblemCall:
-    """The call on the shard of a step."""
-    if step == 0:
-        return call
-    return call._replace(
-        v=v, num_images=0, positive_offset=0, col_ids=ids, ignored=None, gate_features=features, gate_col_limit=None
-    )

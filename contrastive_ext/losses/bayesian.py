@@ -134,7 +134,8 @@ def fused_bayesian_loss(
                  named, or a `Dim` whose range lies on one side of that
     bins         from 2 to 65536, of a histogram; 4 bytes per anchor and bin
     eps          in [0, 1], the constant the released code adds to two denominators; 0 is the paper's formula
-    options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`; negatives [K, D] only
+    options      layout, queue, negatives, normalize, reduction, ...: see `fused_row_loss`; negatives [K, D] only;
+                 a group with exchange="ring" needs ranks="histogram" and makes three turns forward
     Returns      0-d float32 ("mean", "sum") or one value per anchor ("none"); nats
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
     Memory       O(B D) and a block of whole rows per thread (16 MiB, or four rows if those are longer); histogram: also

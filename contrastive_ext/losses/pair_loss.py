@@ -117,7 +117,8 @@ def fused_row_loss(
                  backward; what DistributedDataParallel averages is then exactly the gradient of the mean over all
                  anchors, a learned temperature's too. Under torch.compile the call is a graph break.
                  [K, D] `negatives` are gathered as z2 is, [B, n, D] and `positives` stay with their anchors, a queue
-                 has to be the same on all ranks (`enqueue(keys, group=group)`)
+                 has to be the same on all ranks (`enqueue(keys, group=group)`). `AllRanks(exchange="ring")` does it
+                 without holding the candidates of more than one other rank at a time
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [2B] (two_view; symmetric: rows, then columns) or
                  [B] (one_way, tuples) for "none". A row without negatives has loss 0 (log 2 where the positive stands
                  in the sum twice) and counts in the mean.
@@ -125,8 +126,9 @@ def fused_row_loss(
                  reason if a named backend cannot run, or with a group before init_process_group. With a group all ranks
                  raise where one does, or where their calls differ, naming ranks and arguments
     Memory       O((B + M + K) D); time O(B (B + M + K) D); once differentiable unless backend="reference". A group of W
-                 ranks has W times the columns, and a call waits once for the device, to compare the calls of all ranks
-                 (not where the group has a backend for the host, "cpu:gloo,cuda:nccl")
+                 ranks has W times the columns (a ring: those of one other rank), and a call waits once for the device,
+                 to compare the calls of all ranks (not where the group has a backend for the host,
+                 "cpu:gloo,cuda:nccl")
     """
     check_row_loss(row_loss)
     if ids is not None and labels is not None:

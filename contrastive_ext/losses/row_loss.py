@@ -70,8 +70,9 @@ class RowLoss:
                 f"{type(self).__name__} is not defined for layout={request.layout!r}, which sums several directions: "
                 "use 'one_way', 'symmetric' or 'two_view'."
             )
-        if self.ranking is not None:
-            check_gathers(request.group, "a negative's rank is one among those of all ranks.")
+        if self.ranking is not None and self.ranking(1).bins == 0:
+            reason = "exact ranks are among the columns of all ranks; by histograms, ranks='histogram', they go round."
+            check_gathers(request.group, reason)
 
     def of_rows(self, rows: slice, total: int) -> RowLoss:
         """The loss of some of `total` rows, for one that has a parameter of each."""

@@ -87,8 +87,8 @@ def fused_supcon_loss(
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
     group        `AllRanks()` or a process group as in `fused_row_loss`: positives and negatives of all its ranks, the
                  loss of a rank's own rows. "mean" divides by the average over ranks of the rows that have a positive:
-                 the ranks' means average to that of the whole batch, in value and gradient. A queue is the same on
-                 all ranks
+                 the ranks' means average to that of the whole batch, in value and gradient. A ring makes one turn more
+                 for the positives of "out"; labels are gathered. A queue is the same on all ranks
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [N] ([V, B]) for "none". A row without positives is
                  skipped: 0, no gradient, not counted in the mean
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason

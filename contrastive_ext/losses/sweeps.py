@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import numerics
 from ..batch.arrangement import Arrangement
 from ..batch.columns import ColumnSet, OwnColumns
+from ..batch.ring_ranked import RankedColumns, ring_ranked_stats
 from ..batch.ring_stats import ring_stats
 from ..operators.ranked_stats import ranked_stats
 from ..operators.row_stats import row_stats, union
@@ -167,6 +168,9 @@ def _log_sum(x: Tensor, kept: Tensor | None) -> Tensor:
 
 def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnostics: bool, backend: str) -> _Swept:
     """One call over all candidates of an anchor; with layout="symmetric" one per direction."""
+    if any(columns.ring is not None for columns in batch.column_sets):
+        lse, aux = _ranked_around(ranking, batch, diagnostics, backend)
+        return _ranked_results(batch, lse, aux, diagnostics)
     columns = _one_set_of_columns(batch)
     v, gate = columns.v, columns.gate
     sides = [(batch.anchors, v, batch.anchor_ids, None if v is None else columns.ids, gate)]
@@ -187,6 +191,11 @@ def _ranked_sums(ranking: Callable[[int], Ranking], batch: Arrangement, diagnost
         for side, (u, v, row_ids, col_ids, gate) in enumerate(sides)
     ]  # fmt: skip
     lse, aux = torch.cat([s.lse for s in swept]), torch.cat([s.aux for s in swept], 1)
+    return _ranked_results(batch, lse, aux, diagnostics)
+
+
+def _ranked_results(batch: Arrangement, lse: Tensor, aux: Tensor, diagnostics: bool) -> _Swept:
+    """What a loss of ranks sees, and of the diagnostics the weights too."""
     stats = _statistics(batch, (lse,), aux[0])
     if not diagnostics:
         return stats, None
@@ -199,6 +208,24 @@ def _of_side(ranking: Ranking, pos: Tensor, first: int, number: int) -> Ranking:
     """With the priors of `number` rows from `first` on, where there is one for every pair or row."""
     priors = prior_of_rows(ranking.tau_plus, pos)
     return replace(ranking, tau_plus=priors).of_rows(slice(first, first + number))
+
+
+def _ranked_around(
+    ranking: Callable[[int], Ranking], batch: Arrangement, diagnostics: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The same where columns of other ranks come round: sets stay apart and make every turn together."""
+    sets = []
+    for s in batch.column_sets:
+        v, ids = s.v, s.ids
+        if s.ring is None and v is not None and not v.requires_grad:  # as in `_one_set_of_columns`
+            v, ids = v.clone(), None if ids is None else ids.clone()
+        names = ("num_images", "positive_offset", "ignored", "gate", "unit")
+        sets.append(RankedColumns(s.ring, v, ids, {name: getattr(s, name) for name in names}))
+    of_rows = _of_side(ranking(batch.candidates), batch.pos, 0, batch.anchors.shape[0])
+    return ring_ranked_stats(
+        batch.anchors, sets, ranking=of_rows, diagnostics=diagnostics, scale=batch.scale,
+        row_ids=batch.anchor_ids, operand_dtype=batch.operand_dtype, backend=backend,
+    )  # fmt: skip
 
 
 def _one_set_of_columns(batch: Arrangement) -> ColumnSet:

@@ -18,10 +18,9 @@ from ..checks import describe
 from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.ranking import RankedStatistics, Ranking
-from .problem_call import as_arguments, of_arguments, of_saved
-from .problem_checks import check_cancelled, check_problem
+from .problem_call import of_arguments, of_saved
 from .registration import once_differentiable, register, register_autograd
-from .row_stats import backward_shapes
+from .row_stats import backward_shapes, checked_call
 
 
 def ranked_stats(
@@ -53,29 +52,36 @@ def ranked_stats(
     Cost         exact: 8 N M D flops and two sorts of every row; histogram: 5 N M D (one set) or 8. Memory beyond u, v
                  and their gradients: a block of whole rows per thread, and (bins + 4) N numbers for a histogram
     """
-    check_problem(u, v, scale, (1.0,), num_images, positive_offset, row_ids, col_ids, False, False, backend)
-    check_cancelled(u, v, row_ids, col_ids, False, ignored, gate, False)
-    rules = num_images, positive_offset, False, row_ids, col_ids, ignored, *schema.gate_arguments(gate)
-    priors, tau_plus = (ranking.tau_plus, 0.0) if isinstance(ranking.tau_plus, Tensor) else (None, ranking.tau_plus)
-    if priors is not None:
-        backend = _of_priors(backend)
-        if priors.shape != u.shape[:1] or priors.dtype != u.dtype or priors.device != u.device:
-            raise ValueError(
-                f"the priors of a ranking must be {u.dtype} [{u.shape[0]}] on {u.device}; got {describe(priors)}."
-            )
-    call = as_arguments(u, v, scale, [1.0], (*rules, unit), operand_dtype, backend)
-    how = priors, [tau_plus, ranking.alpha, ranking.beta, ranking.eps], ranking.bins
-    return RankedStatistics(*torch.ops.contrastive_ext.ranked_stats.default(*call, *how, diagnostics))
+    call = checked_call(
+        u, v, scale=scale, num_images=num_images, positive_offset=positive_offset, row_ids=row_ids, col_ids=col_ids,
+        ignored=ignored, gate=gate, unit=unit, operand_dtype=operand_dtype, backend=backend_of(ranking, backend, u),
+    )  # fmt: skip
+    return RankedStatistics(
+        *torch.ops.contrastive_ext.ranked_stats.default(*call, *ranking_arguments(ranking), diagnostics)
+    )
 
 
-def _of_priors(backend: str) -> str:
-    """The backend of a call with a prior for every row."""
+def backend_of(ranking: Ranking, backend: str, u: Tensor) -> str:
+    """The backend of a call on rows u: one alone knows a prior for every row, whose shape is checked."""
+    priors = ranking.tau_plus
+    if not isinstance(priors, Tensor):
+        return backend
+    if priors.shape != u.shape[:1] or priors.dtype != u.dtype or priors.device != u.device:
+        raise ValueError(
+            f"the priors of a ranking must be {u.dtype} [{u.shape[0]}] on {u.device}; got {describe(priors)}."
+        )
     if backend not in ("auto", "torch"):
         raise RuntimeError(
             f"backend={backend!r} weighs ranks by one prior for all rows: a tau_plus of each needs backend='torch', "
             "'auto' or 'reference'."
         )
     return "torch"
+
+
+def ranking_arguments(ranking: Ranking) -> tuple[Tensor | None, list[float], int]:
+    """In the order of `schema.PRIORS_AND_RANKING`."""
+    priors, tau_plus = (ranking.tau_plus, 0.0) if isinstance(ranking.tau_plus, Tensor) else (None, ranking.tau_plus)
+    return priors, [tau_plus, ranking.alpha, ranking.beta, ranking.eps], ranking.bins
 
 
 def _forward(*args) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import contrastive_ext as ce
 from contrastive_ext.batch import ring
-from rows import LOSSES, USAGES, random_pairs
+from rows import LOSSES, RANKED, RANKED_USAGES, USAGES, random_pairs
 from two_ranks import assert_same, averaged, mine_of, on_both_ranks, shard
 
 PAIRS, FEATURES = 12, 5  # pairs of all ranks together
@@ -26,6 +26,7 @@ UNEVEN = {2: False, 3: True, 4: False}  # by the number of ranks
 WORLD = max(UNEVEN)
 GROUPS: dict[int, dist.ProcessGroup] = {}  # the last so many ranks, and every rank alone
 RING = ce.AllRanks(exchange="ring")
+HISTOGRAMS = [loss for loss in RANKED if loss.parameters.get("ranks") == "histogram"]
 BACKENDS = [name for name in ("torch", "cpu") if name in ce.available_backends()]
 USED = {
     2: USAGES,
@@ -35,7 +36,8 @@ USED = {
 CASES = {
     world: [
         (loss, usage, BACKENDS[(i + j + world) % len(BACKENDS)])
-        for (i, loss), (j, usage) in itertools.product(enumerate(LOSSES), enumerate(USED[world]))
+        for (i, loss), (j, usage) in itertools.product(enumerate([*LOSSES, *HISTOGRAMS]), enumerate(USED[world]))
+        if loss not in HISTOGRAMS or usage in RANKED_USAGES
     ]
     for world in UNEVEN
 }
@@ -50,6 +52,14 @@ MISTAKES: dict[str, tuple[Callable[[int], object], str]] = {
         lambda r: ce.fused_infonce_loss(Z, Z, group=(RING, ce.AllRanks())[r]),
         "exchange is ring on ranks 0, 2, gather on ranks 1, 3",
     ),
+    "dtypes": (
+        lambda r: ce.fused_infonce_loss(*[Z.to((torch.half, torch.double)[r])] * 2, group=RING),
+        "z1 is torch.float16 .* torch.float64",
+    ),
+    "a frozen side": (
+        lambda r: ce.fused_infonce_loss(Z, Z.clone().requires_grad_(r == 1), layout="one_way", group=RING),
+        "z2 is .* on ranks 0, 2, .* with gradient on ranks 1, 3",
+    ),
     "the reference": (
         lambda r: ce.fused_infonce_loss(Z, Z, backend="reference", group=RING),
         r"backend='reference' forms the matrix of all columns\. Use AllRanks\(exchange='gather'\)",
@@ -58,10 +68,10 @@ MISTAKES: dict[str, tuple[Callable[[int], object], str]] = {
         lambda r: ce.fused_infonce_loss(Z, Z, backend=("auto", "reference")[r], group=RING),
         "exchange='ring' is not possible here: backend='reference'",
     ),
-    "ranks": (lambda r: ce.fused_bayesian_loss(Z, Z, group=RING), "a negative's rank is one among those of all ranks"),
+    "ranks": (lambda r: ce.fused_bayesian_loss(Z, Z, group=RING), "exact ranks are among the columns of all ranks"),
     "ranks of prefixes": (
         lambda r: ce.fused_row_loss(ce.Matryoshka(ce.Bayesian(), (2, 3)), Z, Z, group=RING),
-        "a negative's rank is one among those of all ranks",
+        "exact ranks are among the columns of all ranks",
     ),
     "soft targets": (
         lambda r: ce.fused_soft_target_loss(Z, Z, Z, teacher_temperature=0.1, group=RING),

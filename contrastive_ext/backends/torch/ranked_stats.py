@@ -36,15 +36,58 @@ def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> 
         count = keep.sum(1).to(s.dtype)
         if ranking.bins:
             axis[:, rows], below[rows] = _count_bins(s, keep, count, ranking.bins)
-        weight = _weight(ranking.of_rows(rows), s, keep, count, _Table.of(rows, axis, below))
-        terms = log_terms(s, keep, weight)
-        lse[rows] = terms.logsumexp(1)
-        aux[0, rows] = count
-        if diagnostics:
-            kept = weight.where(keep, 0.0)
-            largest, total = s.where(keep, -torch.inf).amax(1), s.where(keep, 0.0).sum(1)
-            aux[1:, rows] = torch.stack([largest, total, (2 * terms).logsumexp(1), kept.sum(1), kept.amax(1)])
+        table = _Table.of(rows, axis, below)
+        lse[rows], aux[:, rows] = _sums(ranking.of_rows(rows), s, keep, count, table, diagnostics)
     return RankedStatistics(lse, aux, axis, below)
+
+
+def _sums(
+    ranking: Ranking, s: Tensor, keep: Tensor, count: Tensor, table: _Table | None, diagnostics: bool
+) -> tuple[Tensor, Tensor]:
+    """lse and aux of a block of rows."""
+    weight = _weight(ranking, s, keep, count, table)
+    terms = log_terms(s, keep, weight)
+    lse = terms.logsumexp(1)
+    if not diagnostics:
+        return lse, count[None]
+    kept = weight.where(keep, 0.0)
+    largest, total = s.where(keep, -torch.inf).amax(1), s.where(keep, 0.0).sum(1)
+    return lse, torch.stack([count, largest, total, (2 * terms).logsumexp(1), kept.sum(1), kept.amax(1)])
+
+
+def histogram_range(problem: Problem) -> Tensor:
+    """[3, N] lowest and highest logit of every row's negatives and their number: the first of three passes."""
+    found = problem.u.new_empty(3, problem.pairs.num_rows)
+    for rows, s, keep in blocks(problem):
+        found[:, rows] = torch.stack([*_range(s, keep), keep.sum(1).to(s.dtype)])
+    return found
+
+
+def histogram_counts(problem: Problem, axis: Tensor, bins: int) -> Tensor:
+    """[N, bins] int32, how many of the row's negatives lie in each bin of an axis over all its columns."""
+    counts = torch.zeros(problem.pairs.num_rows, bins, dtype=torch.int32, device=problem.u.device)
+    for rows, s, keep in blocks(problem):
+        counts[rows] = _counts(s, keep, axis[:, rows], bins)
+    return counts
+
+
+def histogram_sums(
+    problem: Problem, ranking: Ranking, axis: Tensor, below: Tensor, diagnostics: bool
+) -> tuple[Tensor, Tensor]:
+    """lse and aux over these columns, by histograms over all columns of the rows."""
+    n = problem.pairs.num_rows
+    lse, aux = problem.u.new_empty(n), problem.u.new_empty(6 if diagnostics else 1, n)
+    for rows, s, keep in blocks(problem):
+        table = _Table(axis[:, rows], below[rows])
+        lse[rows], aux[:, rows] = _sums(ranking.of_rows(rows), s, keep, keep.sum(1).to(s.dtype), table, diagnostics)
+    return lse, aux
+
+
+def below_of(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, bins + 1] how many negatives lie in lower bins."""
+    below = torch.zeros(counts.shape[0], counts.shape[1] + 1, dtype=dtype, device=counts.device)
+    below[:, 1:] = counts.cumsum(1)
+    return below
 
 
 def ranked_backward(
@@ -128,13 +171,17 @@ def _bin(s: Tensor, axis: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
 
 def _count_bins(s: Tensor, keep: Tensor, count: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    lowest, highest = s.where(keep, torch.inf).amin(1), s.where(keep, -torch.inf).amax(1)
-    axis = histogram_axis(lowest, highest, count, bins)
+    axis = histogram_axis(*_range(s, keep), count, bins)
+    return axis, below_of(_counts(s, keep, axis, bins), s.dtype)
+
+
+def _range(s: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    return s.where(keep, torch.inf).amin(1), s.where(keep, -torch.inf).amax(1)
+
+
+def _counts(s: Tensor, keep: Tensor, axis: Tensor, bins: int) -> Tensor:
     counts = torch.zeros(len(s), bins, dtype=torch.int32, device=s.device)
-    counts.scatter_add_(1, _bin(s, axis, bins)[0], keep.int())  # integers: any order gives the same
-    below = s.new_zeros(len(s), bins + 1)
-    below[:, 1:] = counts.cumsum(1)
-    return axis, below
+    return counts.scatter_add_(1, _bin(s, axis, bins)[0], keep.int())  # integers: any order gives the same
 
 
 def _nothing(u: Tensor, ranking: Ranking, diagnostics: bool) -> RankedStatistics:
