@@ -163,46 +163,63 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
 
 
-def table(results: list[tuple[Case, Outcome]]) -> str:
-    """Markdown, one line per case."""
-    lines = [
-        "| kernel | variant | products | D | arch | tile | warps, stages | registers | stack | KiB | instruction "
-        "| loop |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case, outcome in results:
-        config = config_of(case)
-        tile = "x".join(str(size) for size in config[:3] if size)
-        features = f"> {configs.RESIDENT_FEATURES}" if case.features > configs.RESIDENT_FEATURES else case.features
-        lines.append(
-            f"| {case.direction} | {case.variant} | {case.products} | {features} | sm_{case.architecture} | {tile} "
-            f"| {config.num_warps}, {config.num_stages} | {outcome.registers} | {outcome.stack} "
-            f"| {outcome.shared / 1024:.0f} | {outcome.instruction} | {outcome.hot_loop or '-'} |"
-        )
-    return "\n".join(lines)
+HEAD = [
+    "| kernel | variant | products | D | arch | tile | warps, stages | registers | stack | KiB | instruction | loop |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def name_in_table(case: Case) -> str:
+    """How the line of a case begins."""
+    features = f"> {configs.RESIDENT_FEATURES}" if case.features > configs.RESIDENT_FEATURES else case.features
+    return f"| {case.direction} | {case.variant} | {case.products} | {features} | sm_{case.architecture} |"
+
+
+def line(case: Case, outcome: Outcome) -> str:
+    """The line of a case, Markdown."""
+    config = config_of(case)
+    tile = "x".join(str(size) for size in config[:3] if size)
+    return (
+        f"{name_in_table(case)} {tile} | {config.num_warps}, {config.num_stages} | {outcome.registers} "
+        f"| {outcome.stack} | {outcome.shared / 1024:.0f} | {outcome.instruction} | {outcome.hot_loop or '-'} |"
+    )
+
+
+def table(found: dict[str, str], kept: str = "") -> str:
+    """Every case that has a line, `found` by its name in the table, else the one in the table `kept`; cases in order."""
+    before = {name_of_line(old): old for old in kept.splitlines()[len(HEAD) :]}
+    names = [name_in_table(case) for case in cases()]
+    return "\n".join([*HEAD, *((before | found)[name] for name in names if name in before or name in found)]) + "\n"
+
+
+def name_of_line(text: str) -> str:
+    """`name_in_table` of a line."""
+    return "|".join(text.split("|")[:6]) + "|"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose description contains this text")
-    parser.add_argument("--write", action="store_true", help=f"keep the table in {COMPILED.relative_to(ROOT)}/")
+    parser.add_argument("--write", action="store_true", help=f"keep these lines in {COMPILED.relative_to(ROOT)}/")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
     chosen = [case for case in cases() if options.only in str(case)]
     with ProcessPoolExecutor(options.jobs) as pool:
         outcomes = list(pool.map(examine, chosen))
     print(f"Triton {triton.__version__}, {len(chosen)} kernels\n")
-    text, kept = table(list(zip(chosen, outcomes, strict=True))) + "\n", COMPILED / f"triton-{triton.__version__}.md"
+    found = {name_in_table(case): line(case, outcome) for case, outcome in zip(chosen, outcomes, strict=True)}
+    path = COMPILED / f"triton-{triton.__version__}.md"
+    kept = path.read_text() if path.is_file() else ""
     if options.write:
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(text)
-    elif kept.is_file() and not options.only:
-        print(
-            *difflib.unified_diff(kept.read_text().splitlines(), text.splitlines(), kept.name, "now", n=0, lineterm=""),
-            sep="\n",
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(table(found, kept))
+    elif kept:
+        difference = difflib.unified_diff(
+            kept.splitlines(), table(found, kept).splitlines(), path.name, "now", n=0, lineterm=""
         )
-    else:
-        print(text)
+        print(*difference, sep="\n")
+    if options.only or not kept:
+        print(table(found))
     faults = [f"{case}: {fault}" for case, outcome in zip(chosen, outcomes, strict=True) for fault in outcome.faults]
     print("\n" + "\n".join(faults or ["gate: green"]))
     return 1 if faults else 0
