@@ -179,7 +179,7 @@ def prologue_arguments(case: Case) -> tuple[Any, dict, dict]:
     types = dict.fromkeys(("p_z1", "p_z2", "p_operands", "p_dz1", "p_dz2"), POINTER[case.products])
     constants["PRECISION"] = "tf32" if case.products == "tf32" else "ieee"
     if case.variant == "plain":
-        return prologue.prologue_kernel, types | dict.fromkeys(("p_norm", "p_cosine"), accumulator), constants
+        return prologue.prologue_kernel, types | dict.fromkeys(("p_norm", "p_cosine", "p_bounds"), accumulator), constants | {"BOUNDS": 2}
     vectors = ("p_norm", "p_by_pos", "p_by_scale", "p_du", "p_dv", "p_upstream", "p_dscale", "scale")
     constants |= {"ONE_SET": True, "SCALE_IS_TENSOR": True}
     return prologue.prologue_backward_kernel, types | dict.fromkeys(vectors, accumulator), constants
@@ -197,6 +197,7 @@ def row_losses_arguments(case: Case) -> tuple[Any, dict, dict]:
         "p_lse",
         "p_coefficients",
         "p_terms",
+        "p_bounds",
         "p_losses",
         "p_sums",
     )
@@ -250,7 +251,7 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         constants["PARTS"] = merge.Parts(len(exponents) + count + 2 * stats + has_shift, has_shift, count, stats)
     else:
         kernel = row_stats_backward.row_stats_backward_kernel
-        types |= dict.fromkeys(("p_lse", "p_grad", "p_col_grad", "p_factor"), accumulator)
+        types |= dict.fromkeys(("p_lse", "p_grad", "p_bounds", "p_factor"), accumulator)
         types |= {"p_power": None if case.variant == "plain" or ranked else accumulator}
         stored = pointer if case.features > configs.RESIDENT_FEATURES else accumulator
         types |= {"col_terms": (accumulator, "i32"), "out": (stored, "i32")}

@@ -26,12 +26,14 @@ class Term(NamedTuple):
     """One direction of the weights: exp(beta_k s - lse_k) times the coefficient of lse_k, and omega where ranked.
 
     columns  what a tile reads of these anchors as columns, [2 K, padded], where it is made already
+    bounds   and for fp16 their largest coefficients, [K]
     """
 
     lse: Tensor
     grad: Tensor
     ranks: Ranks | None = None
     columns: Tensor | None = None
+    bounds: Tensor | None = None
 
 
 class Ranks(NamedTuple):
@@ -97,8 +99,8 @@ class Weights:
         row_terms = None if row_term is None else (row_term.lse, row_term.grad)
         col_terms: tuple[Any, ...] = (None,) * 3
         if col_term is not None:
-            terms, power = self._column_terms(col_term, row_term, shift)
-            col_terms = (terms, terms.stride(0)), col_term.grad, power
+            terms, bounds, power = self._column_terms(col_term, row_term, shift)
+            col_terms = (terms, terms.stride(0)), bounds, power
         self.terms: tuple[Any, ...] = (*(row_terms or (None, None)), *col_terms)
         self.ranks = None if ranks is None else (_histograms(row_term), _histograms(col_term), ranks.shape)
         self.sweep_arguments: dict[str, Any] = {
@@ -109,20 +111,23 @@ class Weights:
             **launch.tile_arguments(self.config, rows.x),
         }
 
-    def _column_terms(self, term: Term, row_term: Term | None, shift: str) -> tuple[Tensor, Tensor | None]:
-        """What every tile reads of its columns, made once, and the power of two in it: see column_terms_kernel."""
+    def _column_terms(
+        self, term: Term, row_term: Term | None, shift: str
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What every tile reads of its columns, made once, bounds, and the power of two: see column_terms_kernel."""
         if term.columns is not None:
-            return term.columns, None
+            return term.columns, term.bounds, None
         blocks = launch.cdiv(self.m, TERMS_BLOCK)
         terms = self.like.new_empty(2 * len(self.exponents), blocks * TERMS_BLOCK)
         power = None if shift == "online" else self.like.new_empty(1)
+        bounds = self.like.new_empty(len(self.exponents)) if self.rows.x.dtype == torch.float16 else None
         other = None if row_term is None or row_term.grad is term.grad else row_term.grad
         launch.kernels().row_stats_backward.column_terms_kernel[(blocks,)](
-            term.lse, term.grad, other, self.scale, terms, power, self.m, self.n, terms.stride(0),
+            term.lse, term.grad, other, self.scale, terms, power, bounds, self.m, self.n, terms.stride(0),
             EXPONENTS=self.exponents, LARGEST=max(self.exponents), SHIFT=shift, SCALE_IS_TENSOR=self.scale_is_tensor,
             BLOCK=TERMS_BLOCK, enable_fp_fusion=True,
         )  # fmt: skip
-        return terms, power
+        return terms, bounds, power
 
     def times_columns(self, times_scale: bool = True) -> Tensor:
         """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]."""

@@ -41,15 +41,16 @@ def _forward(
     cosine, clamped = like.new_empty(images), like.new_empty(())
     sides, anchors, k = 2 if layout == "symmetric" else 1, problem.pairs.num_rows, len(exponents)
     lse, saved = like.new_empty(sides, k, anchors), like.new_empty(_saved(sides, k, anchors)[0])
-    coefficients, terms = _coefficients_and_terms(saved, sides, k, anchors)
+    coefficients, terms, bounds = _parts_of_saved(saved, sides, k, anchors)
+    bounds = bounds if operands.dtype == torch.float16 else None
     losses = like.new_empty(sides * anchors) if reduction == "none" else None
     count = 2 * images - 2 if problem.one_set else columns - 1  # negatives of every anchor
     with launch.on_device(z1.device):
         block, block_d = _prologue_block(features)
         launch.kernels().prologue.prologue_kernel[(launch.cdiv(columns, block),)](
-            z1, z2, operands, norm, cosine, images, columns, z1.stride(0), z2.stride(0), D=features,
+            z1, z2, operands, norm, cosine, bounds, images, columns, z1.stride(0), z2.stride(0), D=features,
             BLOCK=block, BLOCK_D=block_d, NORMALIZE=normalize, PRECISION=launch.precision(operands),
-            enable_fp_fusion=True,
+            BOUNDS=sides * k, enable_fp_fusion=True,
         )  # fmt: skip
         sweep = Forward(problem, columns=layout == "symmetric")
         row_partials, col_partials, _ = sweep.partials()
@@ -61,7 +62,7 @@ def _forward(
         scale_argument, scale_is_tensor = launch.scale_argument(problem)
         launch.kernels().row_losses.row_losses_kernel[(parts,)](
             *row_partials.arguments, *col_partials.arguments, col_partials.first_tile, cosine, scale_argument, lse,
-            coefficients, terms, losses, sums, shares, anchors, images, count, terms.stride(1), span,
+            coefficients, terms, bounds, losses, sums, shares, anchors, images, count, terms.stride(1), span,
             EXPONENTS=problem.exponents, PARTS=sweep.parts, FORMULA=_formula(formula, parameters),
             TRIANGLE=row_partials.triangle, SIDES=sides, MEAN=reduction == "mean", SCALE_IS_TENSOR=scale_is_tensor,
             LARGEST=max(exponents), BACKWARD_SHIFT=shift_of_weights(problem, problem.exponents, layout != "one_way"),
@@ -81,8 +82,11 @@ def _backward(
     images, columns, features, k = len(z1), len(z2), z1.shape[1], len(exponents)
     problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
     sides, _, anchors = lse.shape
-    coefficients, as_columns = _coefficients_and_terms(saved, sides, k, anchors)
-    terms = [Term(lse[side], coefficients[side, :k], columns=as_columns[side]) for side in range(sides)]
+    coefficients, as_columns, bounds = _parts_of_saved(saved, sides, k, anchors)
+    of_side = bounds if operands.dtype == torch.float16 else (None,) * sides
+    terms = [
+        Term(lse[side], coefficients[side, :k], columns=as_columns[side], bounds=of_side[side]) for side in range(sides)
+    ]
     if reduction == "none":  # the gradient of each loss may be small: the sweep makes its terms anew
         coefficients = coefficients * grad_loss.view(sides, 1, anchors)
         terms = [Term(lse[side], coefficients[side, :k]) for side in range(sides)]
@@ -111,14 +115,17 @@ def _saved(sides: int, k: int, anchors: int) -> tuple[int, int, int]:
     """Numbers that the forward keeps beside lse, of them coefficients, and the length of a padded vector of terms."""
     length = launch.cdiv(anchors, TERMS_BLOCK) * TERMS_BLOCK
     coefficients = launch.cdiv(sides * (k + 2) * anchors, TERMS_BLOCK) * TERMS_BLOCK  # terms begin aligned
-    return coefficients + sides * 2 * k * length, coefficients, length
+    return coefficients + sides * 2 * k * length + sides * k, coefficients, length
 
 
-def _coefficients_and_terms(saved: Tensor, sides: int, k: int, anchors: int) -> tuple[Tensor, Tensor]:
-    """[sides, k + 2, anchors] derivatives of the unreduced losses, [sides, 2 k, padded] terms of the columns."""
-    _, begin, length = _saved(sides, k, anchors)
+def _parts_of_saved(saved: Tensor, sides: int, k: int, anchors: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[sides, k + 2, anchors] derivatives of the unreduced losses, [sides, 2 k, padded] terms of the columns, and
+    [sides, k] bounds on coefficients, of fp16 only.
+    """
+    number, begin, length = _saved(sides, k, anchors)
+    bounds = number - sides * k
     coefficients = saved[: sides * (k + 2) * anchors].view(sides, k + 2, anchors)
-    return coefficients, saved[begin:].view(sides, 2 * k, length)
+    return coefficients, saved[begin:bounds].view(sides, 2 * k, length), saved[bounds:].view(sides, k)
 
 
 def _forward_shapes(z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction):
