@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Products of float32 operands on matrix units for 16 bits: every operand is the sum of two parts of 16 bits, a product
+# the three products of parts that matter. Parts in fp16 keep 22 bits. Not every backend has them.
+SPLIT_PRODUCTS = ("fp16x3",)
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -152,11 +155,14 @@ def scaled_norm(z: Tensor) -> tuple[Tensor, Tensor]:
     return shrink, norm.masked_fill(norm <= finfo.tiny**0.5, torch.inf)
 
 
-def resolve_operand_dtype(dtype: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    """The dtype of products for inputs of `dtype`: its own, or 16 bits asked for float32; ValueError otherwise."""
-    if asked in (None, dtype) or (dtype == torch.float32 and asked in (torch.float16, torch.bfloat16)):
-        return asked or dtype
-    allowed = "torch.float16, torch.bfloat16 or None" if dtype == torch.float32 else f"{dtype} or None"
+def resolve_operand_dtype(dtype: torch.dtype, asked: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of operands for inputs of `dtype`: its own, or 16 bits asked for float32; ValueError otherwise."""
+    if isinstance(asked, str) and asked in SPLIT_PRODUCTS and dtype == torch.float32:
+        return dtype
+    if asked is None or asked == dtype or (dtype == torch.float32 and asked in (torch.float16, torch.bfloat16)):
+        return dtype if asked is None or isinstance(asked, str) else asked
+    names = ", ".join(map(repr, SPLIT_PRODUCTS))
+    allowed = f"torch.float16, torch.bfloat16, {names} or None" if dtype == torch.float32 else f"{dtype} or None"
     raise ValueError(f"operand_dtype of {dtype} inputs must be {allowed}; got {asked!r}.")
 
 

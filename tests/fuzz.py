@@ -18,6 +18,7 @@ import torch.distributed as dist
 import contrastive_ext as ce
 from cases import PAIRS, RANKED, Family
 from cases_of_sets import KEYS, LABELS, TARGETS, VIEWS
+from contrastive_ext.numerics import SPLIT_PRODUCTS
 from covering import Case, random_case
 from truth_check import Call, Result, compare, ours, truths
 
@@ -42,6 +43,8 @@ def drawn(family: Family, case: Case, seed: int) -> tuple[Call, Result, Result, 
 def backends(case: Case) -> list[str]:
     """All that run here and take the case; Triton's interpreter knows no bfloat16."""
     names = [name for name in ce.available_backends() if name != "cuda"]
+    if case.get("operand_dtype") in SPLIT_PRODUCTS:
+        names = [name for name in names if name in ("triton", "reference")]
     sixteen = "bfloat16" in (case["dtype"], str(case.get("operand_dtype")).removeprefix("torch."))
     return [name for name in names if not (name == "triton" and sixteen)]
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import triton
 from contrastive_ext.triton_kernels import configs
-from gate_cases import ELEMENTWISE, Case, cases, config_of, kernel_of
+from gate_cases import ELEMENTWISE, SPLIT, Case, cases, config_of, kernel_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -42,8 +42,9 @@ MOST_INSTRUCTIONS = {
     ("backward", "plain", "16-bit", 128): 640,
     ("backward", "plain", "16-bit", 256): 900,
 }
+WGMMA_ROWS = 64  # of the smallest product
 MASKS_FROM = 60  # instructions that a branch must skip to count as the block of masks
-TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
+TENSOR_CORES = ("16-bit", "bf16", "tf32", *SPLIT)  # "16-bit" stands for fp16, which scales its weights
 ROOT = Path(__file__).resolve().parents[1]
 COMPILED = ROOT / "docs" / "compiled"  # the table of every Triton it was written for: what an update changes is a diff
 
@@ -122,7 +123,8 @@ def examine(case: Case) -> Outcome:
     if case.products in TENSOR_CORES and case.direction not in ELEMENTWISE:
         if instruction in ("none", "fma.rn"):
             faults.append("no tensor-core instructions")
-        if case.products != "tf32" and case.architecture == 90 and instruction != "wgmma.mma_async":
+        wide = config_of(case).block_m >= WGMMA_ROWS and case.products != "tf32"
+        if wide and case.architecture == 90 and instruction != "wgmma.mma_async":
             faults.append(f"{instruction} instead of wgmma")
     return Outcome(registers, stack, shared, instruction, hot_loop, faults)
 
@@ -186,7 +188,7 @@ def line(case: Case, outcome: Outcome) -> str:
 
 
 def table(found: dict[str, str], kept: str = "") -> str:
-    """Every case that has a line, `found` by its name in the table, else the one in the table `kept`; cases in order."""
+    """All cases that have a line, in `found` by their names in the table or else in the table `kept`."""
     before = {name_of_line(old): old for old in kept.splitlines()[len(HEAD) :]}
     names = [name_in_table(case) for case in cases()]
     return "\n".join([*HEAD, *((before | found)[name] for name in names if name in before or name in found)]) + "\n"

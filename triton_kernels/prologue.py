@@ -71,10 +71,9 @@ def prologue_kernel(
 
     p_bounds  [BOUNDS] set to zero for row_losses_kernel; None: nothing
     """
-    if p_bounds is not None:
-        if tl.program_id(0) == 0:
-            for k in tl.static_range(BOUNDS):
-                tl.store(p_bounds + k, 0.0)
+    if p_bounds is not None and tl.program_id(0) == 0:
+        for k in tl.static_range(BOUNDS):
+            tl.store(p_bounds + k, 0.0)
     o_i, o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     b_u = prepare(p_z1, stride_1, p_operands, p_norm, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE, PRECISION)
     p_second = p_operands + num_images.to(tl.int64) * D

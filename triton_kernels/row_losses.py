@@ -95,8 +95,8 @@ def row_loss(b_lse, b_pos, b_count, scale, FORMULA: tl.constexpr):
 )  # fmt: skip
 def row_losses_kernel(
     p_rows, num_row_partials, row_of_tiles, p_columns, num_col_partials, col_of_tiles, first_tile,
-    p_cosine, scale, p_lse, p_coefficients, p_terms, p_bounds, p_losses, p_sums, p_clamped, num_anchors, num_images, count,
-    stride_terms, span,
+    p_cosine, scale, p_lse, p_coefficients, p_terms, p_bounds, p_losses, p_sums, p_clamped, num_anchors, num_images,
+    count, stride_terms, span,
     EXPONENTS: tl.constexpr, PARTS: tl.constexpr, TRIANGLE: tl.constexpr, FORMULA: tl.constexpr, SIDES: tl.constexpr,
     MEAN: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, LARGEST: tl.constexpr, BACKWARD_SHIFT: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,

@@ -22,7 +22,7 @@ import triton.language as tl
 from .histogram_ranks import rank_weights
 from .online_lse import exponentials
 from .pairs import SIZES, Sizes, first_masked, keep_images, keep_tile, load_anchors
-from .scores import LOG2E, load_scale, load_tile, round_to, scores_by_chunks
+from .scores import LOG2E, add_product, load_operand, load_scale, round_to, scores_by_chunks, scores_of
 
 # One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
 # range: exponents up to 64 leave 2^62 for upstream gradients and 2^-62 for batches and means. Where upstream gradients
@@ -112,11 +112,9 @@ def column_terms_kernel(
         b_factors = scaled
         if tl.program_id(0) == 0:
             tl.store(p_power, power)
-    if p_bounds is not None:
-        if tl.program_id(0) == 0:
-            for k in tl.static_range(len(EXPONENTS)):
-                bound = largest(p_grad + k * num_anchors.to(tl.int64), num_anchors) * EXPONENTS[k]
-                tl.store(p_bounds + k, bound)
+    if p_bounds is not None and tl.program_id(0) == 0:
+        for k in tl.static_range(len(EXPONENTS)):
+            tl.store(p_bounds + k, largest(p_grad + k * num_anchors.to(tl.int64), num_anchors) * EXPONENTS[k])
     store_terms(p_terms, stride, o_anchors, b_lses, b_factors, factored, len(EXPONENTS))
 
 
@@ -220,15 +218,15 @@ def sweep(
         b_factor = fp16_factor(p_grad, p_bounds, o_i, num_rows, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
         b_to_fp16 = b_factor * undo_power
     if RESIDENT:
-        b_u = load_tile(u, d_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
+        b_u = load_operand(u, d_u, i0, num_rows, D, BLOCK_M, BLOCK_D, PRECISION)
         b_sum = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
     j_masked = first_masked(i0, j_begin, sizes, BLOCK_M, BLOCK_N, HAS_IMAGES, False)
     for j_tile in range(j_begin // BLOCK_N, tl.cdiv(j_end, BLOCK_N)):
         j0 = j_tile * BLOCK_N
         o_j = j0 + tl.arange(0, BLOCK_N)
         if RESIDENT:
-            b_v = load_tile(v, d_v, j0, 0, num_columns, D, BLOCK_N, BLOCK_D)
-            b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
+            b_v = load_operand(v, d_v, j0, num_columns, D, BLOCK_N, BLOCK_D, PRECISION)
+            b_s = scores_of(b_u, b_v, PRECISION, DTYPE)
         else:
             b_s = scores_by_chunks(u, d_u, v, d_v, i0, j0, num_rows, num_columns, TILE)
         b_x = b_s * (scale * LOG2E)
@@ -254,10 +252,10 @@ def sweep(
             b_weight = b_weight * b_to_fp16[:, None]
         elif HAS_POWER and not RESIDENT:  # what is stored is a weight
             b_weight = b_weight * undo_power
-        b_weight = round_to(b_weight.to(u[0].dtype.element_ty), PRECISION)
         if RESIDENT:
-            b_sum = tl.dot(b_weight, b_v, b_sum, input_precision=PRECISION, out_dtype=DTYPE)
+            b_sum = add_product(b_sum, b_weight, b_v, PRECISION, DTYPE)
         else:
+            b_weight = round_to(b_weight.to(u[0].dtype.element_ty), PRECISION)
             # 64 bits up to the tile's corner only: 64-bit offsets for every weight would spill
             p_corner = p_out + (i0 - row_begin).to(tl.int64) * stride_out + (j0 - col_begin)
             o_weight = tl.arange(0, BLOCK_M)[:, None] * stride_out + tl.arange(0, BLOCK_N)[None, :]

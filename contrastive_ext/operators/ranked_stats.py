@@ -18,7 +18,7 @@ from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.ranking import RankedStatistics, Ranking
 from .problem_call import as_arguments, of_arguments, of_saved
-from .problem_checks import check_cancelled, check_problem
+from .problem_checks import check_cancelled, check_operand_dtype, check_problem
 from .registration import once_differentiable, register, register_autograd
 from .row_stats import backward_shapes
 
@@ -37,7 +37,7 @@ def ranked_stats(
     gate: Gate | None = None,
     diagnostics: bool = False,
     unit: bool = False,
-    operand_dtype: torch.dtype | None = None,
+    operand_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
 ) -> RankedStatistics:
     """Log-sum-exp over the negatives of every row, weighted by their rank in the row.
@@ -53,6 +53,7 @@ def ranked_stats(
     """
     check_problem(u, v, scale, (1.0,), num_images, positive_offset, row_ids, col_ids, False, False, backend)
     check_cancelled(u, v, row_ids, col_ids, False, ignored, gate, False)
+    check_operand_dtype(u, operand_dtype)
     rules = num_images, positive_offset, False, row_ids, col_ids, ignored, *schema.gate_arguments(gate)
     call = as_arguments(u, v, scale, [1.0], (*rules, unit), operand_dtype, backend)
     parameters = [ranking.tau_plus, ranking.alpha, ranking.beta, ranking.eps]

@@ -352,3 +352,54 @@ def test_nothing_to_sweep(rows, columns):
     u, v = _vectors(rows, 4), _vectors(columns, 4)
     for both_sides in (False, True):
         _assert_like_torch(u, v, scale=1.0, columns=both_sides, diagnostics=True)
+
+
+@pytest.mark.parametrize("size", [None, 2.0**20, 2.0**-20], ids=["unit", "large", "small"])
+@pytest.mark.parametrize("usage", ["one_set", "two_sets", "frozen", "two_exponents"])
+@pytest.mark.parametrize("features", [20, 64])
+def test_products_of_split_operands_are_as_exact_as_float32(features, usage, size):
+    """Against float64: at most twice the error of the same in float32, plus ulps of the largest number."""
+    exact_u, exact_v = _vectors(70, features), _vectors(90, features)
+    if size is not None and usage == "two_exponents":
+        size = max(size, 2.0**-5)  # their exponents times the scale are limited
+    factor, scale = (1.0, 20.0) if size is None else (size, 20.0 / size**2)
+    exact = [(x.detach().float() * factor).double().requires_grad_(usage != "frozen" or x is exact_u)
+             for x in (exact_u, exact_v)]  # fmt: skip
+    arguments = {"scale": scale, "unit": size is None, "exponents": (0.5, 1.5) if usage == "two_exponents" else (1.0,)}
+    if usage == "one_set":
+        exact, arguments["num_images"] = exact[:1], 35
+    else:
+        arguments["columns"] = usage != "frozen"
+    truth, dense, ours = (
+        _lse_and_gradients([x.detach().to(dtype).requires_grad_(x.requires_grad) for x in exact], arguments | how)
+        for dtype, how in (
+            (torch.float64, {"backend": "torch"}),
+            (torch.float32, {"backend": "torch"}),
+            (torch.float32, {"backend": "triton", "operand_dtype": "fp16x3"}),
+        )
+    )
+    for right, plain, mine in zip(truth, dense, ours, strict=True):
+        ulps = 8 * torch.finfo(torch.float32).eps * right.abs().max()
+        assert (mine.double() - right).abs().max() <= 2 * (plain.double() - right).abs().max() + ulps
+
+
+def _lse_and_gradients(leaves, arguments):
+    swept = row_stats(*leaves, **arguments)
+    values = [x for x in (swept.lse, swept.col_lse) if x.numel()]
+    wanted = [x for x in leaves if x.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in values]
+    return [*(x.detach() for x in values), *torch.autograd.grad(values, wanted, upstream)]
+
+
+def test_bad_numbers_of_split_operands_stay_in_their_row():
+    u = _vectors(40, 20, torch.float32).detach()
+    u[7, 3] = float("inf")
+    lse = row_stats(u, _vectors(50, 20, torch.float32), scale=3.0, backend="triton", operand_dtype="fp16x3").lse[0]
+    assert not lse[7].isfinite() and lse[torch.arange(40) != 7].isfinite().all()
+
+
+def test_split_operands_end_where_rows_no_longer_stay_in_a_program():
+    z = torch.randn(4, 300, device=DEVICE)
+    with pytest.raises(RuntimeError, match="'fp16x3' products end at 256 features; these rows have 300"):
+        ce.fused_infonce_loss(z, z, backend="triton", operand_dtype="fp16x3")

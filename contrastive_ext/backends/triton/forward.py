@@ -55,7 +55,7 @@ class Forward:
         self.problem, self.pairs, self.means, self.maximum = problem, problem.pairs, means, maximum
         self.u, self.v = launch.operands(problem)
         self.rows, self.cols = triton_pairs.sides(problem, self.u, self.v)
-        self.n, self.m, self.d = len(self.u), len(self.v), self.u.shape[1]
+        self.n, self.m, self.d = len(self.u), len(self.v), problem.u.shape[1]
         resident = self.d <= launch.kernels().configs.RESIDENT_FEATURES
         self.fused_means = means and len(problem.exponents) == 1 and resident
         # the mean costs a second product and an accumulator like those of the backward
@@ -63,7 +63,9 @@ class Forward:
         counted = mask != "images"
         mask = "ids" if diagnostics and not counted else mask  # as many counters
         direction = "backward" if self.fused_means else "forward"
-        self.config = launch.config_of(direction, self.u, mask, exponents=len(problem.exponents))
+        self.config = launch.config_of(
+            direction, self.u, mask, exponents=len(problem.exponents), products=problem.products
+        )
         self.tiles = launch.cdiv(self.n, self.config.block_m)
         # half the products for column sums in every tile
         enough = self.tiles >= TRIANGLE_FROM * launch.processors(self.u.device)
@@ -78,13 +80,13 @@ class Forward:
         number = has_shift + len(self.exponents) + counted + 2 * diagnostics
         self.parts = launch.kernels().merge.Parts(number, has_shift, counted, diagnostics)
         scale, scale_is_tensor = launch.scale_argument(problem)
-        self.operands = (*launch.operand_arguments(self.config, self.u, self.v), scale)
+        self.operands = (*launch.operand_arguments(self.config, self.u, self.v, problem.products), scale)
         self.sweep_arguments: dict[str, Any] = {
             **triton_pairs.arguments(self.pairs, self.rows, self.cols, row_anchors=True, col_anchors=self.columns),
             **{"EXPONENTS": self.exponents, "LARGEST": max(self.exponents), "SHIFT": shift},
             **{"SCALE_IS_TENSOR": scale_is_tensor, "PARTS": self.parts},
             **{"COLUMNS": self.columns, "TRIANGLE": self.triangle, "MEANS": self.fused_means},
-            **launch.tile_arguments(self.config, self.u),
+            **launch.tile_arguments(self.config, self.u, problem.products),
         }
 
     def run(self) -> Statistics:

@@ -84,18 +84,20 @@ class Weights:
         exponents: tuple[float, ...] | None = None,
     ):
         self.problem, self.rows, self.cols, self.exponents = problem, rows, cols, exponents or problem.exponents
-        (self.n, self.d), self.m = rows.x.shape, len(cols.x)
+        self.n, self.m, self.d = len(rows.x), len(cols.x), problem.u.shape[1]
         self.like = problem.u.new_empty(0, dtype=problem.stats_dtype)
         term = row_term or col_term
         ranks = term.ranks if term else None
         mask = triton_pairs.costliest_rule(problem.pairs)
-        self.config = launch.config_of("backward", rows.x, mask, ranks is not None, len(self.exponents))
+        self.config = launch.config_of(
+            "backward", rows.x, mask, ranks is not None, len(self.exponents), problem.products
+        )
         # omega differs by direction: nothing to factor
         shift = shift_of_weights(problem, self.exponents, row_term is not None and col_term is not None and not ranks)
         self.found = [term for term in (row_term, col_term) if term is not None]
         forward, reverse = row_term is not None, col_term is not None
         self.scale, self.scale_is_tensor = launch.scale_argument(problem)
-        self.operands = (*launch.operand_arguments(self.config, rows.x, cols.x), self.scale)
+        self.operands = (*launch.operand_arguments(self.config, rows.x, cols.x, problem.products), self.scale)
         row_terms = None if row_term is None else (row_term.lse, row_term.grad)
         col_terms: tuple[Any, ...] = (None,) * 3
         if col_term is not None:
@@ -108,7 +110,7 @@ class Weights:
             **{"EXPONENTS": self.exponents, "LARGEST": max(self.exponents), "SHIFT": shift},
             **{"SCALE_IS_TENSOR": self.scale_is_tensor, "FORWARD": forward, "REVERSE": reverse},
             **{"BINS": 0 if ranks is None else ranks.bins},
-            **launch.tile_arguments(self.config, rows.x),
+            **launch.tile_arguments(self.config, rows.x, problem.products),
         }
 
     def _column_terms(
@@ -135,7 +137,7 @@ class Weights:
             tiles = launch.cdiv(self.n, self.config.block_m)
             fewest = max(1, launch.processors(self.like.device) // max(1, tiles))
             most = min(MOST_SPLITS, launch.WORKSPACE_BYTES // max(1, self.n * self.d * self.like.element_size()))
-            at_once = launch.programs_at_once(self.config, self.rows.x)
+            at_once = launch.programs_at_once(self.config, self.like.device, self.d)
             splits, span = launch.even_split(tiles, self.m, self.config.block_n, fewest, most, at_once)
             out = self.like.new_empty(splits, self.n, self.d)
             self._sweep((0, self.n), (0, self.m), splits, span, out, self.like.new_empty(0), times_scale)

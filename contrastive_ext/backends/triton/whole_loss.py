@@ -41,8 +41,8 @@ def _forward(
     cosine, clamped = like.new_empty(images), like.new_empty(())
     sides, anchors, k = 2 if layout == "symmetric" else 1, problem.pairs.num_rows, len(exponents)
     lse, saved = like.new_empty(sides, k, anchors), like.new_empty(_saved(sides, k, anchors)[0])
-    coefficients, terms, bounds = _parts_of_saved(saved, sides, k, anchors)
-    bounds = bounds if operands.dtype == torch.float16 else None
+    coefficients, terms, bounds_of_fp16 = _parts_of_saved(saved, sides, k, anchors)
+    bounds = bounds_of_fp16 if operands.dtype == torch.float16 else None
     losses = like.new_empty(sides * anchors) if reduction == "none" else None
     count = 2 * images - 2 if problem.one_set else columns - 1  # negatives of every anchor
     with launch.on_device(z1.device):
