@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...problem.problem import Problem, Statistics
-from . import launch
+from . import launch, replay
 from . import pairs as triton_pairs
 from .gradient import Term, Weights, total
 
@@ -136,7 +136,8 @@ class Forward:
         return self.problem.u.new_empty(shape, dtype=self.problem.stats_dtype)
 
     def _sweep(self, first_tile, grid, span, row_partials, col_partials, mean_partials) -> None:
-        launch.kernels().row_stats_forward.row_stats_forward_kernel[grid](
+        replay.start(
+            launch.kernels().row_stats_forward.row_stats_forward_kernel, grid,
             *self.operands, row_partials, col_partials, mean_partials, first_tile=first_tile, span=span,
             **self.sweep_arguments,
         )  # fmt: skip
@@ -161,7 +162,8 @@ class Forward:
 
     def _merge(self, partials: Partials, lse: Tensor, aux: Tensor | None, candidates, finish: bool) -> None:
         anchors = partials.slots.shape[-1]
-        launch.kernels().merge.merge_kernel[(launch.cdiv(anchors, MERGE_BLOCK),)](
+        replay.start(
+            launch.kernels().merge.merge_kernel, (launch.cdiv(anchors, MERGE_BLOCK),),
             *partials.arguments, partials.first_tile, lse, aux, anchors, *candidates, EXPONENTS=self.exponents,
             PARTS=self.parts, TRIANGLE=partials.triangle, MAXIMUM=self.maximum, FINISH=finish, BLOCK=MERGE_BLOCK,
             AT_ONCE=MERGED_AT_ONCE, enable_fp_fusion=True,
@@ -170,7 +172,8 @@ class Forward:
     def _merge_means(self, row_partials: Tensor, mean_partials: Tensor) -> Tensor:
         mean = self._empty(1, self.n, self.d)
         block, block_d = 32, min(64, launch.feature_block(self.d))
-        launch.kernels().merge.merge_means_kernel[(launch.cdiv(self.n, block), launch.cdiv(self.d, block_d))](
+        replay.start(
+            launch.kernels().merge.merge_means_kernel, (launch.cdiv(self.n, block), launch.cdiv(self.d, block_d)),
             row_partials, mean_partials, mean, len(row_partials), self.n, D=self.d, BLOCK=block, BLOCK_D=block_d,
             EXPONENTS=self.exponents, PARTS=self.parts, enable_fp_fusion=True,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...problem.problem import Problem
-from . import launch
+from . import launch, replay
 from . import pairs as triton_pairs
 from .pairs import Side
 
@@ -124,7 +124,8 @@ class Weights:
         power = None if shift == "online" else self.like.new_empty(1)
         bounds = self.like.new_empty(len(self.exponents)) if self.rows.x.dtype == torch.float16 else None
         other = None if row_term is None or row_term.grad is term.grad else row_term.grad
-        launch.kernels().row_stats_backward.column_terms_kernel[(blocks,)](
+        replay.start(
+            launch.kernels().row_stats_backward.column_terms_kernel, (blocks,),
             term.lse, term.grad, other, self.scale, terms, power, bounds, self.m, self.n, terms.stride(0),
             EXPONENTS=self.exponents, LARGEST=max(self.exponents), SHIFT=shift, SCALE_IS_TENSOR=self.scale_is_tensor,
             BLOCK=TERMS_BLOCK, enable_fp_fusion=True,
@@ -202,7 +203,8 @@ class Weights:
 
     def _sweep(self, rows, columns, splits: int, span: int, out: Tensor, undo: Tensor, times_scale: bool) -> None:
         tiles = launch.cdiv(rows[1] - rows[0], self.config.block_m)
-        launch.kernels().row_stats_backward.row_stats_backward_kernel[tiles, splits](
+        replay.start(
+            launch.kernels().row_stats_backward.row_stats_backward_kernel, (tiles, splits),
             *self.operands, *self.terms, self.ranks, (out, out.stride(-2)), undo, row_begin=rows[0],
             col_begin=columns[0], col_end=columns[1], span=span, TIMES_SCALE=times_scale, **self.sweep_arguments,
         )  # fmt: skip

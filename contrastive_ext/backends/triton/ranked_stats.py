@@ -12,7 +12,7 @@ from torch import Tensor
 from ...problem.problem import Problem
 from ...problem.ranking import RankedStatistics, Ranking, histogram_axis
 from ..torch import ranked_stats as torch_ranked
-from . import launch
+from . import launch, replay
 from . import pairs as triton_pairs
 from .gradient import Ranks, Term, gradients, total
 
@@ -77,7 +77,8 @@ def _sweep(
     tiles = launch.cdiv(len(u), config.block_m)
     splits, span = launch.split(tiles, len(v), config.block_n, 2 * launch.processors(u.device))
     out = problem.u.new_empty(splits, parts, len(u))
-    launch.kernels().histogram_ranks.histogram_ranks_kernel[(tiles, splits)](
+    replay.start(
+        launch.kernels().histogram_ranks.histogram_ranks_kernel, (tiles, splits),
         (u, u.stride(0)), (v, v.stride(0)), scale, (axis, below), shape, counts, out,
         span=span, PASS=name, BINS=bins, EXPONENTS=WITH_SQUARES, SCALE_IS_TENSOR=scale_is_tensor,
         **launch.tile_arguments(config, u),

@@ -16,7 +16,7 @@ from ...numerics import stats_dtype
 from ...problem.pairs import Pairs
 from ...problem.problem import Problem
 from ...problem.short_road import BACKWARD_SCHEMA, FORWARD_SCHEMA, WholeLossOps, backward_shapes, forward_shapes
-from . import launch
+from . import launch, replay
 from .forward import Forward
 from .gradient import TERMS_BLOCK, Term, gradients, shift_of_weights
 
@@ -31,7 +31,14 @@ def whole_loss(dtype: torch.dtype, numbers: int) -> WholeLossOps | None:
     return None if dtype == torch.bfloat16 and launch.interpreted() else _OPERATORS
 
 
-def _forward(
+def _forward(z1, z2, scale, scale_value, layout, normalize, formula, parameters, exponents, reduction):
+    options = scale_value, layout, normalize, formula, tuple(parameters), tuple(exponents), reduction
+    if launch.interpreted():
+        return _launch_forward(z1, z2, scale, *options)
+    return _forward_calls((z1, z2, scale), options)
+
+
+def _launch_forward(
     z1, z2, scale, scale_value, layout, normalize, formula, parameters, exponents, reduction
 ) -> tuple[Tensor, ...]:
     images, columns, features = len(z1), len(z2), z1.shape[1]
@@ -47,7 +54,8 @@ def _forward(
     count = 2 * images - 2 if problem.one_set else columns - 1  # negatives of every anchor
     with launch.on_device(z1.device):
         block, block_d = _prologue_block(features)
-        launch.kernels().prologue.prologue_kernel[(launch.cdiv(columns, block),)](
+        replay.start(
+            launch.kernels().prologue.prologue_kernel, (launch.cdiv(columns, block),),
             z1, z2, operands, norm, cosine, bounds, images, columns, z1.stride(0), z2.stride(0), D=features,
             BLOCK=block, BLOCK_D=block_d, NORMALIZE=normalize, PRECISION=launch.precision(operands),
             BOUNDS=sides * k, enable_fp_fusion=True,
@@ -60,7 +68,8 @@ def _forward(
         loss = like.new_empty(())
         sums, shares = (loss, clamped) if parts == 1 else (like.new_empty(parts), like.new_empty(parts))
         scale_argument, scale_is_tensor = launch.scale_argument(problem)
-        launch.kernels().row_losses.row_losses_kernel[(parts,)](
+        replay.start(
+            launch.kernels().row_losses.row_losses_kernel, (parts,),
             *row_partials.arguments, *col_partials.arguments, col_partials.first_tile, cosine, scale_argument, lse,
             coefficients, terms, bounds, losses, sums, shares, anchors, images, count, terms.stride(1), span,
             EXPONENTS=problem.exponents, PARTS=sweep.parts, FORMULA=_formula(formula, parameters),
@@ -69,8 +78,16 @@ def _forward(
             BLOCK=block, AT_ONCE=READ_AT_ONCE // block, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
         if parts > 1:
-            launch.kernels().row_losses.add_parts_kernel[(1,)](
-                sums, shares, loss, clamped, parts, BLOCK=1024, enable_fp_fusion=True
+            replay.start(
+                launch.kernels().row_losses.add_parts_kernel,
+                (1,),
+                sums,
+                shares,
+                loss,
+                clamped,
+                parts,
+                BLOCK=1024,
+                enable_fp_fusion=True,
             )
     return (loss if losses is None else losses), operands, norm, lse, saved, clamped
 
@@ -79,6 +96,30 @@ def _backward(
     z1, z2, scale, scale_value, layout, normalize, exponents, reduction,
     operands, norm, lse, saved, grad_loss, need_scale,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    options = scale_value, layout, normalize, tuple(exponents), reduction, need_scale
+    tensors = z1, z2, scale, operands, norm, lse, saved, grad_loss
+    interpreted = launch.interpreted()
+    dz1, dz2, dscale = _launch_backward(*tensors, *options) if interpreted else _backward_calls(tensors, options)
+    return dz1, dz2, dscale.sum() if need_scale else dscale
+
+
+def _launch_backward(
+    z1,
+    z2,
+    scale,
+    operands,
+    norm,
+    lse,
+    saved,
+    grad_loss,
+    scale_value,
+    layout,
+    normalize,
+    exponents,
+    reduction,
+    need_scale,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz1, dz2 and, if wanted, parts of dscale."""
     images, columns, features, k = len(z1), len(z2), z1.shape[1], len(exponents)
     problem = _problem(operands, scale, scale_value, layout, normalize, exponents, images)
     sides, _, anchors = lse.shape
@@ -97,18 +138,20 @@ def _backward(
         dv = du[:, images:] if dv is None else dv
         block, block_d = _prologue_block(features)
         programs = launch.cdiv(columns, block)
-        dscale = norm.new_empty(programs) if need_scale else None
+        dscale = norm.new_empty(programs if need_scale else 0)
         scale_argument, scale_is_tensor = launch.scale_argument(problem)
         second = {"two_view": images, "one_way": 0, "symmetric": (k + 2) * anchors}[layout]
-        launch.kernels().prologue.prologue_backward_kernel[(programs,)](
+        replay.start(
+            launch.kernels().prologue.prologue_backward_kernel, (programs,),
             z1, z2, operands, norm, coefficients[0, k], coefficients[0, k + 1], du, dv,
-            None if reduction == "none" else grad_loss, scale_argument, dz1, dz2, dscale, len(du), len(dv),
+            None if reduction == "none" else grad_loss, scale_argument, dz1, dz2, dscale if need_scale else None,
+            len(du), len(dv),
             du.stride(0), dv.stride(0), images, columns, second, z1.stride(0), z2.stride(0),
             sides * anchors if reduction == "mean" else 1, D=features, BLOCK=block, BLOCK_D=block_d,
             NORMALIZE=normalize, ONE_SET=problem.one_set, SCALE_IS_TENSOR=scale_is_tensor,
             PRECISION=launch.precision(operands), enable_fp_fusion=True,
         )  # fmt: skip
-        return dz1, dz2, norm.new_empty(0) if dscale is None else dscale.sum()
+        return dz1, dz2, dscale
 
 
 def _saved(sides: int, k: int, anchors: int) -> tuple[int, int, int]:
@@ -165,6 +208,7 @@ def _prologue_block(features: int) -> tuple[int, int]:
     return max(1, PROLOGUE_ELEMENTS // block_d), block_d
 
 
+_forward_calls, _backward_calls = replay.Replayed(_launch_forward), replay.Replayed(_launch_backward)
 _library = torch.library.Library("contrastive_ext", "FRAGMENT")
 _library.define(f"whole_loss_forward_triton{FORWARD_SCHEMA}")
 _library.define(f"whole_loss_backward_triton{BACKWARD_SCHEMA}")
