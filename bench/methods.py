@@ -64,6 +64,7 @@ def _baseline(name: str, row_losses: Callable[[Case, Inputs], Tensor], keeps_mat
 EAGER = _baseline("eager", baselines.eager, keeps_matrix=True)
 CHUNKED = _baseline("chunked", baselines.chunked, keeps_matrix=False)
 COMPILED = _baseline("compile", baselines.compiled, keeps_matrix=True)
+COMPILED_AUTOCAST = _baseline("compile, autocast", baselines.compiled_autocast, keeps_matrix=True)
 COMPARISON = _baseline("comparison", baselines.comparison, keeps_matrix=True)
 AUTOCAST = _baseline("autocast", baselines.autocast, keeps_matrix=True)
 
@@ -107,13 +108,18 @@ def methods_for(case: Case, device: Device) -> list[Method]:
     if is_ranked(case) and case.n <= LARGEST_COMPARISON:
         methods.append(COMPARISON)
     if case.compile:
-        methods.append(COMPILED)
+        methods += compiled_for(case, device)
     if case.dtype == "bfloat16" or (device.is_cuda and case.dtype == "float32"):
         methods.append(AUTOCAST)
     if case.peers and (device.is_cuda or case.dtype == "float32"):
         libraries = {name: library for name, library in baselines.THIRD_PARTIES.items() if library.computes(case)}
         methods += [Method(name, None, lib.mean_loss, keeps_matrix=True) for name, lib in libraries.items()]
     return methods
+
+
+def compiled_for(case: Case, device: Device) -> list[Method]:
+    """torch.compile in float32 and, on a GPU for inputs of 16 bits, with products of their precision."""
+    return [COMPILED, COMPILED_AUTOCAST] if device.is_cuda and case.torch_dtype.itemsize == 2 else [COMPILED]
 
 
 def find_method(name: str, case: Case, device: Device) -> Method:
