@@ -101,6 +101,12 @@ def proof_cases() -> list[Case]:
         _case("infonce", "two_view", large, dtype=t, learned=True, temperature=0.07) for t in ("float16", "bfloat16")
     ]
     cases += [_case("infonce", "two_view", 4096, dim=d, dtype=t) for d in (128, 512) for t in ("float32", "tf32")]
+    cases += [_case("infonce", "two_view", 4096, dim=d, dtype="fp16x3") for d in (64, 128, 256)]
+    cases += [
+        _case("infonce", "symmetric", 4097, dtype="fp16x3"),
+        _case("infonce", "queue", 1024, 65536, dtype="fp16x3"),
+    ]
+    cases += [_case("hard_negative", "two_view", 4096, dtype="fp16x3")]
     cases += [_case("bayesian", "two_view", 4096, dtype="bfloat16")]
     cases += [
         _case("false_negative", "views", 4096, dtype="bfloat16"),
@@ -124,7 +130,7 @@ def speed_cases() -> list[Case]:
     cases += [_case("infonce", "symmetric", large, dim=d, dtype="bfloat16") for d in (128, 512, 768)]
     cases += [_case("infonce", "two_view", n, dtype="bfloat16") for n in (1024, 4096, 16384)]
     cases += [_case(loss, "two_view", large, dtype="bfloat16") for loss in ("debiased", "hard_negative")]
-    cases += [_case("infonce", "two_view", large, dtype=t) for t in ("float16", "tf32")]
+    cases += [_case("infonce", "two_view", large, dtype=t) for t in ("float16", "tf32", "fp16x3")]
     return cases
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .case import Case
 from .device import Device
 from .flops import executed_flops
@@ -30,7 +32,7 @@ def exponentials(method: str, case: Case, processors: int | None = None) -> tupl
         return None
     first, *others = dense.exponents
     each = len([first, *(beta for beta in others if beta != 2 * first)])
-    forward, backward = executed_flops(method, case, processors)
+    forward, backward = executed_flops(method, replace(case, dtype="bfloat16"), processors)  # those of one product
     products = 2.0 * case.n * case.m * case.dim  # of the whole matrix of scores
     # the backward: one more product for every side's gradient; stored weights serve both
     sweeps = (backward / products - (2 if case.layout == "symmetric" else 1)) if backward else 0.0

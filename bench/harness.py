@@ -105,9 +105,11 @@ class Harness:
         self.say(f"timing all in turns: {case.name}")
         inputs = timing.rotation(self.device, lambda seed: inputs_of(case, self.device.torch, seed))
         calls = {method.name: _call(method, case) for method in methods}
-        gemm = self.device.gemm_tflops(case.torch_dtype)
+        gemm = self.device.gemm_tflops(case.products_dtype)
         timings = timing.interleave(self.device, calls, inputs, self.seconds, self.rounds)
-        gemm = max(gemm, self.device.gemm_tflops(case.torch_dtype))  # of both sides: a neighbour may have held up one
+        gemm = max(
+            gemm, self.device.gemm_tflops(case.products_dtype)
+        )  # of both sides: a neighbour may have held up one
         baselines = [method.name for method in methods if not method.is_ours]
         timed = {}
         for method in methods:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import contrastive_ext
+from contrastive_ext.numerics import SPLIT_PRODUCTS
 
 from . import baselines
 from .case import Case, Inputs
@@ -86,6 +87,8 @@ def backends_for(case: Case, device: Device) -> list[Method]:
     if reasons["cuda"] is None:
         reasons["cuda"] = _why_not_cuda(case)
     names = [name for name, reason in reasons.items() if name not in {"reference", *left_out} and reason is None]
+    if case.dtype in SPLIT_PRODUCTS:
+        names = [name for name in names if name == "triton"]
     if not is_ranked(case):
         return [_backend(name) for name in names]
     exact = [_backend(name, ranks="exact") for name in names]

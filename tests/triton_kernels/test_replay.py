@@ -31,7 +31,7 @@ def _batch(images: int, columns: int, dtype: torch.dtype) -> list[torch.Tensor]:
     [("infonce", torch.float32, False), ("infonce", torch.float16, True), ("hard_negative", torch.float16, False)],
 )
 @pytest.mark.parametrize("layout, columns", [("two_view", 37), ("one_way", 45), ("symmetric", 37)])
-def test_a_replay_gives_the_same_bits(layout, columns, formula, dtype, learned):
+def test_a_replay_gives_the_same_bits_on_a_gpu_too(layout, columns, formula, dtype, learned):
     """Three calls with other numbers: worked out, watched, replayed."""
     parameters, exponents = FORMULAS[formula]
     value = 0.0 if learned else 7.0
