@@ -7,6 +7,7 @@ are never themselves rounded in between.
 
 from __future__ import annotations
 
+import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -54,6 +55,13 @@ def without_autocast(z: object) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
+def _known_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same; torch works out the signature of a `forward` beside a `setup_context` anew in every call, 10 us."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
+
+
+@_known_signature
 class _Product(torch.autograd.Function):
     """What torch.compile traces, which knows no Function with a jvp."""
 
@@ -121,6 +129,7 @@ def normalize(z: Tensor) -> Tensor:
     return z * shrink / norm
 
 
+@_known_signature
 class _Normalize(torch.autograd.Function):
     # by hand: five tensor operations in the backward instead of twenty (docs/measurements.md, small batches)
     @staticmethod
@@ -166,6 +175,7 @@ def resolve_operand_dtype(dtype: torch.dtype, asked: torch.dtype | str | None) -
     raise ValueError(f"operand_dtype of {dtype} inputs must be {allowed}; got {asked!r}.")
 
 
+@_known_signature
 class _RoundOperand(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
