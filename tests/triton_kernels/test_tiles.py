@@ -403,3 +403,14 @@ def test_split_operands_end_where_rows_no_longer_stay_in_a_program():
     z = torch.randn(4, 300, device=DEVICE)
     with pytest.raises(RuntimeError, match="'fp16x3' products end at 256 features; these rows have 300"):
         ce.fused_infonce_loss(z, z, backend="triton", operand_dtype="fp16x3")
+
+
+def test_ranks_of_split_operands_are_those_of_float32():
+    """A histogram is asked four times for the bin of a pair: its sweeps stay in float32, of any number of features."""
+    z1, z2 = (_vectors(30, 21, torch.float32).detach().requires_grad_() for _ in "12")
+    results = []
+    for how in ({}, {"operand_dtype": "fp16x3"}):
+        loss = ce.fused_bayesian_loss(z1, z2, 0.1, ranks="histogram", backend="triton", **how)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (z1, z2))))
+    for plain, split in zip(*results, strict=True):
+        torch.testing.assert_close(split, plain, rtol=1e-5, atol=1e-7)

@@ -6,6 +6,8 @@ plain statistics, which looks omega up.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> 
     """Ranked statistics of `problem`; see `RankedStatistics`."""
     if not ranking.bins:
         return torch_ranked.ranked_forward(problem, ranking, diagnostics=diagnostics)
+    problem = _in_float32(problem)
     u, n, bins = problem.u, problem.pairs.num_rows, ranking.bins
     with launch.on_device(u.device):
         partial = _sweep(problem, "RANGE", bins, parts=2)
@@ -48,12 +51,18 @@ def ranked_backward(
     """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
     if not ranking.bins:
         return torch_ranked.ranked_backward(problem, ranking, stats, grad_lse, need_u=need_u, need_v=need_v)
+    problem = _in_float32(problem)
     ranks = Ranks(ranking.bins, stats.axis, stats.below, _shape(ranking, stats.lse))
     term = Term(stats.lse[None].contiguous(), grad_lse[None].contiguous(), ranks)
     with launch.on_device(problem.u.device):
         found = gradients(problem, term, None, need_u, need_v)
         du, dv = (problem.u.new_empty(0) if x is None else total(x) for x in found)
     return du, dv
+
+
+def _in_float32(problem: Problem) -> Problem:
+    """The problem without products of parts: each of the four sweeps has to find the same bin for a pair."""
+    return replace(problem, products="") if problem.products else problem
 
 
 def _sweep(
