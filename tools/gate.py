@@ -32,6 +32,7 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # registers.
 KNOWN_STACKS = {
     ("forward", "clip", 128): 160,
+    ("forward", "clip", 1024): 8,  # Triton 3.8 alone
     ("forward", "triangle", 128): 16,
     ("backward", "plain", 256): 16,
     ("backward", "plain", 1024): 56,
