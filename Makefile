@@ -139,12 +139,13 @@ sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer 
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(RUN) tests/csrc/cpu/sanitize_shapes.py build/sanitize/_C.so
 
-gpu-files: $(BUILT) ## what a GPU machine without network or .git is given: library, ladder and commit in build/gpu
+gpu-files: $(BUILT) ## what a GPU machine without network or .git is given: library, ladder, commit, what is measured
 	mkdir -p build/gpu
 	PATH="$(abspath $(BIN)):$$PATH" CONTRASTIVE_EXT_CUDA=1 $(RUN) setup.py -q build_ext --inplace --force
 	cp contrastive_ext/_C*.so build/gpu/
 	$(RUN) tools/cuda_gate.py build-ladder build/gpu/ladder
 	git describe --always --dirty --abbrev=40 > build/gpu/commit.txt
+	$(RUN) tools/gpu_results.py --measured > build/gpu/measured.txt
 
 gpu: ## on a GPU machine: prove, time and test with the torch of $(PYTHON); needs no network, makes no .venv
 	PYTHON=$(PYTHON) bash tools/gpu.sh $(STEPS)

@@ -10,6 +10,7 @@ The files from the ground up; each imports only what stands above it in this lis
     losses.py       the table of losses: public function and dense formula side by side
     baselines.py    what people run today: eager, chunked, torch.compile, other libraries
     flops.py        what each method multiplies
+    floors.py       what bounds it beside that: exponentials, memory
     cases.py        the table of what is measured
     methods.py      every way to compute a case: our backends and the baselines
     gate.py         nothing is timed before it is right

@@ -39,6 +39,7 @@ from .hosts import hosts
 from .losses import PAIR_LOSSES
 from .memory import HostMemory
 from .proof import prove
+from .results import Results
 from .run import STOPPED, run, show
 from .smoke import smoke
 from .speed import speed
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(options: argparse.Namespace) -> int:
     if options.command == "show":
-        return show(options.results, options.page)
+        return show(options.results, options.page, options.against)
     methods.left_out.update(options.without)
     if options.tiles is not None:
         prefer(options.tiles)
@@ -87,7 +88,8 @@ def _command(options: argparse.Namespace) -> int:
         index = options.shard[0] if options.shard else 0
         return int(prove(device, options.out / f"proof-{index}.jsonl", _share(proof_cases(), options)) > 0)
     if options.command == "speed":
-        return speed(device, options.out, options.time_limit or _SPEED_LIMIT_S, _share(speed_cases(), options))
+        limit = options.time_limit or _SPEED_LIMIT_S
+        return speed(device, options.out, limit, _share(speed_cases(), options), options.compile, options.against)
     return tune(device, options.features, options.rows, options.dtype, options.out, options.shard, options.most)
 
 
@@ -101,11 +103,17 @@ def _bench(options: argparse.Namespace) -> int:
         table += cpu_long_cases()
     jobs = {f"digits {short_name(name)}": name for name in PAIR_LOSSES}
     chosen = _matching(options.only, [*jobs, *(case.name for case in table)])
-    cases = [replace(case, peers=options.peers) for case in table if case.name in chosen]
+    cases = [
+        replace(case, peers=options.peers, compile=case.compile and options.compile)
+        for case in table
+        if case.name in chosen
+    ]
     kind = "-quick" if options.quick else "-long" if options.long else ""
     path = options.out / f"{environment.slug(device)}{kind}.json"
     limit = options.time_limit or (_LONG_TIME_LIMIT_S if options.long else _TIME_LIMIT_S[device.kind])
-    return run(device, cases, [jobs[name] for name in jobs if name in chosen], path, limit, options.quick)
+    return run(
+        device, cases, [jobs[name] for name in jobs if name in chosen], path, limit, options.quick, options.against
+    )
 
 
 def _matching(only: re.Pattern[str], names: Iterable[str]) -> list[str]:
@@ -172,6 +180,13 @@ def _batches(options: argparse.Namespace) -> int:
     return 0
 
 
+def _results(text: str) -> Results:
+    try:
+        return Results.read(Path(text))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _regex(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
@@ -195,12 +210,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--without", nargs="+", default=[], metavar="BACKEND", help="backends not to run")
     parser.add_argument("--tiles", type=Path, metavar="FILE", help="use the fastest tiles of a file of `tune`")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="begin no case later")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile as baseline")
+    parser.add_argument("--against", type=_results, metavar="FILE", help="say what changed since this results file")
     commands = parser.add_subparsers(
         dest="command", metavar="show | smoke | hosts | batches | negatives | proof | speed | tune"
     )
     smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
     proof_parser = commands.add_parser("proof", help="real shapes against float64, repeats bit by bit: proof-<i>.jsonl")
     speed_parser = commands.add_parser("speed", help="the table of goals, kernel by kernel: speed.json, kernels.json")
+    show_parser = commands.add_parser("show", help="print a results file and draw its picture again")
     for command in (smoke_parser, proof_parser, speed_parser):
         command.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
         command.add_argument(
@@ -216,6 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     host_parser = commands.add_parser("hosts", help="losses of other libraries, where installed, beside their adapters")
     host_parser.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
     host_parser.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
+    for command in (speed_parser, show_parser):
+        command.add_argument("--against", type=_results, default=argparse.SUPPRESS, metavar="FILE")
+    speed_parser.add_argument("--no-compile", dest="compile", action="store_false", default=argparse.SUPPRESS)
     speed_parser.add_argument("--time-limit", type=float, default=argparse.SUPPRESS, metavar="SECONDS")
     large = commands.add_parser("batches", help="gradient cache and ring of processes on this CPU: batches.json")
     large.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
@@ -239,7 +260,6 @@ def _parser() -> argparse.ArgumentParser:
     tuning.add_argument("--shard", type=_shard, metavar="I/N", help="run every N-th tile once and time none")
     tuning.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
     tuning.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
-    show_parser = commands.add_parser("show", help="print a results file and draw its picture again")
     show_parser.add_argument("results", type=Path, metavar="RESULTS.json")
     show_parser.add_argument("--page", type=Path, metavar="FILE", help="put the table between the marks of this file")
     return parser

@@ -3,8 +3,9 @@
     normalise -> u v^T / t -> positives and self set to -inf -> logsumexp over each row -> O(N) formula of the loss
 
 `eager` keeps the N x M matrix, `chunked` recomputes it block by block in the backward (torch.utils.checkpoint),
-`compiled` is torch.compile of `eager`, `autocast` is `eager` with 16-bit products. Formulas: formulas.py and
-own_losses.py. Run by blocks in float64 they are the truth of the correctness gate (gate.py).
+`compiled` is torch.compile of `eager`, `autocast` is `eager` with 16-bit products, which is the precision of a 16-bit
+case, `compiled_autocast` torch.compile of that. Formulas: formulas.py and own_losses.py. Run by blocks in float64 they
+are the truth of the correctness gate (gate.py).
 """
 
 from __future__ import annotations
@@ -89,13 +90,18 @@ def autocast(case: Case, inputs: Inputs) -> Tensor:
 
 def compiled(case: Case, inputs: Inputs) -> Tensor:
     """torch.compile of `eager`; the first call of a case compiles."""
-    return _compiled(case)(inputs)
+    return _compiled(case, eager)(inputs)
+
+
+def compiled_autocast(case: Case, inputs: Inputs) -> Tensor:
+    """torch.compile of `autocast`."""
+    return _compiled(case, autocast)(inputs)
 
 
 @cache
-def _compiled(case: Case) -> Callable[[Inputs], Tensor]:
+def _compiled(case: Case, method: Callable[[Case, Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
     torch._dynamo.reset()  # one case at a time: static shapes, and no recompilation limit over a long run
-    return torch.compile(lambda inputs: eager(case, inputs), dynamic=False)
+    return torch.compile(lambda inputs: method(case, inputs), dynamic=False)
 
 
 def _unit(case: Case, inputs: Inputs, operand_dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -185,6 +191,13 @@ def _inf_cl(case, inputs):
     return (cal_inf_loss(u1, u2, scale=scale) + cal_inf_loss(u2, u1, scale=scale)) / 2
 
 
+def _memeff(case, inputs):
+    from memeff import MemoryEfficientCLIPLoss
+
+    # stable=True would scale the gradient by the square root of the batch
+    return MemoryEfficientCLIPLoss(temperature=case.temperature, stable=False)(inputs.z1, inputs.z2)
+
+
 THIRD_PARTIES: dict[str, ThirdParty] = {
     "lightly": ThirdParty("lightly", "fused_infonce_loss", "two_view", _lightly_ntxent),
     "lightly DCL": ThirdParty("lightly", "fused_decoupled_loss", "two_view", _lightly_decoupled),
@@ -193,4 +206,5 @@ THIRD_PARTIES: dict[str, ThirdParty] = {
     ),
     "open_clip": ThirdParty("open_clip", "fused_infonce_loss", "symmetric", _open_clip),
     "inf_cl": ThirdParty("inf_cl", "fused_infonce_loss", "symmetric", _inf_cl),
+    "memeff": ThirdParty("memeff", "fused_infonce_loss", "symmetric", _memeff),
 }

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from contrastive_ext.numerics import SPLIT_PRODUCTS
+
 PAIR_LAYOUTS = ("two_view", "symmetric", "queue")
 
 # name -> (dtype of the inputs, TF32 products allowed)
@@ -23,6 +25,7 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, False),
     "float16": (torch.float16, False),
     "float64": (torch.float64, False),
+    **dict.fromkeys(SPLIT_PRODUCTS, (torch.float32, False)),  # float32 inputs, operand_dtype= of that name
 }
 
 
@@ -80,6 +83,11 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the inputs."""
         return DTYPES[self.dtype][0]
+
+    @property
+    def products_dtype(self) -> torch.dtype:
+        """The dtype whose matrix products the case is made of."""
+        return torch.float16 if self.dtype in SPLIT_PRODUCTS else self.torch_dtype
 
     @property
     def name(self) -> str:

@@ -90,9 +90,18 @@ def cuda_cases(quick: bool) -> list[Case]:
 
 
 def proof_cases() -> list[Case]:
-    """What the GPU kernels have paths for, at shapes that take them: triangles, launches, widths, ragged ends."""
+    """What the GPU kernels have paths for, at shapes that take them: triangles, launches, widths, ragged ends.
+
+    What no GPU has run yet comes early (docs/measurements.md, "What a GPU has to show next").
+    """
     wide, large = (64, 128, 256, 512, 768, 1024), 17024
     cases = [_case("infonce", "two_view", large, dim=d, dtype=t) for d in wide for t in ("float16", "bfloat16")]
+    cases += [_case("infonce", "two_view", 4096, dim=d, dtype="fp16x3") for d in (64, 128, 256)]
+    cases += [
+        _case("infonce", "symmetric", 4097, dtype="fp16x3"),
+        _case("infonce", "queue", 1024, 65536, dtype="fp16x3"),
+    ]
+    cases += [_case("hard_negative", "two_view", 4096, dtype="fp16x3")]
     cases += [_case("infonce", "symmetric", 8192, dim=d, dtype="bfloat16") for d in (128, 512, 768)]
     cases += [_case("infonce", "symmetric", 4097, dim=d, dtype=t) for d, t in ((128, "float16"), (768, "bfloat16"))]
     cases += [_case("infonce", "queue", 1024, 65536, dtype=t) for t in ("float16", "bfloat16")]
@@ -125,7 +134,7 @@ def speed_cases() -> list[Case]:
     cases += [_case("infonce", "symmetric", large, dim=d, dtype="bfloat16") for d in (128, 512, 768)]
     cases += [_case("infonce", "two_view", n, dtype="bfloat16") for n in (1024, 4096, 16384)]
     cases += [_case(loss, "two_view", large, dtype="bfloat16") for loss in ("debiased", "hard_negative")]
-    cases += [_case("infonce", "two_view", large, dtype=t) for t in ("float16", "tf32")]
+    cases += [_case("infonce", "two_view", large, dtype=t) for t in ("float16", "tf32", "fp16x3")]
     return cases
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import subprocess
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -84,6 +86,34 @@ class Device:
         self.synchronize()
         times = sorted(self.milliseconds(*pair) for pair in itertools.pairwise(marks))
         return 2 * size**3 / times[len(times) // 2] / 1e9
+
+    def exponentials_per_s(self, per_cycle: int) -> float | None:
+        """Of a GPU whose processors make so many in a cycle, at its highest clock; None where nobody says that."""
+        if self.processors is None or self._clock_hz() is None:
+            return None
+        return per_cycle * self.processors * self._clock_hz()
+
+    @cache  # noqa: B019 (a run has one device)
+    def _clock_hz(self) -> float | None:
+        command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+        try:
+            return 1e6 * float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
+        except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+            return None
+
+    @cache  # noqa: B019
+    def copy_bytes_per_s(self) -> float:
+        """Bytes read and written by a copy that no cache holds."""
+        size = (1 << 30) if self.is_cuda else max(64 << 20, 2 * self.cache_bytes())
+        source = torch.ones(size, dtype=torch.uint8, device=self.torch)
+        target = torch.empty_like(source)
+        marks = [self.mark()]
+        for _ in range(_GEMM_REPEATS):
+            target.copy_(source)
+            marks.append(self.mark())
+        self.synchronize()
+        times = sorted(self.milliseconds(*pair) for pair in itertools.pairwise(marks))
+        return 2 * size / times[len(times) // 2] * 1e3
 
 
 def _available_host_bytes() -> int:

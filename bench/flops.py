@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from contrastive_ext.numerics import SPLIT_PRODUCTS
+
 from .case import Case
 from .losses import dense_of, is_ranked
 from .own_losses import OwnLoss
@@ -69,6 +71,8 @@ def executed_flops(method: str, case: Case, processors: int | None = None) -> tu
         forward, backward = _as_laid_out(case, processors, forward, backward)
     columns = case.m + (case.n if isinstance(dense, OwnLoss) and dense.batch_keys else 0)
     elements = float(case.n) * columns * case.dim
+    if method == "triton" and case.dtype in SPLIT_PRODUCTS:
+        elements *= 3
     return forward * elements, backward * elements
 
 
@@ -77,7 +81,7 @@ def _as_laid_out(case: Case, processors: int, forward: float, backward: float) -
     from contrastive_ext.backends.triton import forward as triton_forward
     from contrastive_ext.backends.triton import launch as triton_launch
 
-    products = {"float32": "ieee", "tf32": "tf32", "float64": "fp64"}.get(case.dtype, "16-bit")
+    products = {"float32": "ieee", "tf32": "tf32", "float64": "fp64", "fp16x3": "split"}.get(case.dtype, "16-bit")
     config = triton_launch.kernels().configs.choose(
         "forward", products, case.dim, triton_launch.architecture(torch.device("cuda"))
     )

@@ -12,6 +12,7 @@ import torch
 from . import gate, timing
 from .case import Case, Inputs
 from .device import Device
+from .floors import floors
 from .flops import executed_flops
 from .gate import Truth
 from .losses import inputs_of
@@ -84,7 +85,7 @@ class Harness:
         seconds = time.perf_counter() - began
         if ratio > 1:
             return replace(row, gate=ratio, status=RED)
-        if seconds > SLOWEST_CALL_S and method.name != COMPILED.name:  # whose first call compiles
+        if seconds > SLOWEST_CALL_S and not method.name.startswith(COMPILED.name):  # whose first call compiles
             return replace(row, gate=ratio, status=TOO_SLOW)
         return replace(row, gate=ratio)
 
@@ -93,7 +94,7 @@ class Harness:
         if self.device.is_cuda:
             return replace(row, peak_extra_mib=peak_mib_cuda(method, case, self.device))
         # in a fresh process torch.compile would compile once more, tens of seconds for one number
-        if self.host_memory is None or method.name == COMPILED.name:
+        if self.host_memory is None or method.name.startswith(COMPILED.name):
             return row
         peak = self.host_memory.peak_mib(method, case)
         return replace(row, peak_extra_mib=peak) if peak is not None else replace(row, status=OUT_OF_MEMORY)
@@ -104,9 +105,11 @@ class Harness:
         self.say(f"timing all in turns: {case.name}")
         inputs = timing.rotation(self.device, lambda seed: inputs_of(case, self.device.torch, seed))
         calls = {method.name: _call(method, case) for method in methods}
-        gemm = self.device.gemm_tflops(case.torch_dtype)
+        gemm = self.device.gemm_tflops(case.products_dtype)
         timings = timing.interleave(self.device, calls, inputs, self.seconds, self.rounds)
-        gemm = max(gemm, self.device.gemm_tflops(case.torch_dtype))  # of both sides: a neighbour may have held up one
+        gemm = max(
+            gemm, self.device.gemm_tflops(case.products_dtype)
+        )  # of both sides: a neighbour may have held up one
         baselines = [method.name for method in methods if not method.is_ours]
         timed = {}
         for method in methods:
@@ -114,6 +117,9 @@ class Harness:
             # the baselines multiply 16-bit inputs in fp32, which is not the rate measured here
             if method.is_ours or case.torch_dtype == torch.float32:
                 row = _with_shares(row, method, case, self.device.processors)
+            if method.is_ours:
+                exponentials, memory = floors(method.name, case, self.device)
+                row = replace(row, exp_floor_ms=exponentials, memory_floor_ms=memory)
             others = [name for name in baselines if name != method.name]
             row = replace(row, ratios={b: timing.ratio(timings[b], timings[method.name]) for b in others})
             if method.is_ours and self.device.is_cuda and case.n <= LARGEST_GRAPH:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import contrastive_ext
+from contrastive_ext.numerics import SPLIT_PRODUCTS
 
 from . import formulas, own_losses
 from .case import PAIR_LAYOUTS, Case, Inputs
@@ -95,6 +96,8 @@ def fused(case: Case, inputs: Inputs, backend: str, reduction: str, **parameters
     options: dict = {"layout": case.layout}
     if case.layout == "queue":
         options = {"layout": "one_way", "queue": inputs.queue, "in_batch_negatives": False}
+    if case.dtype in SPLIT_PRODUCTS:
+        options["operand_dtype"] = case.dtype
     return function(
         inputs.z1, inputs.z2, case.temperature, backend=backend, reduction=reduction, **options, **parameters
     )

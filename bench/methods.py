@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import contrastive_ext
+from contrastive_ext.numerics import SPLIT_PRODUCTS
 
 from . import baselines
 from .case import Case, Inputs
@@ -64,6 +65,7 @@ def _baseline(name: str, row_losses: Callable[[Case, Inputs], Tensor], keeps_mat
 EAGER = _baseline("eager", baselines.eager, keeps_matrix=True)
 CHUNKED = _baseline("chunked", baselines.chunked, keeps_matrix=False)
 COMPILED = _baseline("compile", baselines.compiled, keeps_matrix=True)
+COMPILED_AUTOCAST = _baseline("compile, autocast", baselines.compiled_autocast, keeps_matrix=True)
 COMPARISON = _baseline("comparison", baselines.comparison, keeps_matrix=True)
 AUTOCAST = _baseline("autocast", baselines.autocast, keeps_matrix=True)
 
@@ -85,6 +87,8 @@ def backends_for(case: Case, device: Device) -> list[Method]:
     if reasons["cuda"] is None:
         reasons["cuda"] = _why_not_cuda(case)
     names = [name for name, reason in reasons.items() if name not in {"reference", *left_out} and reason is None]
+    if case.dtype in SPLIT_PRODUCTS:
+        names = [name for name in names if name == "triton"]
     if not is_ranked(case):
         return [_backend(name) for name in names]
     exact = [_backend(name, ranks="exact") for name in names]
@@ -107,13 +111,18 @@ def methods_for(case: Case, device: Device) -> list[Method]:
     if is_ranked(case) and case.n <= LARGEST_COMPARISON:
         methods.append(COMPARISON)
     if case.compile:
-        methods.append(COMPILED)
+        methods += compiled_for(case, device)
     if case.dtype == "bfloat16" or (device.is_cuda and case.dtype == "float32"):
         methods.append(AUTOCAST)
     if case.peers and (device.is_cuda or case.dtype == "float32"):
         libraries = {name: library for name, library in baselines.THIRD_PARTIES.items() if library.computes(case)}
         methods += [Method(name, None, lib.mean_loss, keeps_matrix=True) for name, lib in libraries.items()]
     return methods
+
+
+def compiled_for(case: Case, device: Device) -> list[Method]:
+    """torch.compile in float32 and, on a GPU for inputs of 16 bits, with products of their precision."""
+    return [COMPILED, COMPILED_AUTOCAST] if device.is_cuda and case.torch_dtype.itemsize == 2 else [COMPILED]
 
 
 def find_method(name: str, case: Case, device: Device) -> Method:

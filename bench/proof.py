@@ -64,7 +64,10 @@ def _lines(device: Device, case: Case):
 def _checked(device: Device, case: Case, method: Method, inputs: Inputs, truth: gate.Truth) -> dict:
     ratio = gate.error_ratio(method, case, inputs, truth)
     first, second = _bits(case, method, inputs, truth), _bits(case, method, inputs, truth)
-    found = {"ratio": ratio, "repeats": all(map(torch.equal, first, second))}
+    # the third call of a kind is replayed on the short road
+    means = [_mean_bits(case, method, inputs) for _ in range(3)]
+    pairs = [(first, second), *((means[0], other) for other in means[1:])]
+    found = {"ratio": ratio, "repeats": all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))}
     if case.learned:
         found |= {"temperature_gradient": (error := _learned(case, method, inputs))}
         found["ratio"] = max(ratio, error)
@@ -75,6 +78,11 @@ def _checked(device: Device, case: Case, method: Method, inputs: Inputs, truth: 
 def _bits(case: Case, method: Method, inputs: Inputs, truth: gate.Truth) -> tuple[Tensor, ...]:
     losses = method.row_losses(case, inputs)
     return (losses.detach(), *torch.autograd.grad(losses, inputs.leaves, truth.upstream.to(losses.dtype)))
+
+
+def _mean_bits(case: Case, method: Method, inputs: Inputs) -> tuple[Tensor, ...]:
+    loss = method.mean_loss(case, inputs)
+    return (loss.detach(), *torch.autograd.grad(loss, inputs.leaves))
 
 
 def _learned(case: Case, method: Method, inputs: Inputs) -> float:

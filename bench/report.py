@@ -6,6 +6,7 @@ chunked PyTorch. These are never cut; more stands to their right as far as the t
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -173,6 +174,24 @@ def closing(results: Results, files: Sequence[Path], hints: Sequence[tuple[str, 
     for command, what in hints:
         lines += textwrap.wrap(f"{command}: {what}", width() - 1, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def comparison(results: Results, before: Results) -> str:
+    """What was ours in both files: milliseconds before and now, how many times faster, most changed first."""
+    known = {(row.case_name, row.backend): row for row in before.rows if row.is_ours and row.total_quartiles_ms}
+    lines = []
+    for row in results.rows:
+        old = known.get((row.case_name, row.backend))
+        if old is not None and old.total_quartiles_ms and row.total_quartiles_ms:
+            was, now = old.total_quartiles_ms[1], row.total_quartiles_ms[1]
+            lines.append(
+                (was / now, f"  {row.case_name}, {row.backend}: {milliseconds(was)} -> {milliseconds(now)} ms")
+            )
+    if not lines:
+        return "Nothing of ours was timed in both files."
+    text = [f"{line}, {ratio:.2f}x" for ratio, line in sorted(lines, key=lambda x: -abs(math.log(x[0])))]
+    commits = f"{before.environment.get('commit')} on {before.environment.get('device')}"
+    return "\n".join([f"Against {commits}:", *text])
 
 
 def at_one_size(rows: Sequence[Row]) -> tuple[int, list[Row]]:

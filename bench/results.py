@@ -29,6 +29,8 @@ class Row:
     gate            largest error over its tolerance; above 1 is red
     ratios          baseline time / this time, quartiles over rounds; above 1 this method is faster
     graph_ms        forward + backward replayed as a CUDA graph (small N)
+    exp_floor_ms    [forward, backward] of the exponentials alone on a GPU, memory_floor_ms of reading and writing rows
+                    once, both floors.py
     """
 
     loss: str
@@ -54,6 +56,8 @@ class Row:
     forward_gemm_share: float | None = None
     backward_gemm_share: float | None = None
     ratios: dict[str, list[float]] = field(default_factory=dict)
+    exp_floor_ms: list[float] | None = None
+    memory_floor_ms: float | None = None
 
     @property
     def case_name(self) -> str:

@@ -24,7 +24,15 @@ _DIGITS_STEPS = {False: 20, True: 5}
 _SECONDS_PER_CASE = {False: 1.0, True: 0.5}
 
 
-def run(device: Device, cases: Sequence[Case], jobs: Sequence[str], path: Path, limit: float, quick: bool) -> int:
+def run(
+    device: Device,
+    cases: Sequence[Case],
+    jobs: Sequence[str],
+    path: Path,
+    limit: float,
+    quick: bool,
+    against: Results | None = None,
+) -> int:
     """Run jobs (losses to train with) and cases, begin none after `limit` seconds; 1 if a result was wrong."""
     if jobs and importlib.util.find_spec("sklearn") is None:
         print("The trainings on digits are left out: they need scikit-learn.")
@@ -45,6 +53,8 @@ def run(device: Device, cases: Sequence[Case], jobs: Sequence[str], path: Path, 
     results.seconds = round(time.monotonic() - began, 1)
     results.write(path)
     print(report.closing(results, write_views(results, path), _HINTS))
+    if against is not None:
+        print(report.comparison(results, against))
     if stopped:
         print(f"Stopped after {len(cases) - len(results.left_out)} of {len(cases)} cases.")
         return STOPPED
@@ -58,7 +68,7 @@ _HINTS = (
 )
 
 
-def show(path: Path, page: Path | None = None) -> int:
+def show(path: Path, page: Path | None = None, against: Results | None = None) -> int:
     """Print the lines of a results file and draw its picture again; put its table between a page's marks."""
     try:
         results = Results.read(path)
@@ -70,6 +80,8 @@ def show(path: Path, page: Path | None = None) -> int:
     for rows in results.cases():
         print(report.group(rows))
     print(report.closing(results, write_views(results, path), _HINTS))
+    if against is not None:
+        print(report.comparison(results, against))
     if page is not None:
         before, _, rest = page.read_text().partition(MARKS[0])
         page.write_text(before + MARKS[0] + report.markdown(results) + MARKS[1] + rest.split(MARKS[1])[1])

@@ -13,19 +13,25 @@ from pathlib import Path
 
 import torch
 
-from . import environment
+from . import environment, report
 from .case import Case
 from .device import Device
 from .harness import Harness
 from .losses import inputs_of
-from .methods import EAGER, backends_for
+from .methods import AUTOCAST, EAGER, backends_for, compiled_for
 from .results import Results
 
 ROUNDS, PROFILED_CALLS = 15, 3
 
 
-def speed(device: Device, out: Path, limit: float, cases: Sequence[Case]) -> int:
-    """Time every case, the first in any case, until `limit` seconds are over; 1 if a result was wrong."""
+def speed(
+    device: Device, out: Path, limit: float, cases: Sequence[Case], compile: bool = True, against: Results | None = None
+) -> int:
+    """Time every case, the first in any case, until `limit` seconds are over; 1 if a result was wrong.
+
+    Baselines are eager PyTorch in float32, as autocast has it where inputs have 16 bits, and at the end, with
+    `compile` and if there is time, torch.compile of both for the first case.
+    """
     out.mkdir(parents=True, exist_ok=True)
     results, began = Results(environment.facts(device)), time.monotonic()
     harness = Harness(device, None, seconds=0.0, rounds=ROUNDS)
@@ -34,7 +40,8 @@ def speed(device: Device, out: Path, limit: float, cases: Sequence[Case]) -> int
         if timed and time.monotonic() - began > limit:
             results.left_out.append(case.name)
             continue
-        rows = harness.run(case, [*backends_for(case, device), EAGER])
+        matched = [AUTOCAST] if case.torch_dtype.itemsize == 2 else []
+        rows = harness.run(case, [*backends_for(case, device), EAGER, *matched])
         results.add(rows)
         for row in rows:
             print(_line(case, row), flush=True)
@@ -44,6 +51,14 @@ def speed(device: Device, out: Path, limit: float, cases: Sequence[Case]) -> int
     results.write(out / "speed.json")
     kernels = {case.name: kernel_times(device, case) for case in timed}
     (out / "kernels.json").write_text(json.dumps(kernels, indent=1) + "\n")
+    if compile and time.monotonic() - began < limit:
+        rows = harness.run(cases[0], compiled_for(cases[0], device))
+        results.add(rows)
+        results.write(out / "speed.json")
+        for row in rows:
+            print(_line(cases[0], row), flush=True)
+    if against is not None:
+        print(report.comparison(results, against))
     return 0 if results.is_green else 1
 
 
@@ -73,6 +88,13 @@ def _line(case: Case, row) -> str:
     shares = [f"{100 * share:.0f} %" if share else "-" for share in (row.forward_gemm_share, row.backward_gemm_share)]
     return (
         f"{case.name:<50} {row.backend:<10} {row.forward_ms:9.3f} + {row.backward_ms:9.3f} ms  of the library's rate "
-        f"{shares[0]}, {shares[1]}  {row.peak_extra_mib or 0:8.0f} MiB  graph {row.graph_ms}  gate {row.gate:.2f}  "
-        + ", ".join(f"{name} x{ratio[1]:.2f}" for name, ratio in row.ratios.items())
+        f"{shares[0]}, {shares[1]}  {_floors(row)}{row.peak_extra_mib or 0:8.0f} MiB  graph {row.graph_ms}  "
+        f"gate {row.gate:.2f}  " + ", ".join(f"{name} x{ratio[1]:.2f}" for name, ratio in row.ratios.items())
     )
+
+
+def _floors(row) -> str:
+    if row.memory_floor_ms is None:
+        return ""
+    exponentials = "" if row.exp_floor_ms is None else "exp {:.3f} + {:.3f}, ".format(*row.exp_floor_ms)
+    return f"floors: {exponentials}memory {row.memory_floor_ms:.3f} ms  "

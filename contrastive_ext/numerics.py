@@ -7,6 +7,7 @@ are never themselves rounded in between.
 
 from __future__ import annotations
 
+import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Products of float32 operands on matrix units for 16 bits: every operand is the sum of two parts of 16 bits, a product
+# the three products of parts that matter. Parts in fp16 keep 22 bits. Not every backend has them.
+SPLIT_PRODUCTS = ("fp16x3",)
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,6 +55,13 @@ def without_autocast(z: object) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
+def _known_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same; torch works out the signature of a `forward` beside a `setup_context` anew in every call, 10 us."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
+
+
+@_known_signature
 class _Product(torch.autograd.Function):
     """What torch.compile traces, which knows no Function with a jvp."""
 
@@ -118,6 +129,7 @@ def normalize(z: Tensor) -> Tensor:
     return z * shrink / norm
 
 
+@_known_signature
 class _Normalize(torch.autograd.Function):
     # by hand: five tensor operations in the backward instead of twenty (docs/measurements.md, small batches)
     @staticmethod
@@ -152,14 +164,18 @@ def scaled_norm(z: Tensor) -> tuple[Tensor, Tensor]:
     return shrink, norm.masked_fill(norm <= finfo.tiny**0.5, torch.inf)
 
 
-def resolve_operand_dtype(dtype: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    """The dtype of products for inputs of `dtype`: its own, or 16 bits asked for float32; ValueError otherwise."""
-    if asked in (None, dtype) or (dtype == torch.float32 and asked in (torch.float16, torch.bfloat16)):
-        return asked or dtype
-    allowed = "torch.float16, torch.bfloat16 or None" if dtype == torch.float32 else f"{dtype} or None"
+def resolve_operand_dtype(dtype: torch.dtype, asked: torch.dtype | str | None) -> torch.dtype:
+    """The dtype of operands for inputs of `dtype`: its own, or 16 bits asked for float32; ValueError otherwise."""
+    if isinstance(asked, str) and asked in SPLIT_PRODUCTS and dtype == torch.float32:
+        return dtype
+    if asked is None or asked == dtype or (dtype == torch.float32 and asked in (torch.float16, torch.bfloat16)):
+        return dtype if asked is None or isinstance(asked, str) else asked
+    names = ", ".join(map(repr, SPLIT_PRODUCTS))
+    allowed = f"torch.float16, torch.bfloat16, {names} or None" if dtype == torch.float32 else f"{dtype} or None"
     raise ValueError(f"operand_dtype of {dtype} inputs must be {allowed}; got {asked!r}.")
 
 
+@_known_signature
 class _RoundOperand(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, dtype: torch.dtype) -> Tensor:

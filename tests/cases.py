@@ -168,7 +168,7 @@ PAIR_FACTORS = {
     "hardness": Factor((None, (2.0, "in_batch"), (0.5, "own"), (3.0, "all")), ("hardness", "hardness_on")),
     "in_batch": Factor((True, False), ("in_batch_negatives",)),
     "positives": Factor((None, 1, 3), ("positives",)),
-    "operand_dtype": Factor((None, torch.float16, torch.bfloat16), ("operand_dtype",)),
+    "operand_dtype": Factor((None, torch.float16, torch.bfloat16, "fp16x3"), ("operand_dtype",)),
     "group": Factor((False, True), ("group",)),  # of one rank: more are tests/batch/test_distributed.py
     "positive_weight": Factor((False, True), ("positive_weight",)),
     "tau_plus": Factor((None, 0.0, 0.02, 0.5, "pairs", "rows"), ("tau_plus",)),
@@ -238,7 +238,7 @@ def pair_rules(case: Mapping) -> bool:
 
 def pair_call(case: Mapping, seed: int) -> Call:
     dtype, (b, d) = DTYPES[case["dtype"]], case["shape"]
-    operands = case["operand_dtype"] or dtype
+    operands = dtype if isinstance(case["operand_dtype"], str) else case["operand_dtype"] or dtype
     function, module, fixed = PAIR_LOSSES[case["loss"]]
     draw = Draw(case["kind"], case["memory"], dtype, operands, case["normalize"], seed, case["loss"] != "bayesian")
     words = case["layout"].split()

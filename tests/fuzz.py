@@ -18,6 +18,7 @@ import torch.distributed as dist
 import contrastive_ext as ce
 from cases import PAIRS, RANKED, Family
 from cases_of_sets import BINARY, KEYS, LABELS, POSITIVES, TARGETS, VIEWS
+from contrastive_ext.numerics import SPLIT_PRODUCTS
 from covering import Case, random_case
 from truth_check import Call, Result, compare, ours, truths
 
@@ -44,6 +45,8 @@ def backends(case: Case) -> list[str]:
     names = [name for name in ce.available_backends() if name != "cuda"]
     if case.get("loss") == "bayesian" and case.get("tau_plus") in ("pairs", "rows"):
         names = [name for name in names if name in ("torch", "reference")]
+    if case.get("operand_dtype") in SPLIT_PRODUCTS:
+        names = [name for name in names if name in ("triton", "reference")]
     sixteen = "bfloat16" in (case["dtype"], str(case.get("operand_dtype")).removeprefix("torch."))
     return [name for name in names if not (name == "triton" and sixteen)]
 

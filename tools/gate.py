@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import triton
 from contrastive_ext.triton_kernels import configs
-from gate_cases import ELEMENTWISE, Case, cases, config_of, kernel_of
+from gate_cases import ELEMENTWISE, SPLIT, Case, cases, config_of, kernel_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,6 +32,7 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # registers.
 KNOWN_STACKS = {
     ("forward", "clip", 128): 160,
+    ("forward", "clip", 1024): 8,  # Triton 3.8 alone
     ("forward", "triangle", 128): 16,
     ("backward", "plain", 256): 16,
     ("backward", "plain", 1024): 56,
@@ -42,8 +43,9 @@ MOST_INSTRUCTIONS = {
     ("backward", "plain", "16-bit", 128): 640,
     ("backward", "plain", "16-bit", 256): 900,
 }
+WGMMA_ROWS = 64  # of the smallest product
 MASKS_FROM = 60  # instructions that a branch must skip to count as the block of masks
-TENSOR_CORES = ("16-bit", "bf16", "tf32")  # "16-bit" stands for fp16, which scales its weights
+TENSOR_CORES = ("16-bit", "bf16", "tf32", *SPLIT)  # "16-bit" stands for fp16, which scales its weights
 ROOT = Path(__file__).resolve().parents[1]
 COMPILED = ROOT / "docs" / "compiled"  # the table of every Triton it was written for: what an update changes is a diff
 
@@ -122,7 +124,8 @@ def examine(case: Case) -> Outcome:
     if case.products in TENSOR_CORES and case.direction not in ELEMENTWISE:
         if instruction in ("none", "fma.rn"):
             faults.append("no tensor-core instructions")
-        if case.products != "tf32" and case.architecture == 90 and instruction != "wgmma.mma_async":
+        wide = config_of(case).block_m >= WGMMA_ROWS and case.products != "tf32"
+        if wide and case.architecture == 90 and instruction != "wgmma.mma_async":
             faults.append(f"{instruction} instead of wgmma")
     return Outcome(registers, stack, shared, instruction, hot_loop, faults)
 
@@ -163,46 +166,63 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
 
 
-def table(results: list[tuple[Case, Outcome]]) -> str:
-    """Markdown, one line per case."""
-    lines = [
-        "| kernel | variant | products | D | arch | tile | warps, stages | registers | stack | KiB | instruction "
-        "| loop |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case, outcome in results:
-        config = config_of(case)
-        tile = "x".join(str(size) for size in config[:3] if size)
-        features = f"> {configs.RESIDENT_FEATURES}" if case.features > configs.RESIDENT_FEATURES else case.features
-        lines.append(
-            f"| {case.direction} | {case.variant} | {case.products} | {features} | sm_{case.architecture} | {tile} "
-            f"| {config.num_warps}, {config.num_stages} | {outcome.registers} | {outcome.stack} "
-            f"| {outcome.shared / 1024:.0f} | {outcome.instruction} | {outcome.hot_loop or '-'} |"
-        )
-    return "\n".join(lines)
+HEAD = [
+    "| kernel | variant | products | D | arch | tile | warps, stages | registers | stack | KiB | instruction | loop |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def name_in_table(case: Case) -> str:
+    """How the line of a case begins."""
+    features = f"> {configs.RESIDENT_FEATURES}" if case.features > configs.RESIDENT_FEATURES else case.features
+    return f"| {case.direction} | {case.variant} | {case.products} | {features} | sm_{case.architecture} |"
+
+
+def line(case: Case, outcome: Outcome) -> str:
+    """The line of a case, Markdown."""
+    config = config_of(case)
+    tile = "x".join(str(size) for size in config[:3] if size)
+    return (
+        f"{name_in_table(case)} {tile} | {config.num_warps}, {config.num_stages} | {outcome.registers} "
+        f"| {outcome.stack} | {outcome.shared / 1024:.0f} | {outcome.instruction} | {outcome.hot_loop or '-'} |"
+    )
+
+
+def table(found: dict[str, str], kept: str = "") -> str:
+    """All cases that have a line, in `found` by their names in the table or else in the table `kept`."""
+    before = {name_of_line(old): old for old in kept.splitlines()[len(HEAD) :]}
+    names = [name_in_table(case) for case in cases()]
+    return "\n".join([*HEAD, *((before | found)[name] for name in names if name in before or name in found)]) + "\n"
+
+
+def name_of_line(text: str) -> str:
+    """`name_in_table` of a line."""
+    return "|".join(text.split("|")[:6]) + "|"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose description contains this text")
-    parser.add_argument("--write", action="store_true", help=f"keep the table in {COMPILED.relative_to(ROOT)}/")
+    parser.add_argument("--write", action="store_true", help=f"keep these lines in {COMPILED.relative_to(ROOT)}/")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
     chosen = [case for case in cases() if options.only in str(case)]
     with ProcessPoolExecutor(options.jobs) as pool:
         outcomes = list(pool.map(examine, chosen))
     print(f"Triton {triton.__version__}, {len(chosen)} kernels\n")
-    text, kept = table(list(zip(chosen, outcomes, strict=True))) + "\n", COMPILED / f"triton-{triton.__version__}.md"
+    found = {name_in_table(case): line(case, outcome) for case, outcome in zip(chosen, outcomes, strict=True)}
+    path = COMPILED / f"triton-{triton.__version__}.md"
+    kept = path.read_text() if path.is_file() else ""
     if options.write:
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(text)
-    elif kept.is_file() and not options.only:
-        print(
-            *difflib.unified_diff(kept.read_text().splitlines(), text.splitlines(), kept.name, "now", n=0, lineterm=""),
-            sep="\n",
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(table(found, kept))
+    elif kept:
+        difference = difflib.unified_diff(
+            kept.splitlines(), table(found, kept).splitlines(), path.name, "now", n=0, lineterm=""
         )
-    else:
-        print(text)
+        print(*difference, sep="\n")
+    if options.only or not kept:
+        print(table(found))
     faults = [f"{case}: {fault}" for case, outcome in zip(chosen, outcomes, strict=True) for fault in outcome.faults]
     print("\n" + "\n".join(faults or ["gate: green"]))
     return 1 if faults else 0

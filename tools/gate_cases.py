@@ -22,6 +22,7 @@ from contrastive_ext.triton_kernels import (
 )
 from contrastive_ext.triton_kernels import pairs as pair_rules
 
+from contrastive_ext import numerics
 from contrastive_ext.backends.triton import forward as triton_forward
 from contrastive_ext.backends.triton import ranked_stats as triton_ranked
 from contrastive_ext.backends.triton import whole_loss as triton_whole_loss
@@ -50,7 +51,8 @@ ELEMENTWISE = {
 }
 GUIDE = 256  # features of a gate
 BINS = 256  # of a histogram
-POINTER = {"16-bit": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "ieee": "*fp32", "fp64": "*fp64"}
+SPLIT = numerics.SPLIT_PRODUCTS
+POINTER = {"16-bit": "*fp16", "fp16x3": "*fp16", "bf16": "*bf16", "tf32": "*fp32", "ieee": "*fp32", "fp64": "*fp64"}
 
 
 class Case(NamedTuple):
@@ -96,6 +98,14 @@ def cases() -> list[Case]:
     found += [Case("forward", "triangle", "tf32", f, a) for f in (128, 1024) for a in (80, 90, 100)]
     found += [Case(direction, "busy", "16-bit", f, 90) for direction in configs.DIRECTIONS for f in (128, 1024)]
     found += [Case(direction, "plain", "bf16", f, 90) for direction in configs.DIRECTIONS for f in (128, 1024)]
+    found += [
+        Case(direction, "plain", "fp16x3", f, a)
+        for direction in configs.DIRECTIONS
+        for f in configs.FEATURES[:-1]
+        for a in configs.ARCHITECTURES
+    ]
+    found += [Case(direction, "hard", "fp16x3", 128, 90) for direction in configs.DIRECTIONS]
+    found.append(Case("forward", "means", "fp16x3", 128, 90))
     found += [Case("forward", "clip", "16-bit", features, 90) for features in (128, 1024)]
     found += [Case("forward", "means", "16-bit", features, 90) for features in (128, 256)]
     found += [Case(d, v, "16-bit", f, 90) for d in configs.DIRECTIONS for v in ("lists", "guide") for f in (128, 1024)]
@@ -121,7 +131,7 @@ def config_of(case: Case) -> configs.Config:
         return ELEMENTWISE[case.direction]
     direction = "backward" if case.variant == "means" else case.direction
     direction = "forward" if direction == "histogram" else direction
-    products = "16-bit" if case.products == "bf16" else case.products
+    products = {"bf16": "16-bit"}.get(case.products, "split" if case.products in SPLIT else case.products)
     mask, ranked = MASKED.get(case.variant, "images"), case.variant in RANKED
     two = case.variant in ("hard", *MASKED) and not ranked
     return configs.choose(direction, products, case.features, case.architecture, mask, ranked, 2 if two else 1)
@@ -153,7 +163,7 @@ def top_columns_arguments(case: Case) -> tuple[Any, dict, dict]:
 
 def tile_of(case: Case) -> scores.Tile:
     """The constant of the sweeps."""
-    config, precision = config_of(case), "tf32" if case.products == "tf32" else "ieee"
+    config, precision = config_of(case), case.products if case.products in ("tf32", *SPLIT) else "ieee"
     return scores.Tile(case.features, config.block_m, config.block_n, config.block_d or case.features, precision)
 
 
@@ -179,7 +189,11 @@ def prologue_arguments(case: Case) -> tuple[Any, dict, dict]:
     types = dict.fromkeys(("p_z1", "p_z2", "p_operands", "p_dz1", "p_dz2"), POINTER[case.products])
     constants["PRECISION"] = "tf32" if case.products == "tf32" else "ieee"
     if case.variant == "plain":
-        return prologue.prologue_kernel, types | dict.fromkeys(("p_norm", "p_cosine"), accumulator), constants
+        return (
+            prologue.prologue_kernel,
+            types | dict.fromkeys(("p_norm", "p_cosine", "p_bounds"), accumulator),
+            constants | {"BOUNDS": 2},
+        )
     vectors = ("p_norm", "p_by_pos", "p_by_scale", "p_du", "p_dv", "p_upstream", "p_dscale", "scale")
     constants |= {"ONE_SET": True, "SCALE_IS_TENSOR": True}
     return prologue.prologue_backward_kernel, types | dict.fromkeys(vectors, accumulator), constants
@@ -197,6 +211,7 @@ def row_losses_arguments(case: Case) -> tuple[Any, dict, dict]:
         "p_lse",
         "p_coefficients",
         "p_terms",
+        "p_bounds",
         "p_losses",
         "p_sums",
     )
@@ -225,7 +240,8 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     scale = accumulator if constants["SCALE_IS_TENSOR"] else "fp32"
     types: dict[str, Any] = {"u": (pointer, "i32"), "v": (pointer, "i32"), "scale": scale}
     if case.direction in configs.DIRECTIONS:
-        by_descriptor = case.architecture >= configs.DESCRIPTORS_FROM and case.products in (*configs.DESCRIBED, "bf16")
+        described = (*configs.DESCRIBED, "bf16", *SPLIT)
+        by_descriptor = case.architecture >= configs.DESCRIPTORS_FROM and case.products in described
         for name, rows in (("d_u", config.block_m), ("d_v", config.block_n)):
             tile = f"tensordesc<{pointer[1:]}[{rows}, {constants['TILE'].chunk}]>"
             types[name] = tile if by_descriptor else None
@@ -250,7 +266,7 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         constants["PARTS"] = merge.Parts(len(exponents) + count + 2 * stats + has_shift, has_shift, count, stats)
     else:
         kernel = row_stats_backward.row_stats_backward_kernel
-        types |= dict.fromkeys(("p_lse", "p_grad", "p_col_grad", "p_factor"), accumulator)
+        types |= dict.fromkeys(("p_lse", "p_grad", "p_bounds", "p_factor"), accumulator)
         types |= {"p_power": None if case.variant == "plain" or ranked else accumulator}
         stored = pointer if case.features > configs.RESIDENT_FEATURES else accumulator
         types |= {"col_terms": (accumulator, "i32"), "out": (stored, "i32")}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a GPU machine, without network: what the kernels must show there, in the order of what matters. Run as `make gpu`.
 #
-#   tools/gpu.sh [step...]     the steps named, or all of them in the order of ALL_STEPS
+#   tools/gpu.sh [step...]     the steps named, or all of them in this order but for what is measured already
 #
 #   facts     device, driver, versions, commit, clocks
 #   import    the package with the native library that lies there or in build/gpu; one is built only if none loads
@@ -24,6 +24,7 @@
 #
 # Machines without network or .git: `make gpu-files` puts library, ladder and commit into build/gpu, to be carried along.
 #   COMMIT    what the results say they measured, where git does not know (build/gpu/commit.txt)
+#   MEASURED  file with the steps whose committed results are of this code (build/gpu/measured.txt); not run unless named
 # A failing step does not stop the later ones; the exit status is the number of failed steps.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -33,7 +34,10 @@ OUT=${OUT:-bench/results/gpu}
 DEVICE=${DEVICE:-cuda}
 JOBS=${JOBS:-$(($(nproc) > 3 ? $(nproc) - 2 : $(nproc)))}
 DEADLINE=${DEADLINE:-540}
-STEPS=" ${*:-facts import ladder tiles proof speed smoke tests} "
+MEASURED=${MEASURED:-build/gpu/measured.txt}
+ALL_STEPS="facts import ladder tiles proof speed smoke tests"
+measured=" $(cat "$MEASURED" 2> /dev/null | tr '\n' ' ') "
+STEPS=" ${*:-$(for name in $ALL_STEPS; do [[ $measured == *" $name "* ]] || printf '%s ' "$name"; done)} "
 LOGS=$(mktemp -d)
 failed=0
 mkdir -p "$OUT"
@@ -117,8 +121,8 @@ proof() {
 
 speed() {
   local limit=80
-  [[ $DEVICE == cpu ]] && limit=3
-  "$PYTHON" -m bench speed --device "$DEVICE" --out "$OUT" --time-limit $limit $TINY --without torch ${WITHOUT#--without} $FASTEST
+  [[ $DEVICE == cpu ]] && limit=3 && COMPILE=--no-compile # a compiler of C++ takes longer than the rehearsal
+  "$PYTHON" -m bench speed --device "$DEVICE" --out "$OUT" --time-limit $limit $TINY --without torch ${WITHOUT#--without} $FASTEST ${COMPILE:-}
 }
 
 smoke() { in_shards "$PYTHON" -m bench smoke --device "$DEVICE" $FEW $WITHOUT; }
@@ -149,6 +153,9 @@ export -f in_shards facts import_library ladder tiles proof speed smoke gpu_test
 export PYTHON OUT DEVICE JOBS LOGS
 
 date -u > "$OUT/summary.txt"
+for name in $ALL_STEPS; do
+  [[ $# -eq 0 && $measured == *" $name "* ]] && printf '%-10s skipped: measured with this code\n' "$name" >> "$OUT/summary.txt"
+done
 # the package is not installed there
 "$PYTHON" -c 'import contrastive_ext.triton_kernels' 2> /dev/null || ln -sfn ../triton_kernels contrastive_ext/triton_kernels
 step facts 30 bash -c facts

@@ -1,6 +1,7 @@
 """Takes over what `make gpu` brought back: results files, the verified table, the site's table of the GPU.
 
     python tools/gpu_results.py FOLDER [--root ROOT]
+    python tools/gpu_results.py --measured      the steps of gpu.sh whose committed results are of the code as it is
 
 Writes bench/results/<device>.json with -proof.jsonl, -kernels.json and -tiles.json beside it, the lines of
 contrastive_ext/backends/verified.py for what the proof shows, and docs/benchmarks.md between its two marks. Refuses a
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,23 @@ TORCH_DTYPES = {
     "tf32": "float32",
     "float64": "float64",
 }
+BY_NAME = ("fp16x3",)  # numerics.SPLIT_PRODUCTS, entries of their own
 COMPLETE = ("triton",)  # backends that make everything their why_not lets through: dispatch.VERIFIED takes no others
+MEASURED_CODE = ("triton_kernels", "contrastive_ext", "csrc", "bench", ":!bench/results", ":!*/verified.py")
 FORWARD_KERNELS = ("prologue_kernel", "row_stats_forward", "row_losses", "add_parts", "merge", "FillFunc")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 1 if the folder is refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("folder", type=Path, nargs="?")
+    what.add_argument("--measured", action="store_true", help="name steps that have nothing new to show")
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to write to")
     options = parser.parse_args(arguments)
+    if options.measured:
+        print(*measured(options.root), sep="\n")
+        return 0
     speed = json.loads((options.folder / "speed.json").read_text())
     proofs = [json.loads(line) for line in (options.folder / "proof.jsonl").read_text().splitlines()]
     reason = why_refused(speed, proofs)
@@ -59,6 +68,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def measured(root: Path) -> list[str]:
+    """Steps whose results are committed, for a GPU, of a commit since which no measured code has changed."""
+    steps = []
+    for path in sorted((root / "bench" / "results").glob("*.json")):
+        content = json.loads(path.read_text())
+        commit = content.get("commit") if isinstance(content, dict) and content.get("cuda") else None
+        if not commit or not _unchanged(root, commit):
+            continue
+        beside = {"proof": f"{path.stem}-proof.jsonl", "tiles": f"{path.stem}-tiles.json"}
+        steps += ["speed", *(step for step, name in beside.items() if (path.parent / name).is_file())]
+    return steps
+
+
+def _unchanged(root: Path, commit: str) -> bool:
+    """Whether git knows the commit, and that MEASURED_CODE is what it was there."""
+    command = ["git", "diff", "--quiet", commit, "--", *MEASURED_CODE]
+    return subprocess.run(command, cwd=root, capture_output=True).returncode == 0
+
+
 def why_refused(speed: dict[str, Any], proofs: list[dict[str, Any]]) -> str | None:
     """Why these are no results to keep, or None."""
     if not speed.get("driver") or not speed.get("cuda"):
@@ -71,21 +99,22 @@ def why_refused(speed: dict[str, Any], proofs: list[dict[str, Any]]) -> str | No
 
 
 def entries(proofs: list[dict[str, Any]], architecture: str, file: str) -> dict[tuple[str, str, str], str]:
-    """(backend, architecture, dtype) -> file, where every case of the dtype is proven."""
+    """(backend, architecture, dtype as the module writes it) -> file, where every case of the dtype is proven."""
     proven: dict[tuple[str, str, str], bool] = {}
     for line in proofs:
         backend = line["backend"].split(",")[0]
         if backend in COMPLETE:
-            key = (backend, architecture, TORCH_DTYPES[line["dtype"]])
+            name = line["dtype"]
+            key = (backend, architecture, f'"{name}"' if name in BY_NAME else f"torch.{TORCH_DTYPES[name]}")
             proven[key] = proven.get(key, True) and line["proven"]
     return {key: file for key, is_proven in sorted(proven.items()) if is_proven}
 
 
 def with_entries(source: str, found: dict[tuple[str, str, str], str]) -> str:
     """The module with the lines of `found` in place of those of the same keys."""
-    kept = re.findall(r'^    \("(\w+)", "(\w+)", torch\.(\w+)\): "(.+)",$', source, re.MULTILINE)
+    kept = re.findall(r'^    \("(\w+)", "(\w+)", (torch\.\w+|"\w+")\): "(.+)",$', source, re.MULTILINE)
     lines = {(backend, architecture, dtype): file for backend, architecture, dtype, file in kept} | found
-    body = "".join(f'    ("{b}", "{a}", torch.{d}): "{file}",\n' for (b, a, d), file in sorted(lines.items()))
+    body = "".join(f'    ("{b}", "{a}", {d}): "{file}",\n' for (b, a, d), file in sorted(lines.items()))
     return re.sub(r"(= \{\n).*(\}\n)", lambda m: m.group(1) + body + m.group(2), source, flags=re.DOTALL)
 
 

@@ -36,6 +36,7 @@ from bench import cases, gate, losses, methods
 from bench.device import Device
 from contrastive_ext.backends import dispatch
 from contrastive_ext.backends.triton import launch as triton_launch
+from contrastive_ext.numerics import SPLIT_PRODUCTS
 
 PROCESSORS = 132  # of the H200
 SHARED_LIMIT = 227 << 10
@@ -128,10 +129,11 @@ def smoke_call(case):
         gate.error_ratio(method, case, inputs, truth)
 
 
-def usage_call(loss, usage, features: int):
+def usage_call(loss, usage, features: int, operand_dtype: str | None = None):
     """A usage with its gradient: few features with statistics, many with a learned temperature."""
-    z1, z2 = rows.random_pairs(70, features, torch.float16)
+    z1, z2 = rows.random_pairs(70, features, torch.float32 if operand_dtype else torch.float16)
     z2, more = usage.options(z1, z2)
+    more = more | ({"operand_dtype": operand_dtype} if operand_dtype else {})
     leaves = [z1.requires_grad_(), z2.requires_grad_(), torch.tensor(0.2, requires_grad=True)]
     few = features <= 256
     result = loss.function(
@@ -146,6 +148,9 @@ def calls():
     for loss, usage, features in itertools.product([*rows.LOSSES, *rows.RANKED], rows.USAGES, (40, 300)):
         if loss.name in ("infonce", "hard") or (loss.name == "bayesian_histogram" and usage in rows.RANKED_USAGES):
             yield f"{loss.name} {usage.name} D={features}", usage_call, (loss, usage, features)
+    for loss, usage, name in itertools.product(rows.LOSSES, rows.USAGES, SPLIT_PRODUCTS):
+        if loss.name in ("infonce", "hard"):
+            yield f"{loss.name} {usage.name} {name}", usage_call, (loss, usage, 40, name)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ DIRECTIONS = ("forward", "backward")
 FEATURES = (64, 128, 256, 1024)  # the largest number of features of a line; the last stands for all above 256
 ARCHITECTURES = (80, 86, 90, 100)
 # Tiles come by tensor descriptors, the copy engine's, from this architecture on for these products.
-DESCRIPTORS_FROM, DESCRIBED = 90, ("16-bit", "tf32")
+DESCRIPTORS_FROM, DESCRIBED = 90, ("16-bit", "tf32", "split")
 # What keeps masks and counters beside every tile spills in larger ones. Ids and diagnostics need 32 columns. With a
 # gradient to sum up too, lists with their cursors need half the rows and a gate, one more product, 16 columns.
 LARGEST_MASKED = {
@@ -74,7 +74,7 @@ def tile(size: str, warps: int | str, stages: int | str) -> Config:
 
 def _table(*lines: tuple[Config, Config, Config, Config]) -> dict[tuple[int, int], Config]:
     return {
-        (f, a): c for f, line in zip(FEATURES, lines, strict=True) for a, c in zip(ARCHITECTURES, line, strict=True)
+        (f, a): c for f, line in zip(FEATURES, lines, strict=False) for a, c in zip(ARCHITECTURES, line, strict=True)
     }
 
 
@@ -118,6 +118,18 @@ _TABLE = {
         (tile("64x32", 8, 1),      tile("32x32", 8, 1),      tile("64x32", 8, 1),      tile("64x32", 8, 1)),
         (tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3),   tile("64x64x32", 8, 3)),
     ),
+    # operands of two fp16 parts, three products of each: up to 256 features
+    ("forward", "split"): _table(
+        (tile("64x64", 4, 2),      tile("64x64", 4, 2),      tile("128x64", 4, 2),     tile("64x64", 4, 2)),
+        (tile("64x64", 4, 2),      tile("64x32", 8, 1),      tile("128x64", 4, 2),     tile("64x64", 4, 2)),
+        (tile("32x16", 4, 1),      tile("32x16", 4, 1),      tile("64x64", 4, 2),      tile("32x16", 4, 1)),
+    ),
+    ("backward", "split"): _table(
+        (tile("64x32", 8, 2),      tile("64x32", 8, 2),      tile("64x64", 4, 2),      tile("64x64", 8, 2)),
+        (tile("64x64", 8, 1),      tile("64x32", 8, 1),      tile("64x64", 4, 2),      tile("64x32", 8, 2)),
+        # sm_100: of 64 rows Triton 3.6 and 3.8 leave an empty kernel
+        (tile("32x32", 8, 1),      tile("32x32", 8, 1),      tile("32x32", 8, 1),      tile("32x16", 8, 1)),
+    ),
     # exact float32 products run on the ordinary units, operands pass through registers: small tiles, one for all
     ("forward", "ieee"): _everywhere(
         tile("64x64", 8, 2), tile("64x64", 8, 1), tile("32x32", 8, 1), tile("64x32x32", 8, 2),
@@ -152,7 +164,7 @@ def choose(
 ) -> Config:  # fmt: skip
     """The tile for a call.
 
-    products      16-bit, tf32, ieee or fp64
+    products      16-bit, tf32, split (fp16 in two parts), ieee or fp64
     architecture  10 major + minor, 0 interpreted
     mask          the costliest rule beside the images': none (images), ids, lists or gate
     ranked        whether weights are looked up in histograms
@@ -173,8 +185,9 @@ def choose(
     # what is looked up between two products keeps Triton 3.6 from pipelining them: it does not compile
     stages = 1 if ranked and direction == "backward" and group <= RESIDENT_FEATURES else config.num_stages
     # masks and a second set of sums want the registers of more threads
-    many = mask != "images" or ranked or (exponents > 1 and direction == "forward" and features > 128)
-    warps = max(config.num_warps, MANY_WARPS) if many and products == "16-bit" else config.num_warps
+    two = exponents > 1 and direction == "forward" and features > (64 if products == "split" else 128)
+    many = mask != "images" or ranked or two
+    warps = max(config.num_warps, MANY_WARPS) if many and products in ("16-bit", "split") else config.num_warps
     return config._replace(block_m=rows, block_n=columns, num_warps=warps, num_stages=stages)
 
 

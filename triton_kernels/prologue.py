@@ -63,10 +63,17 @@ def prepare(
 
 @triton.jit(do_not_specialize=["num_images", "num_columns"])
 def prologue_kernel(
-    p_z1, p_z2, p_operands, p_norm, p_cosine, num_images, num_columns, stride_1, stride_2,
+    p_z1, p_z2, p_operands, p_norm, p_cosine, p_bounds, num_images, num_columns, stride_1, stride_2,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Program i: rows i * BLOCK .. of z1 [num_images, D] and of z2 [num_columns, D], num_columns >= num_images."""
+    """Program i: rows i * BLOCK .. of z1 [num_images, D] and of z2 [num_columns, D], num_columns >= num_images.
+
+    p_bounds  [BOUNDS] set to zero for row_losses_kernel; None: nothing
+    """
+    if p_bounds is not None and tl.program_id(0) == 0:
+        for k in tl.static_range(BOUNDS):
+            tl.store(p_bounds + k, 0.0)
     o_i, o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     b_u = prepare(p_z1, stride_1, p_operands, p_norm, o_i, o_d, num_images, D, BLOCK_D, NORMALIZE, PRECISION)
     p_second = p_operands + num_images.to(tl.int64) * D

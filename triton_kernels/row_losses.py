@@ -95,8 +95,8 @@ def row_loss(b_lse, b_pos, b_count, scale, FORMULA: tl.constexpr):
 )  # fmt: skip
 def row_losses_kernel(
     p_rows, num_row_partials, row_of_tiles, p_columns, num_col_partials, col_of_tiles, first_tile,
-    p_cosine, scale, p_lse, p_coefficients, p_terms, p_losses, p_sums, p_clamped, num_anchors, num_images, count,
-    stride_terms, span,
+    p_cosine, scale, p_lse, p_coefficients, p_terms, p_bounds, p_losses, p_sums, p_clamped, num_anchors, num_images,
+    count, stride_terms, span,
     EXPONENTS: tl.constexpr, PARTS: tl.constexpr, TRIANGLE: tl.constexpr, FORMULA: tl.constexpr, SIDES: tl.constexpr,
     MEAN: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr, LARGEST: tl.constexpr, BACKWARD_SHIFT: tl.constexpr,
     BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -105,6 +105,7 @@ def row_losses_kernel(
 
     p_rows, p_columns  partial results of the first and of the second side, see `merged`
     p_terms            [sides, 2 K, stride_terms] what the backward reads of its columns, see column_terms_kernel
+    p_bounds           [sides, K] zeros, raised to what fp16_factor wants of the columns; None: nothing
     p_losses           [sides, anchors] every loss, or None where only the sums are wanted
     count              negatives of every anchor
     """
@@ -144,6 +145,8 @@ def row_losses_kernel(
                 b_empty = (b_lse[k] == float("-inf")) | (o_anchor >= num_anchors)
                 b_lses = b_lses + (tl.where(b_empty, float("inf"), b_lse[k] * LOG2E),)
                 b_factors = b_factors + (b_by_lse[k] * EXPONENTS[k],)
+                if p_bounds is not None:  # a maximum is the same in any order
+                    tl.atomic_max(p_bounds + i_side * NUM_LSE + k, tl.max(tl.abs(b_factors[k]), 0), sem="relaxed")
             p_side = p_terms + i_side * 2 * NUM_LSE * stride_terms.to(tl.int64)
             factored = is_factored(scale, LARGEST, BACKWARD_SHIFT)
             store_terms(p_side, stride_terms, o_anchor, b_lses, b_factors, factored, NUM_LSE)

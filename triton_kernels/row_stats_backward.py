@@ -22,7 +22,7 @@ import triton.language as tl
 from .histogram_ranks import rank_weights
 from .online_lse import exponentials
 from .pairs import SIZES, Sizes, first_masked, keep_images, keep_tile, load_anchors
-from .scores import LOG2E, load_scale, load_tile, round_to, scores_by_chunks
+from .scores import LOG2E, add_product, load_operand, load_scale, round_to, scores_by_chunks, scores_of
 
 # One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
 # range: exponents up to 64 leave 2^62 for upstream gradients and 2^-62 for batches and means. Where upstream gradients
@@ -91,7 +91,7 @@ def is_factored(scale, LARGEST: tl.constexpr, SHIFT: tl.constexpr):
     do_not_specialize=["num_anchors", "num_others"], do_not_specialize_on_alignment=["p_lse", "p_grad", "p_other_grad"]
 )
 def column_terms_kernel(
-    p_lse, p_grad, p_other_grad, scale, p_terms, p_power, num_anchors, num_others, stride,
+    p_lse, p_grad, p_other_grad, scale, p_terms, p_power, p_bounds, num_anchors, num_others, stride,
     EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -99,6 +99,7 @@ def column_terms_kernel(
 
     Padded to `stride` with anchors that weigh nothing: a tile reads whole vectors, without a mask. If factored they are
     times a power of two, left in p_power, from these coefficients and those of the rows, p_other_grad (None: the same).
+    p_bounds [K]: what fp16_factor wants of the columns; None: nothing.
     """
     o_anchors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_lses, b_factors = load_term(p_lse, p_grad, 1.0, o_anchors, num_anchors, EXPONENTS, False)
@@ -111,6 +112,9 @@ def column_terms_kernel(
         b_factors = scaled
         if tl.program_id(0) == 0:
             tl.store(p_power, power)
+    if p_bounds is not None and tl.program_id(0) == 0:
+        for k in tl.static_range(len(EXPONENTS)):
+            tl.store(p_bounds + k, largest(p_grad + k * num_anchors.to(tl.int64), num_anchors) * EXPONENTS[k])
     store_terms(p_terms, stride, o_anchors, b_lses, b_factors, factored, len(EXPONENTS))
 
 
@@ -166,17 +170,20 @@ def weight_tile(
 
 @triton.jit
 def fp16_factor(
-    p_grad, p_col_grad, o_i, num_rows, num_columns,
+    p_grad, p_bounds, o_i, num_rows,
     EXPONENTS: tl.constexpr, BLOCK_M: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Powers of two that bring every row's largest possible weight, sum_k beta_k (|a_k,i| + max_j |c_k,j|), to 2^14."""
+    """Powers of two that bring every row's largest possible weight, sum_k beta_k (|a_k,i| + max_j |c_k,j|), to 2^14.
+
+    p_bounds  [K] beta_k max_j |c_k,j|
+    """
     b_bound = tl.zeros((BLOCK_M,), tl.float32)
     for k in tl.static_range(len(EXPONENTS)):
         if FORWARD:
             o_k = k * num_rows.to(tl.int64) + o_i
             b_bound += tl.abs(tl.load(p_grad + o_k, mask=o_i < num_rows, other=0.0)) * EXPONENTS[k]
         if REVERSE:
-            b_bound += largest(p_col_grad + k * num_columns.to(tl.int64), num_columns) * EXPONENTS[k]
+            b_bound += tl.load(p_bounds + k)
     b_exponent = FP16_EXPONENT - tl.ceil(tl.log2(b_bound))  # 100 where all is 0, as in Weights._largest_undo
     return tl.exp2(tl.minimum(tl.maximum(b_exponent, -100.0), 100.0))
 
@@ -190,7 +197,7 @@ def sweep(
     """The tile loop of the backward."""
     num_rows, num_columns = sizes.num_rows, sizes.num_columns
     p_lse, p_grad = row_term
-    col_terms, p_col_grad, p_power = col_term
+    col_terms, p_bounds, p_power = col_term
     p_out, stride_out, p_factor = outputs
     i0, row_begin, col_begin, j_begin, j_end = where
     DTYPE: tl.constexpr = p_factor.dtype.element_ty
@@ -204,21 +211,22 @@ def sweep(
     anchors = load_anchors(o_i, j_begin, sizes, rules) if RULES is not None else ()
     HAS_POWER: tl.constexpr = FACTORED and p_power is not None
     power = tl.load(p_power) if HAS_POWER else 1.0
+    undo_power = 1.0 / power  # exact: of a power of two
     b_row_term = load_term(p_lse, p_grad, power, o_i, num_rows, EXPONENTS, FACTORED) if FORWARD else None
     IS_FP16: tl.constexpr = u[0].dtype.element_ty == tl.float16
     if IS_FP16:
-        b_factor = fp16_factor(p_grad, p_col_grad, o_i, num_rows, num_columns, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
-        b_to_fp16 = b_factor / power
+        b_factor = fp16_factor(p_grad, p_bounds, o_i, num_rows, EXPONENTS, BLOCK_M, FORWARD, REVERSE)
+        b_to_fp16 = b_factor * undo_power
     if RESIDENT:
-        b_u = load_tile(u, d_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
+        b_u = load_operand(u, d_u, i0, num_rows, D, BLOCK_M, BLOCK_D, PRECISION)
         b_sum = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
     j_masked = first_masked(i0, j_begin, sizes, BLOCK_M, BLOCK_N, HAS_IMAGES, False)
     for j_tile in range(j_begin // BLOCK_N, tl.cdiv(j_end, BLOCK_N)):
         j0 = j_tile * BLOCK_N
         o_j = j0 + tl.arange(0, BLOCK_N)
         if RESIDENT:
-            b_v = load_tile(v, d_v, j0, 0, num_columns, D, BLOCK_N, BLOCK_D)
-            b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
+            b_v = load_operand(v, d_v, j0, num_columns, D, BLOCK_N, BLOCK_D, PRECISION)
+            b_s = scores_of(b_u, b_v, PRECISION, DTYPE)
         else:
             b_s = scores_by_chunks(u, d_u, v, d_v, i0, j0, num_rows, num_columns, TILE)
         b_x = b_s * (scale * LOG2E)
@@ -243,11 +251,11 @@ def sweep(
         if IS_FP16:
             b_weight = b_weight * b_to_fp16[:, None]
         elif HAS_POWER and not RESIDENT:  # what is stored is a weight
-            b_weight = b_weight / power
-        b_weight = round_to(b_weight.to(u[0].dtype.element_ty), PRECISION)
+            b_weight = b_weight * undo_power
         if RESIDENT:
-            b_sum = tl.dot(b_weight, b_v, b_sum, input_precision=PRECISION, out_dtype=DTYPE)
+            b_sum = add_product(b_sum, b_weight, b_v, PRECISION, DTYPE)
         else:
+            b_weight = round_to(b_weight.to(u[0].dtype.element_ty), PRECISION)
             # 64 bits up to the tile's corner only: 64-bit offsets for every weight would spill
             p_corner = p_out + (i0 - row_begin).to(tl.int64) * stride_out + (j0 - col_begin)
             o_weight = tl.arange(0, BLOCK_M)[:, None] * stride_out + tl.arange(0, BLOCK_N)[None, :]
@@ -256,7 +264,7 @@ def sweep(
     if IS_FP16:
         b_undo = b_undo / b_factor
     elif HAS_POWER and RESIDENT:
-        b_undo = b_undo / power
+        b_undo = b_undo * undo_power
     if RESIDENT:
         m_out = (o_i < num_rows)[:, None] & (o_d < D)[None, :]
         tl.store(p_out + o_i.to(tl.int64)[:, None] * stride_out + o_d[None, :], b_sum * b_undo[:, None], mask=m_out)
@@ -267,10 +275,10 @@ def sweep(
 # vectors may be slices, aligned for some batch sizes and not for others: a ragged batch must not compile
 @triton.jit(
     do_not_specialize=[*SIZES, "row_begin", "col_begin", "col_end"],
-    do_not_specialize_on_alignment=["p_lse", "p_grad", "p_col_grad"],
+    do_not_specialize_on_alignment=["p_lse", "p_grad", "p_bounds"],
 )
 def row_stats_backward_kernel(
-    u, d_u, v, d_v, scale, p_lse, p_grad, col_terms, p_col_grad, p_power, ranks, out, p_factor,
+    u, d_u, v, d_v, scale, p_lse, p_grad, col_terms, p_bounds, p_power, ranks, out, p_factor,
     num_rows, num_columns, row_begin, col_begin, col_end, span,
     rules, list_groups, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
     EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
@@ -281,7 +289,8 @@ def row_stats_backward_kernel(
 
     u, d_u, v, d_v         operands, see `load_tile`
     p_lse, p_grad          lse and coefficients of the rows, FORWARD
-    col_terms, p_col_grad  `load_columns` of the columns and their coefficients, REVERSE
+    col_terms              `load_columns` of the columns, REVERSE
+    p_bounds               their largest coefficients for fp16, see `fp16_factor`
     p_power                power of two in the columns' terms, see column_terms_kernel; None: 1
     ranks                  BINS > 0, each term times omega: histograms (axis, below) of the rows, of the columns,
                            and what makes a rank a weight
@@ -295,7 +304,7 @@ def row_stats_backward_kernel(
     scale = load_scale(scale, SCALE_IS_TENSOR)
     sizes = Sizes(num_rows, num_columns, num_images, shard, first_row, first_column, list_groups, scorer_groups,
                   num_scorers)  # fmt: skip
-    row_term, col_term = (p_lse, p_grad), (col_terms, p_col_grad, p_power)
+    row_term, col_term = (p_lse, p_grad), (col_terms, p_bounds, p_power)
     p_out, stride_out = out
     if TILE.chunk >= TILE.features:
         p_out += i_split.to(tl.int64) * num_rows * TILE.features

@@ -17,7 +17,7 @@ import triton.language as tl
 from . import online_lse
 from .merge import pack, store_parts
 from .pairs import SIZES, Sizes, first_masked, keep_images, keep_tile, load_anchors
-from .scores import LOG2E, load_scale, load_tile, round_to, scores_by_chunks
+from .scores import LOG2E, add_product, load_operand, load_scale, scores_by_chunks, scores_of
 
 FP16_RANGE = tl.constexpr(16384.0)  # exponentials up to 1 use the upper half of fp16's range, small ones stay normal
 
@@ -53,7 +53,7 @@ def sweep(
     o_i, o_d = i0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     anchors = load_anchors(o_i, j_begin, sizes, rules) if COUNTED else ()
     if RESIDENT:
-        b_u = load_tile(u, d_u, i0, 0, num_rows, D, BLOCK_M, BLOCK_D)
+        b_u = load_operand(u, d_u, i0, num_rows, D, BLOCK_M, BLOCK_D, PRECISION)
     state = online_lse.init(len(EXPONENTS), BLOCK_M, DTYPE, ONLINE)
     b_nothing = tl.zeros((BLOCK_M,), DTYPE)
     counts = b_nothing, b_nothing + float("-inf"), b_nothing
@@ -64,8 +64,8 @@ def sweep(
         j0 = j_tile * BLOCK_N
         o_j = j0 + tl.arange(0, BLOCK_N)
         if RESIDENT:
-            b_v = load_tile(v, d_v, j0, 0, num_columns, D, BLOCK_N, BLOCK_D)
-            b_s = tl.dot(b_u, tl.trans(b_v), input_precision=PRECISION, out_dtype=DTYPE)
+            b_v = load_operand(v, d_v, j0, num_columns, D, BLOCK_N, BLOCK_D, PRECISION)
+            b_s = scores_of(b_u, b_v, PRECISION, DTYPE)
         else:
             b_s = scores_by_chunks(u, d_u, v, d_v, i0, j0, num_rows, num_columns, TILE)
         b_x = b_s * log2_scale
@@ -84,9 +84,8 @@ def sweep(
             b_reverse = b_x
         state, b_exp, b_rescale = online_lse.update(state, b_x, EXPONENTS, 1, ONLINE)
         if MEANS:
-            b_weight = b_exp[0] * FP16_RANGE if b_v.dtype == tl.float16 else b_exp[0]
-            b_weight = round_to(b_weight.to(b_v.dtype), PRECISION)
-            b_mean = tl.dot(b_weight, b_v, b_mean * b_rescale[0][:, None], input_precision=PRECISION, out_dtype=DTYPE)
+            b_weight = b_exp[0] * FP16_RANGE if b_v[0].dtype == tl.float16 else b_exp[0]
+            b_mean = add_product(b_mean * b_rescale[0][:, None], b_weight, b_v, PRECISION, DTYPE)
         if COLUMNS and (not TRIANGLE or j0 >= i0 + BLOCK_M):
             col_state = online_lse.init(len(EXPONENTS), BLOCK_N, DTYPE, ONLINE)
             col_state, _, _ = online_lse.update(col_state, b_reverse, EXPONENTS, 0, ONLINE)

@@ -4,6 +4,9 @@ Up to 256 features a row tile fits a program, is loaded once and meets one colum
 tiles come in chunks of features and the product accumulates.
 """
 
+# ruff: noqa: RUF005
+# Triton has no starred tuples
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -18,7 +21,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 class Tile(NamedTuple):
     """The constant TILE of the sweeps: `rows` x `columns` logits, vectors of `features` in chunks of `chunk`.
 
-    precision  `input_precision` of the products
+    precision  `input_precision` of the products; "fp16x3": of fp16 in two parts, `load_operand`
     """
 
     features: int
@@ -62,6 +65,41 @@ def load_tile(
     else:
         o_rows, o_features = first + tl.arange(0, BLOCK), first_feature + tl.arange(0, BLOCK_D)
         return load_rows(x[0], o_rows, o_features, num_rows, x[1], D, BLOCK_D)
+
+
+@triton.jit
+def load_operand(x, d_x, first, num_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """BLOCK whole rows of x in their parts: a float32 row split in two stands there as (rounded, what that lost)."""
+    b_x = (load_tile(x, d_x, first, 0, num_rows, D, BLOCK, BLOCK_D),)
+    if PRECISION == "fp16x3":
+        b_x = b_x + (load_tile(x, d_x, first, D, num_rows, D, BLOCK, BLOCK_D),)
+    return b_x
+
+
+@triton.jit
+def scores_of(b_u, b_v, PRECISION: tl.constexpr, DTYPE: tl.constexpr):
+    """<u_i, v_j> of rows and columns in their parts; of the four products of two parts the smallest is rounding."""
+    if PRECISION == "fp16x3":
+        b_s = tl.dot(b_u[1], tl.trans(b_v[0]), out_dtype=DTYPE)
+        b_s = tl.dot(b_u[0], tl.trans(b_v[1]), b_s, out_dtype=DTYPE)
+        return tl.dot(b_u[0], tl.trans(b_v[0]), b_s, out_dtype=DTYPE)
+    else:
+        return tl.dot(b_u[0], tl.trans(b_v[0]), input_precision=PRECISION, out_dtype=DTYPE)
+
+
+@triton.jit
+def add_product(b_sum, b_weight, b_v, PRECISION: tl.constexpr, DTYPE: tl.constexpr):
+    """b_sum plus weights times columns in their parts."""
+    if PRECISION == "fp16x3":
+        b_high = b_weight.to(b_v[0].dtype)
+        b_low = (b_weight - b_high.to(b_weight.dtype)).to(b_v[0].dtype)
+        b_sum = tl.dot(b_low, b_v[0], b_sum, out_dtype=DTYPE)
+        b_sum = tl.dot(b_high, b_v[1], b_sum, out_dtype=DTYPE)
+        return tl.dot(b_high, b_v[0], b_sum, out_dtype=DTYPE)
+    else:
+        b_weight = round_to(b_weight.to(b_v[0].dtype), PRECISION)
+        return tl.dot(b_weight, b_v[0], b_sum, input_precision=PRECISION, out_dtype=DTYPE)
 
 
 @triton.jit

@@ -14,10 +14,16 @@ from ..problem.ranking import RankedStatistics
 from ..problem.short_road import WholeLossOps
 
 
+def lacks_products(operand_dtype: torch.dtype | str) -> str | None:
+    """Why a backend without products of split operands cannot take a call that wants them; None where it does not."""
+    return f"it has no {operand_dtype!r} products." if isinstance(operand_dtype, str) else None
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to compute `Statistics` and `RankedStatistics` and their gradients; `why_not` says why it cannot, or None.
 
+    `why_not` takes device, dtype, dtype of operands or one of numerics.SPLIT_PRODUCTS, features.
     `forward` and `backward`: as in torch/row_stats.py, which is the shortest whole backend; `ranked_forward` and
     `ranked_backward` as in torch/ranked_stats.py, `pair_sums` and `pair_sums_backward` as in torch/pair_sums.py.
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
@@ -28,7 +34,7 @@ class Backend:
     """
 
     name: str
-    why_not: Callable[[torch.device, torch.dtype, torch.dtype, int], str | None]
+    why_not: Callable[[torch.device, torch.dtype, torch.dtype | str, int], str | None]
     forward: Callable[..., Statistics]
     backward: Callable[[Problem, Upstream], tuple[Tensor, Tensor]]
     top_columns: Callable[..., tuple[Tensor, Tensor]]

@@ -13,14 +13,14 @@ from ..problem.ranking import RankedStatistics, Ranking
 from ..problem.schema import pair_arguments
 from ..problem.short_road import WholeLossOps, backward_shapes, forward_shapes
 from . import native
-from .backend import Backend
+from .backend import Backend, lacks_products
 
 
-def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | str, dim: int) -> str | None:
     """None, or why the native CPU kernels cannot take this call."""
     if device.type != "cpu":
         return f"it computes on the CPU and the tensors are on {device}."
-    return native.why_missing()
+    return lacks_products(operand_dtype) or native.why_missing()
 
 
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:

@@ -28,7 +28,7 @@ FEATURES = 128
 ARCHITECTURE = "9.0a"  # TMA and WGMMA exist on Hopper alone
 
 
-def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | str, dim: int) -> str | None:
     """None, or why the Hopper kernels cannot take this call."""
     if device.type != "cuda":
         return f"it computes on NVIDIA Hopper GPUs and the tensors are on {device}."

@@ -47,7 +47,7 @@ def check_backend_name(name: str) -> None:
         )
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> Backend:
+def select(name: str, device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | str, dim: int) -> Backend:
     """The backend for a call; RuntimeError with its reason if a named one cannot run it."""
     if name == "auto":
         return _automatic(device, dtype, operand_dtype, dim)
@@ -58,8 +58,12 @@ def select(name: str, device: torch.device, dtype: torch.dtype, operand_dtype: t
     return backend
 
 
-def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> Backend:
-    able = [b for b in BACKENDS if b.why_not(device, dtype, operand_dtype, dim) is None]
+def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | str, dim: int) -> Backend:
+    reasons = {b.name: b.why_not(device, dtype, operand_dtype, dim) for b in BACKENDS}
+    able = [b for b in BACKENDS if reasons[b.name] is None]
+    if not able:  # `torch` runs everything but products of split operands
+        whys = " ".join(f"{name}: {why}" for name, why in reasons.items())
+        raise RuntimeError(f"no backend has operand_dtype={operand_dtype!r} for this call. {whys}")
     # unproven CUDA kernels are never taken automatically
     able = [b for b in able if b.name != cuda.BACKEND.name or _is_verified(b, device, operand_dtype)]
     chosen = able[0]
@@ -80,7 +84,7 @@ def _automatic(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dt
     return chosen
 
 
-def _is_verified(backend: Backend, device: torch.device, operand_dtype: torch.dtype) -> bool:
+def _is_verified(backend: Backend, device: torch.device, operand_dtype: torch.dtype | str) -> bool:
     return (backend.name, architecture(device), operand_dtype) in VERIFIED
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-VERIFIED: dict[tuple[str, str, torch.dtype], str] = {
+VERIFIED: dict[tuple[str, str, torch.dtype | str], str] = {
     ("triton", "sm_90", torch.bfloat16): "nvidia-h200-proof.jsonl",
     ("triton", "sm_90", torch.float16): "nvidia-h200-proof.jsonl",
     ("triton", "sm_90", torch.float32): "nvidia-h200-proof.jsonl",

@@ -43,7 +43,7 @@ class Arrangement:
     pos: Tensor  # [R] logit of the positive
     correction: Tensor  # [R] log-mean-exp of the logits of the debiasing positives; pos unless `positives` is given
     symmetric: bool  # R = 2A: the columns of the one set are anchors too
-    operand_dtype: torch.dtype
+    operand_dtype: torch.dtype | str  # or one of numerics.SPLIT_PRODUCTS
     anchor_ids: Tensor | None = None
     positive_terms: int = 1  # how often e^pos stands in the sum of a row
 
@@ -136,7 +136,7 @@ def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> A
         pos=pos,
         correction=correction,
         symmetric=request.layout == "symmetric",
-        operand_dtype=operand_dtype,
+        operand_dtype=request.products,
         anchor_ids=ids if ids is None or not two_view else torch.cat([ids, ids]),
         positive_terms=1 + ("d2q" in request.directions),
     )

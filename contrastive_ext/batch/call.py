@@ -48,11 +48,11 @@ class Call:
         """Whether the reference computes, on whole matrices."""
         return self.backend == dispatch.REFERENCE
 
-    def agree(self, group: object, like: Tensor, operands: torch.dtype | None = None) -> Ranks | None:
+    def agree(self, group: object, like: Tensor, operands: torch.dtype | str | None = None) -> Ranks | None:
         """All ranks, whose checks are done too, once they make the same call; None for None.
 
         like      [..., B, D], B of which this rank's mean is made
-        operands  the dtype of matrix products, if not that of `like`
+        operands  those of matrix products (`Request.products`), if not of the dtype of `like`
         """
         if self.is_dense:
             distributed.check_gathers(group, "backend='reference' forms the matrix of all columns.")

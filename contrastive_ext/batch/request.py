@@ -44,7 +44,7 @@ class Request(Call):
     ids: Tensor | None = field(default=None, metadata=plain(None))
     ids_name: str = field(default="ids", metadata=NEUTRAL)  # what the caller called them
     guide: Guide | None = field(default=None, metadata=plain(None))
-    operand_dtype: torch.dtype | None = field(default=None, metadata=plain(None))
+    operand_dtype: torch.dtype | str | None = field(default=None, metadata=plain(None))
     group: dist.ProcessGroup | AllRanks | None = field(default=None, metadata=plain(None))
 
     @property
@@ -65,8 +65,13 @@ class Request(Call):
 
     @property
     def operands(self) -> torch.dtype:
-        """The dtype of matrix products."""
+        """The dtype of the operands of matrix products."""
         return numerics.resolve_operand_dtype(self.z1.dtype, self.operand_dtype)
+
+    @property
+    def products(self) -> torch.dtype | str:
+        """That dtype, or one of numerics.SPLIT_PRODUCTS."""
+        return self.operand_dtype if isinstance(self.operand_dtype, str) else self.operands
 
     @property
     def scale_of_rows(self) -> bool:
@@ -202,7 +207,7 @@ class Request(Call):
 PLAIN = tuple((f.name, f.metadata["plain"]) for f in fields(Request) if "plain" in f.metadata)
 
 
-def check_request(layout: Layout, guide: object, operand_dtype: torch.dtype | None) -> None:
+def check_request(layout: Layout, guide: object, operand_dtype: torch.dtype | str | None) -> None:
     """ValueError or TypeError for what no batch could make right, beside what `check_call` looks at."""
     check_layout(layout)
     Guide.of(guide)  # type: ignore[arg-type]

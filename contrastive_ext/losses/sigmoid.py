@@ -86,6 +86,8 @@ def fused_sigmoid_loss(
     )  # fmt: skip
     call.check_values()
     check_pairs(z1, z2, "one_way")
+    if isinstance(operand_dtype, str):
+        raise ValueError(f"operand_dtype={operand_dtype!r} is one of losses of log-sum-exps: give a dtype or None.")
     operands = numerics.resolve_operand_dtype(z1.dtype, operand_dtype)
     distributed.check_gathers(group, "sums over pairs have no sweep of one shard at a time.")
     rows = z1.shape[0]

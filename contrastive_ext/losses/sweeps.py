@@ -96,7 +96,7 @@ def _over_columns(
 
 
 def _with_weights(
-    u: Tensor, v: Tensor, scale: float | Tensor, log_weight: Tensor, dtype: torch.dtype
+    u: Tensor, v: Tensor, scale: float | Tensor, log_weight: Tensor, dtype: torch.dtype | str
 ) -> tuple[Tensor, Tensor]:
     """Rows and columns whose scaled products are s + w: a feature that is 1 in every row and w/scale in the column.
 
@@ -107,13 +107,13 @@ def _with_weights(
     rest = log_weight.detach().to(v.dtype) / known
     held = []
     for _ in range(_PARTS.get(dtype, 1)):
-        held.append(numerics.round_operand(rest, dtype))
+        held.append(rest if isinstance(dtype, str) else numerics.round_operand(rest, dtype))
         rest = rest - held[-1]
     one = known / scale * torch.ones_like(u[:, :1])
     return torch.cat([u, one.expand(-1, len(held))], 1), torch.cat([v, torch.stack(held, 1)], 1)
 
 
-_PARTS = {torch.bfloat16: 3, torch.float16: 3}
+_PARTS: dict[torch.dtype | str, int] = {torch.bfloat16: 3, torch.float16: 3}
 
 
 def _hardened(scale: float | Tensor, hardness: float) -> tuple[float | Tensor, float | Tensor]:

@@ -37,6 +37,7 @@ class ProblemCall(NamedTuple):
     gate_col_limit: Tensor | None
     unit: bool
     operand_dtype: torch.dtype
+    products: str
     backend: str
 
     def problem(self) -> tuple[Problem, dispatch.Backend]:
@@ -61,7 +62,8 @@ class ProblemCall(NamedTuple):
         )
         u, v = u.detach().contiguous(), None if v is None else v.detach().contiguous()
         scale_or_value = self.scale_value if scale is None else scale.detach()
-        problem = Problem(u, v, scale_or_value, tuple(self.exponents), pairs, self.unit, self.operand_dtype)
+        problem = Problem(u, v, scale_or_value, tuple(self.exponents), pairs, self.unit, self.operand_dtype,
+                          self.products)  # fmt: skip
         return problem, self._select()
 
     def keeper(self) -> ModuleType | None:
@@ -82,7 +84,8 @@ class ProblemCall(NamedTuple):
         return everything[3 : PAIR_TENSORS.start] + everything[PAIR_TENSORS.stop :]
 
     def _select(self) -> dispatch.Backend:
-        return dispatch.select(self.backend, self.u.device, self.u.dtype, self.operand_dtype, self.u.shape[1])
+        operands = self.products or self.operand_dtype
+        return dispatch.select(self.backend, self.u.device, self.u.dtype, operands, self.u.shape[1])
 
 
 SIZE = len(ProblemCall._fields)
@@ -106,12 +109,13 @@ def as_arguments(
     scale: float | Tensor,
     exponents: Sequence[float],
     pairs: tuple[Any, ...],
-    operand_dtype: torch.dtype | None,
+    operand_dtype: torch.dtype | str | None,
     backend: str,
 ) -> ProblemCall:
-    """The call of an operator; `pairs` are num_images to unit."""
+    """The call of an operator; `pairs` are num_images to unit, `operand_dtype` that of `row_stats`."""
     scale_tensor, value = (scale, 0.0) if isinstance(scale, Tensor) else (None, float(scale))
-    how = operand_dtype or u.dtype, backend
+    split = operand_dtype if isinstance(operand_dtype, str) else ""
+    how = u.dtype if split else operand_dtype or u.dtype, split, backend
     return ProblemCall._make((u, v, scale_tensor, value, list(exponents), *pairs, *how))
 
 

@@ -7,7 +7,20 @@ from torch import Tensor
 
 from ..backends import dispatch
 from ..checks import can_read, check_exponents, check_positive, check_tensor, describe
+from ..numerics import SPLIT_PRODUCTS, SUPPORTED_DTYPES
 from ..problem.pairs import Gate
+
+
+def check_operand_dtype(u: Tensor, operand_dtype: object) -> None:
+    """What u and v hold, or how products are made of them, as `row_stats` documents it."""
+    if isinstance(operand_dtype, str) and operand_dtype in SPLIT_PRODUCTS:
+        if u.dtype != torch.float32:
+            raise TypeError(f"operand_dtype={operand_dtype!r} is for float32; got u {u.dtype}.")
+    elif operand_dtype is not None and (isinstance(operand_dtype, str) or operand_dtype not in SUPPORTED_DTYPES):
+        names = ", ".join(map(repr, SPLIT_PRODUCTS))
+        raise TypeError(
+            f"operand_dtype must be float16, bfloat16, float32, float64, {names} or None; got {operand_dtype!r}."
+        )
 
 
 def check_problem(

@@ -37,7 +37,7 @@ def ranked_stats(
     gate: Gate | None = None,
     diagnostics: bool = False,
     unit: bool = False,
-    operand_dtype: torch.dtype | None = None,
+    operand_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
 ) -> RankedStatistics:
     """Log-sum-exp over the negatives of every row, weighted by their rank in the row.

@@ -16,12 +16,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..numerics import SUPPORTED_DTYPES, logsumexp_pair
+from ..numerics import logsumexp_pair
 from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.problem import Statistics, Upstream
 from .problem_call import ProblemCall, as_arguments, of_arguments, of_saved
-from .problem_checks import check_cancelled, check_problem
+from .problem_checks import check_cancelled, check_operand_dtype, check_problem
 from .registration import FirstOrderOnly, once_differentiable, register, register_autograd
 
 
@@ -43,7 +43,7 @@ def row_stats(
     maximum: bool = False,
     diagnostics: bool = False,
     unit: bool = False,
-    operand_dtype: torch.dtype | None = None,
+    operand_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
 ) -> Statistics:
     """Log-sum-exps over the negatives of every row, at one or two exponents, in O((N + M) D) memory.
@@ -59,7 +59,8 @@ def row_stats(
     maximum      also the largest logit of every row
     diagnostics  also the largest logit, the sum of logits and the lse at exponent 2 beta_0 of every row
     unit         promise that |<u_i, v_j>| <= 1 up to rounding
-    operand_dtype  dtype whose values u and v hold (see numerics.round_operand); default their own
+    operand_dtype  dtype whose values u and v hold (see numerics.round_operand), default their own; or for float32 one
+                 of numerics.SPLIT_PRODUCTS
     Returns      `Statistics`; gradients flow from lse and col_lse to u, v and scale
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run the call
     Cost         2 N M D flops forward (half for one set), 4 to 6 backward. When v needs no gradient (a queue), the
@@ -92,14 +93,13 @@ def checked_call(
     columns: bool = False,
     means: bool = False,
     unit: bool = False,
-    operand_dtype: torch.dtype | None = None,
+    operand_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
 ) -> ProblemCall:
     """The first arguments of the operator; raises as `row_stats` does."""
     check_problem(u, v, scale, exponents, num_images, positive_offset, row_ids, col_ids, columns, means, backend)
     check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, columns)
-    if operand_dtype not in (None, *SUPPORTED_DTYPES):
-        raise TypeError(f"operand_dtype must be float16, bfloat16, float32, float64 or None; got {operand_dtype!r}.")
+    check_operand_dtype(u, operand_dtype)
     rules = num_images, positive_offset, only_equal_ids, row_ids, col_ids, ignored, *schema.gate_arguments(gate)
     return as_arguments(u, v, scale, exponents, (*rules, unit), operand_dtype, backend)
 

@@ -26,6 +26,7 @@ class Problem:
     pairs: Pairs
     unit: bool  # promises |<u_i, v_j>| <= 1 up to rounding: a static shift may replace the running maximum
     operand_dtype: torch.dtype  # u and v hold values of this dtype, whatever dtype carries them
+    products: str = ""  # one of numerics.SPLIT_PRODUCTS, or those of operand_dtype
 
     @property
     def one_set(self) -> bool:

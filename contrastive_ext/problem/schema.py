@@ -16,7 +16,7 @@ _PAIRS = (
 NATIVE_PROBLEM = f"Tensor u, Tensor? v, float scale, float[] exponents, {_PAIRS}"
 PROBLEM = (
     f"Tensor u, Tensor? v, Tensor? scale, float scale_value, float[] exponents, {_PAIRS.replace('int ', 'SymInt ')}, "
-    "ScalarType operand_dtype, str backend"
+    "ScalarType operand_dtype, str products, str backend"
 )
 RANKING = "float[] ranking, int bins"
 PRIORS_AND_RANKING = f"Tensor? priors, {RANKING}"

@@ -11,6 +11,7 @@ import torch
 
 import contrastive_ext as ce
 from contrastive_ext.backends import dispatch
+from contrastive_ext.numerics import SPLIT_PRODUCTS
 from repository import ROOT
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -88,7 +89,8 @@ def test_available_backends_run():
 def test_verified_entries_name_files_that_exist():
     for (backend, architecture, dtype), file in dispatch.VERIFIED.items():
         assert backend in dispatch.backend_names()
-        assert architecture.startswith(("sm_", "gfx", "cpu")) and isinstance(dtype, torch.dtype)
+        assert architecture.startswith(("sm_", "gfx", "cpu"))
+        assert isinstance(dtype, torch.dtype) or dtype in SPLIT_PRODUCTS
         assert (ROOT / "bench" / "results" / file).is_file(), file
 
 
@@ -124,3 +126,15 @@ def test_import_of_a_function_as_a_module():
 def test_importing_a_name_that_is_no_loss_still_fails():
     with pytest.raises(ModuleNotFoundError):
         __import__("contrastive_ext.fused_nothing_loss")
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "torch"])
+def test_products_of_split_operands_are_asked_of_who_has_them(name):
+    z = torch.randn(4, 300)  # more features than Triton takes, in the interpreter too
+    reason = (
+        "no backend has operand_dtype='fp16x3'.*torch: it has no" if name == "auto" else "it has no 'fp16x3' products"
+    )
+    with pytest.raises(RuntimeError, match=reason if name in (*ce.available_backends(), "auto") else name):
+        ce.fused_infonce_loss(z, z, backend=name, operand_dtype="fp16x3")
+    exact = ce.fused_infonce_loss(z, z, backend="reference", operand_dtype="fp16x3")
+    assert torch.equal(exact, ce.fused_infonce_loss(z, z, backend="reference"))

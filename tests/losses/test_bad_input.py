@@ -82,7 +82,11 @@ Z = torch.randn(4, 3)
             r"z2 must be \[4, 3\]",
         ),
         ({"backend": "numpy"}, ValueError, "numpy"),
-        ({"operand_dtype": torch.float64}, ValueError, "torch.float16, torch.bfloat16 or None; got torch.float64"),
+        (
+            {"operand_dtype": torch.float64},
+            ValueError,
+            "torch.float16, torch.bfloat16, 'fp16x3' or None; got torch.float64",
+        ),
         ({"operand_dtype": "fp16"}, ValueError, "got 'fp16'"),
         ({"z1": Z.half(), "z2": Z.half(), "operand_dtype": torch.bfloat16}, ValueError, "torch.float16 or None"),
     ],

@@ -102,6 +102,8 @@ Z = torch.randn(4, 3)
         (lambda: fused(Z, Z, logit_bias="-10"), TypeError, "logit_bias"),
         (lambda: fused(Z, Z, logit_bias=torch.zeros(4)), ValueError, "0-d"),
         (lambda: fused(Z, Z, ids=torch.zeros(4)), ValueError, "ids must be integers"),
+        (lambda: fused(Z, Z, operand_dtype="fp16x3"), ValueError, "give a dtype or None"),
+        (lambda: fused(Z, Z, operand_dtype="half"), ValueError, "operand_dtype"),
         (lambda: ce.SigmoidLoss(logit_bias=float("nan")), ValueError, "finite"),
         (lambda: ce.SigmoidLoss(logit_scale=0.0), ValueError, "> 0"),
     ],

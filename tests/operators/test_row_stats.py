@@ -71,7 +71,7 @@ def test_operator_passes_opcheck(run, problem):
     u, v, scale, options = make_problem(problem, device)
     arguments = (
         u.requires_grad_(), v, scale.requires_grad_(), 0.0, list(options.get("exponents", (1.0,))),
-        *_pair_arguments(options), True, u.dtype, backend, options.get("columns", False), False, True, False,
+        *_pair_arguments(options), True, u.dtype, "", backend, options.get("columns", False), False, True, False,
     )  # fmt: skip
     opcheck(OP, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
@@ -84,7 +84,7 @@ def test_operator_is_traceable_with_dynamic_shapes(run, name):
     v = v if v is None or name == "queue" else v.requires_grad_()
     arguments = (
         u.requires_grad_(), v, scale.requires_grad_(), 0.0, [1.0], *_pair_arguments(options),
-        True, u.dtype, backend, options.get("columns", False), name == "queue", False, False,
+        True, u.dtype, "", backend, options.get("columns", False), name == "queue", False, False,
     )  # fmt: skip
     opcheck(OP, arguments, test_utils="test_aot_dispatch_dynamic")
 

@@ -56,6 +56,47 @@ def test_every_step_is_rehearsed_without_a_gpu(tmp_path):
     assert gpu_results.main([str(tmp_path), "--root", str(tmp_path)]) == 1  # a rehearsal proves nothing
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux machines")
+def test_steps_that_are_measured_are_not_run_again(tmp_path):
+    known = tmp_path / "measured.txt"
+    known.write_text("import\nladder\ntiles\nproof\nspeed\nsmoke\ntests\n")
+    environment = os.environ | {
+        "PYTHON": sys.executable, "DEVICE": "cpu", "OUT": str(tmp_path / "out"), "MEASURED": str(known)
+    }  # fmt: skip
+    done = subprocess.run(["bash", str(ROOT / "tools" / "gpu.sh")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ended = (tmp_path / "out" / "summary.txt").read_text().splitlines()[1:]
+    assert [line.split()[1] for line in ended] == ["skipped:"] * 7 + ["ok,"]
+    assert ended[-1].startswith("facts")
+
+
+def test_results_are_of_the_code_until_it_changes(tmp_path):
+    def git(*command):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    results, kernels = tmp_path / "bench" / "results", tmp_path / "triton_kernels"
+    for folder in (results, kernels):
+        folder.mkdir(parents=True)
+    (kernels / "sweep.py").write_text("1")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "kernels")
+    assert gpu_results.measured(tmp_path) == []
+    commit = git("rev-parse", "HEAD")
+    (results / "nvidia-x.json").write_text(json.dumps({"commit": commit, "cuda": "13.0"}))
+    (results / "nvidia-x-proof.jsonl").write_text("")
+    (results / "cpu.json").write_text(json.dumps({"commit": commit, "cuda": None}))
+    (results / "list.json").write_text("[]")
+    assert gpu_results.measured(tmp_path) == ["speed", "proof"]
+    git("add", "-A")
+    git("commit", "-qm", "results")
+    assert gpu_results.measured(tmp_path) == ["speed", "proof"]
+    (kernels / "sweep.py").write_text("2")
+    assert gpu_results.measured(tmp_path) == []
+
+
 def test_proof_is_a_line_for_every_case_and_backend(tmp_path, monkeypatch):
     assert prove(CPU, tmp_path / "proof.jsonl", [CASE]) == 0
     lines = [json.loads(line) for line in (tmp_path / "proof.jsonl").read_text().splitlines()]
@@ -81,7 +122,10 @@ def test_proof_shows_what_is_wrong_and_what_does_not_run(tmp_path, monkeypatch):
         calls.append(0)
         return losses.fused(case, inputs, "torch", "none") * (1 + 1e-7 * len(calls))
 
-    methods = [Method(f.__name__, f, f, is_ours=True) for f in (wrong, broken, unsteady)]
+    methods = [
+        Method(f.__name__, f, lambda case, inputs, f=f: f(case, inputs).mean(), is_ours=True)
+        for f in (wrong, broken, unsteady)
+    ]
     monkeypatch.setattr(proof, "backends_for", lambda case, device: methods)
     case = cases.tiny(Case("fused_infonce_loss", "two_view", 64, 64, 32, "float32"))
     assert prove(CPU, tmp_path / "proof.jsonl", [case]) == 3
@@ -150,6 +194,7 @@ def brought(tmp_path):
         {"case": "a", "backend": "triton", "dtype": "float32", "proven": True},
         {"case": "a", "backend": "triton", "dtype": "tf32", "proven": False},
         {"case": "a", "backend": "cuda", "dtype": "float16", "proven": True},
+        {"case": "a", "backend": "triton", "dtype": "fp16x3", "proven": True},
     ]
     (folder / "speed.json").write_text(json.dumps(made_up))
     (folder / "proof.jsonl").write_text("".join(json.dumps(line) + "\n" for line in proofs))
@@ -167,6 +212,9 @@ def test_results_are_taken_over(brought):
     assert '("triton", "sm_91", torch.bfloat16): "nvidia-made-up-proof.jsonl"' in verified
     assert '("triton", "sm_90", torch.bfloat16)' in verified  # what other devices have shown stays
     assert '"sm_91", torch.float32' not in verified  # TF32 is not proven
+    assert '("triton", "sm_91", "fp16x3"): ' in verified
+    again = gpu_results.with_entries(verified, {})
+    assert again == verified
     assert '("cuda"' not in verified  # not complete
     compile(verified, "verified.py", "exec")
     page = (root / "docs" / "benchmarks.md").read_text()

@@ -49,3 +49,14 @@ def test_gate_covers_every_line_of_the_table():
 def test_every_architecture_has_a_tile():
     for architecture in (80, 86, 87, 89, 90, 100, 103, 120, 121):
         assert gate.configs.nearest(architecture) in gate.configs.ARCHITECTURES
+
+
+def test_a_few_lines_are_written_into_the_table_not_in_place_of_it():
+    names = [gate.name_in_table(case) for case in gate.cases()]
+    assert len(set(names)) == len(names)
+    kept = gate.table({name: f"{name} old |" for name in names[:5]})
+    written = gate.table({names[2]: f"{names[2]} new |", names[6]: f"{names[6]} new |"}, kept).splitlines()
+    expected = [f"{names[i]} {'new' if i in (2, 6) else 'old'} |" for i in (0, 1, 2, 3, 4, 6)]
+    assert written[2:] == expected
+    for path in gate.COMPILED.iterdir():  # the tables that are kept are made of such lines, of cases there are
+        assert {gate.name_of_line(line) for line in path.read_text().splitlines()[2:]} <= set(names)

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from ...problem.pairs import NO_COLUMN, UNFILLED, Candidates
 from ...problem.problem import Problem, Statistics, Upstream
+from ..backend import lacks_products
 
 # CPU: 1024 x 1024 fp32 is 4 MiB, two of them stay in a shared L3. GPU: larger ones amortise launches (a few of 36 MiB).
 TILE = {"cpu": 1024}
 TILE_ELSEWHERE = 3072
 
 
-def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> str | None:
-    """None: plain PyTorch runs everywhere."""
-    return None
+def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | str, dim: int) -> str | None:
+    """None: plain PyTorch runs everywhere, but knows no products of split operands."""
+    return lacks_products(operand_dtype)
 
 
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:

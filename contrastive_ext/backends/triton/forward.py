@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...problem.problem import Problem, Statistics
-from . import launch
+from . import launch, replay
 from . import pairs as triton_pairs
 from .gradient import Term, Weights, total
 
@@ -55,7 +55,7 @@ class Forward:
         self.problem, self.pairs, self.means, self.maximum = problem, problem.pairs, means, maximum
         self.u, self.v = launch.operands(problem)
         self.rows, self.cols = triton_pairs.sides(problem, self.u, self.v)
-        self.n, self.m, self.d = len(self.u), len(self.v), self.u.shape[1]
+        self.n, self.m, self.d = len(self.u), len(self.v), problem.u.shape[1]
         resident = self.d <= launch.kernels().configs.RESIDENT_FEATURES
         self.fused_means = means and len(problem.exponents) == 1 and resident
         # the mean costs a second product and an accumulator like those of the backward
@@ -63,7 +63,9 @@ class Forward:
         counted = mask != "images"
         mask = "ids" if diagnostics and not counted else mask  # as many counters
         direction = "backward" if self.fused_means else "forward"
-        self.config = launch.config_of(direction, self.u, mask, exponents=len(problem.exponents))
+        self.config = launch.config_of(
+            direction, self.u, mask, exponents=len(problem.exponents), products=problem.products
+        )
         self.tiles = launch.cdiv(self.n, self.config.block_m)
         # half the products for column sums in every tile
         enough = self.tiles >= TRIANGLE_FROM * launch.processors(self.u.device)
@@ -78,13 +80,13 @@ class Forward:
         number = has_shift + len(self.exponents) + counted + 2 * diagnostics
         self.parts = launch.kernels().merge.Parts(number, has_shift, counted, diagnostics)
         scale, scale_is_tensor = launch.scale_argument(problem)
-        self.operands = (*launch.operand_arguments(self.config, self.u, self.v), scale)
+        self.operands = (*launch.operand_arguments(self.config, self.u, self.v, problem.products), scale)
         self.sweep_arguments: dict[str, Any] = {
             **triton_pairs.arguments(self.pairs, self.rows, self.cols, row_anchors=True, col_anchors=self.columns),
             **{"EXPONENTS": self.exponents, "LARGEST": max(self.exponents), "SHIFT": shift},
             **{"SCALE_IS_TENSOR": scale_is_tensor, "PARTS": self.parts},
             **{"COLUMNS": self.columns, "TRIANGLE": self.triangle, "MEANS": self.fused_means},
-            **launch.tile_arguments(self.config, self.u),
+            **launch.tile_arguments(self.config, self.u, problem.products),
         }
 
     def run(self) -> Statistics:
@@ -134,7 +136,8 @@ class Forward:
         return self.problem.u.new_empty(shape, dtype=self.problem.stats_dtype)
 
     def _sweep(self, first_tile, grid, span, row_partials, col_partials, mean_partials) -> None:
-        launch.kernels().row_stats_forward.row_stats_forward_kernel[grid](
+        replay.start(
+            launch.kernels().row_stats_forward.row_stats_forward_kernel, grid,
             *self.operands, row_partials, col_partials, mean_partials, first_tile=first_tile, span=span,
             **self.sweep_arguments,
         )  # fmt: skip
@@ -159,7 +162,8 @@ class Forward:
 
     def _merge(self, partials: Partials, lse: Tensor, aux: Tensor | None, candidates, finish: bool) -> None:
         anchors = partials.slots.shape[-1]
-        launch.kernels().merge.merge_kernel[(launch.cdiv(anchors, MERGE_BLOCK),)](
+        replay.start(
+            launch.kernels().merge.merge_kernel, (launch.cdiv(anchors, MERGE_BLOCK),),
             *partials.arguments, partials.first_tile, lse, aux, anchors, *candidates, EXPONENTS=self.exponents,
             PARTS=self.parts, TRIANGLE=partials.triangle, MAXIMUM=self.maximum, FINISH=finish, BLOCK=MERGE_BLOCK,
             AT_ONCE=MERGED_AT_ONCE, enable_fp_fusion=True,
@@ -168,7 +172,8 @@ class Forward:
     def _merge_means(self, row_partials: Tensor, mean_partials: Tensor) -> Tensor:
         mean = self._empty(1, self.n, self.d)
         block, block_d = 32, min(64, launch.feature_block(self.d))
-        launch.kernels().merge.merge_means_kernel[(launch.cdiv(self.n, block), launch.cdiv(self.d, block_d))](
+        replay.start(
+            launch.kernels().merge.merge_means_kernel, (launch.cdiv(self.n, block), launch.cdiv(self.d, block_d)),
             row_partials, mean_partials, mean, len(row_partials), self.n, D=self.d, BLOCK=block, BLOCK_D=block_d,
             EXPONENTS=self.exponents, PARTS=self.parts, enable_fp_fusion=True,
         )  # fmt: skip

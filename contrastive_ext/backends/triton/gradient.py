@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...problem.problem import Problem
-from . import launch
+from . import launch, replay
 from . import pairs as triton_pairs
 from .pairs import Side
 
@@ -26,12 +26,14 @@ class Term(NamedTuple):
     """One direction of the weights: exp(beta_k s - lse_k) times the coefficient of lse_k, and omega where ranked.
 
     columns  what a tile reads of these anchors as columns, [2 K, padded], where it is made already
+    bounds   and for fp16 their largest coefficients, [K]
     """
 
     lse: Tensor
     grad: Tensor
     ranks: Ranks | None = None
     columns: Tensor | None = None
+    bounds: Tensor | None = None
 
 
 class Ranks(NamedTuple):
@@ -82,23 +84,25 @@ class Weights:
         exponents: tuple[float, ...] | None = None,
     ):
         self.problem, self.rows, self.cols, self.exponents = problem, rows, cols, exponents or problem.exponents
-        (self.n, self.d), self.m = rows.x.shape, len(cols.x)
+        self.n, self.m, self.d = len(rows.x), len(cols.x), problem.u.shape[1]
         self.like = problem.u.new_empty(0, dtype=problem.stats_dtype)
         term = row_term or col_term
         ranks = term.ranks if term else None
         mask = triton_pairs.costliest_rule(problem.pairs)
-        self.config = launch.config_of("backward", rows.x, mask, ranks is not None, len(self.exponents))
+        self.config = launch.config_of(
+            "backward", rows.x, mask, ranks is not None, len(self.exponents), problem.products
+        )
         # omega differs by direction: nothing to factor
         shift = shift_of_weights(problem, self.exponents, row_term is not None and col_term is not None and not ranks)
         self.found = [term for term in (row_term, col_term) if term is not None]
         forward, reverse = row_term is not None, col_term is not None
         self.scale, self.scale_is_tensor = launch.scale_argument(problem)
-        self.operands = (*launch.operand_arguments(self.config, rows.x, cols.x), self.scale)
+        self.operands = (*launch.operand_arguments(self.config, rows.x, cols.x, problem.products), self.scale)
         row_terms = None if row_term is None else (row_term.lse, row_term.grad)
         col_terms: tuple[Any, ...] = (None,) * 3
         if col_term is not None:
-            terms, power = self._column_terms(col_term, row_term, shift)
-            col_terms = (terms, terms.stride(0)), col_term.grad, power
+            terms, bounds, power = self._column_terms(col_term, row_term, shift)
+            col_terms = (terms, terms.stride(0)), bounds, power
         self.terms: tuple[Any, ...] = (*(row_terms or (None, None)), *col_terms)
         self.ranks = None if ranks is None else (_histograms(row_term), _histograms(col_term), ranks.shape)
         self.sweep_arguments: dict[str, Any] = {
@@ -106,23 +110,27 @@ class Weights:
             **{"EXPONENTS": self.exponents, "LARGEST": max(self.exponents), "SHIFT": shift},
             **{"SCALE_IS_TENSOR": self.scale_is_tensor, "FORWARD": forward, "REVERSE": reverse},
             **{"BINS": 0 if ranks is None else ranks.bins},
-            **launch.tile_arguments(self.config, rows.x),
+            **launch.tile_arguments(self.config, rows.x, problem.products),
         }
 
-    def _column_terms(self, term: Term, row_term: Term | None, shift: str) -> tuple[Tensor, Tensor | None]:
-        """What every tile reads of its columns, made once, and the power of two in it: see column_terms_kernel."""
+    def _column_terms(
+        self, term: Term, row_term: Term | None, shift: str
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What every tile reads of its columns, made once, bounds, and the power of two: see column_terms_kernel."""
         if term.columns is not None:
-            return term.columns, None
+            return term.columns, term.bounds, None
         blocks = launch.cdiv(self.m, TERMS_BLOCK)
         terms = self.like.new_empty(2 * len(self.exponents), blocks * TERMS_BLOCK)
         power = None if shift == "online" else self.like.new_empty(1)
+        bounds = self.like.new_empty(len(self.exponents)) if self.rows.x.dtype == torch.float16 else None
         other = None if row_term is None or row_term.grad is term.grad else row_term.grad
-        launch.kernels().row_stats_backward.column_terms_kernel[(blocks,)](
-            term.lse, term.grad, other, self.scale, terms, power, self.m, self.n, terms.stride(0),
+        replay.start(
+            launch.kernels().row_stats_backward.column_terms_kernel, (blocks,),
+            term.lse, term.grad, other, self.scale, terms, power, bounds, self.m, self.n, terms.stride(0),
             EXPONENTS=self.exponents, LARGEST=max(self.exponents), SHIFT=shift, SCALE_IS_TENSOR=self.scale_is_tensor,
             BLOCK=TERMS_BLOCK, enable_fp_fusion=True,
         )  # fmt: skip
-        return terms, power
+        return terms, bounds, power
 
     def times_columns(self, times_scale: bool = True) -> Tensor:
         """[scale] sum_j w_ij cols_j for every row, [splits, rows, D]."""
@@ -130,7 +138,7 @@ class Weights:
             tiles = launch.cdiv(self.n, self.config.block_m)
             fewest = max(1, launch.processors(self.like.device) // max(1, tiles))
             most = min(MOST_SPLITS, launch.WORKSPACE_BYTES // max(1, self.n * self.d * self.like.element_size()))
-            at_once = launch.programs_at_once(self.config, self.rows.x)
+            at_once = launch.programs_at_once(self.config, self.like.device, self.d)
             splits, span = launch.even_split(tiles, self.m, self.config.block_n, fewest, most, at_once)
             out = self.like.new_empty(splits, self.n, self.d)
             self._sweep((0, self.n), (0, self.m), splits, span, out, self.like.new_empty(0), times_scale)
@@ -195,7 +203,8 @@ class Weights:
 
     def _sweep(self, rows, columns, splits: int, span: int, out: Tensor, undo: Tensor, times_scale: bool) -> None:
         tiles = launch.cdiv(rows[1] - rows[0], self.config.block_m)
-        launch.kernels().row_stats_backward.row_stats_backward_kernel[tiles, splits](
+        replay.start(
+            launch.kernels().row_stats_backward.row_stats_backward_kernel, (tiles, splits),
             *self.operands, *self.terms, self.ranks, (out, out.stride(-2)), undo, row_begin=rows[0],
             col_begin=columns[0], col_end=columns[1], span=span, TIMES_SCALE=times_scale, **self.sweep_arguments,
         )  # fmt: skip

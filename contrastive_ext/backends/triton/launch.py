@@ -19,11 +19,20 @@ INTERPRETED_PROCESSORS = 3  # a GPU small enough that test problems are split
 
 def operands(problem: Problem) -> tuple[Tensor, Tensor]:
     """u and v in the dtype whose values they hold."""
+    if problem.products:
+        u = in_parts(problem.u)
+        return u, u if problem.v is None else in_parts(problem.v)
     dtype = problem.operand_dtype
     if dtype == torch.bfloat16 and interpreted():
         dtype = torch.float32  # the interpreter's bf16 products are wrong; float32 holds the same values
     u = rounded(problem.u.to(dtype))
     return u, u if problem.v is None else rounded(problem.v.to(dtype))
+
+
+def in_parts(x: Tensor) -> Tensor:
+    """[N, 2 D] fp16: x rounded, and beside it what the rounding lost; of numbers up to 1 both keep 22 bits."""
+    high = x.half()
+    return torch.cat([high, (x - high.float()).half()], 1)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -52,25 +61,32 @@ def shift_of(problem: Problem, exponents: tuple[float, ...], limit: float) -> st
     return "plain" if problem.scale * kernels().scores.LOG2E.value * max(exponents) <= limit else "online"
 
 
-def tile_arguments(config, operand: Tensor) -> dict[str, Any]:
+def tile_arguments(config, operand: Tensor, products: str = "") -> dict[str, Any]:
     """The tile as arguments of a kernel."""
-    features = operand.shape[1]
+    features = features_of(operand, products)
     chunk = config.block_d or feature_block(features)
     return ({"maxnreg": config.registers} if config.registers else {}) | {
-        "TILE": kernels().scores.Tile(features, config.block_m, config.block_n, chunk, precision(operand)),
+        "TILE": kernels().scores.Tile(features, config.block_m, config.block_n, chunk, precision(operand, products)),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,  # the default until Triton 3.9 announced to change it
     }
 
 
-def precision(operand: Tensor) -> str:
-    """`input_precision` of the kernels' products."""
-    return "tf32" if kind_of_products(operand) == "tf32" else "ieee"
+def features_of(operand: Tensor, products: str) -> int:
+    """Features of an operand, in parts or not."""
+    return operand.shape[1] // (2 if products else 1)
 
 
-def kind_of_products(operand: Tensor) -> str:
-    """Which products: 16-bit, tf32, ieee or fp64."""
+def precision(operand: Tensor, products: str = "") -> str:
+    """The kernels' products: their `input_precision`, or the name of those of split operands."""
+    return products or ("tf32" if kind_of_products(operand) == "tf32" else "ieee")
+
+
+def kind_of_products(operand: Tensor, products: str = "") -> str:
+    """Which products: 16-bit, tf32, ieee, fp64, or split for `Problem.products` that are named."""
+    if products:
+        return "split"
     if operand.dtype != torch.float32:
         return "fp64" if operand.dtype == torch.float64 else "16-bit"
     everything: Any = torch.backends
@@ -80,17 +96,19 @@ def kind_of_products(operand: Tensor) -> str:
     return "tf32" if allowed == "tf32" and operand.is_cuda else "ieee"
 
 
-def config_of(direction: str, operand: Tensor, mask: str, ranked: bool = False, exponents: int = 1):
+def config_of(direction: str, operand: Tensor, mask: str, ranked: bool = False, exponents: int = 1, products: str = ""):
     """The tile of a call, triton_kernels/configs.py."""
-    kind, chip = kind_of_products(operand), architecture(operand.device)
-    return kernels().configs.choose(direction, kind, operand.shape[1], chip, mask, ranked, exponents)
+    kind, chip = kind_of_products(operand, products), architecture(operand.device)
+    return kernels().configs.choose(direction, kind, features_of(operand, products), chip, mask, ranked, exponents)
 
 
-def descriptor(x: Tensor, rows: int, features: int):
+def descriptor(x: Tensor, rows: int, features: int, products: str = ""):
     """How the copy engine finds tiles of x, or None where a program computes addresses: see scores.load_tile."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.numel() > 0
     configs = kernels().configs
-    described = architecture(x.device) >= configs.DESCRIPTORS_FROM and kind_of_products(x) in configs.DESCRIBED
+    described = (
+        architecture(x.device) >= configs.DESCRIPTORS_FROM and kind_of_products(x, products) in configs.DESCRIBED
+    )
     if not aligned or not (described or interpreted()):
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -98,15 +116,15 @@ def descriptor(x: Tensor, rows: int, features: int):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, features])
 
 
-def operand_arguments(config, u: Tensor, v: Tensor) -> tuple[Any, ...]:
+def operand_arguments(config, u: Tensor, v: Tensor, products: str = "") -> tuple[Any, ...]:
     """Rows and columns as arguments of a sweep, u, d_u, v, d_v: see scores.load_tile.
 
     Triton 3.6 takes no descriptor inside of a tuple.
     """
-    block_d = config.block_d or feature_block(u.shape[1])
+    block_d = config.block_d or feature_block(features_of(u, products))
     return (
-        *((u, u.stride(0)), descriptor(u, config.block_m, block_d)),
-        *((v, v.stride(0)), descriptor(v, config.block_n, block_d)),
+        *((u, u.stride(0)), descriptor(u, config.block_m, block_d, products)),
+        *((v, v.stride(0)), descriptor(v, config.block_n, block_d, products)),
     )
 
 
@@ -129,15 +147,15 @@ def split(tiles: int, columns: int, block: int, programs: int) -> tuple[int, int
     return max(1, cdiv(columns, max(1, span))), span
 
 
-def programs_at_once(config, operand: Tensor) -> int:
+def programs_at_once(config, device: torch.device, features: int) -> int:
     """Programs of a sweep with a gradient that the device runs at a time, by their registers.
 
     A thread has its share of the tile and of the sum and some 64 registers more: on a processor of sm_90 3 programs of
     64x64 at 128 features, 2 at 256, which explains what an H200 took (docs/measurements.md).
     """
     threads = 32 * config.num_warps
-    registers = config.block_m * (config.block_n + feature_block(operand.shape[1])) // threads + 64
-    return processors(operand.device) * max(1, 65536 // (threads * min(255, registers)))
+    registers = config.block_m * (config.block_n + feature_block(features)) // threads + 64
+    return processors(device) * max(1, 65536 // (threads * min(255, registers)))
 
 
 def even_split(tiles: int, columns: int, block: int, fewest: int, most: int, at_once: int) -> tuple[int, int]:

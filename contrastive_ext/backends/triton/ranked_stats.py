@@ -6,13 +6,15 @@ plain statistics, which looks omega up.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ...problem.problem import Problem
 from ...problem.ranking import RankedStatistics, Ranking, histogram_axis
 from ..torch import ranked_stats as torch_ranked
-from . import launch
+from . import launch, replay
 from . import pairs as triton_pairs
 from .gradient import Ranks, Term, gradients, total
 
@@ -23,6 +25,7 @@ def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> 
     """Ranked statistics of `problem`; see `RankedStatistics`."""
     if not ranking.bins:
         return torch_ranked.ranked_forward(problem, ranking, diagnostics=diagnostics)
+    problem = _in_float32(problem)
     u, n, bins = problem.u, problem.pairs.num_rows, ranking.bins
     with launch.on_device(u.device):
         partial = _sweep(problem, "RANGE", bins, parts=2)
@@ -48,12 +51,18 @@ def ranked_backward(
     """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
     if not ranking.bins:
         return torch_ranked.ranked_backward(problem, ranking, stats, grad_lse, need_u=need_u, need_v=need_v)
+    problem = _in_float32(problem)
     ranks = Ranks(ranking.bins, stats.axis, stats.below, _shape(ranking, stats.lse))
     term = Term(stats.lse[None].contiguous(), grad_lse[None].contiguous(), ranks)
     with launch.on_device(problem.u.device):
         found = gradients(problem, term, None, need_u, need_v)
         du, dv = (problem.u.new_empty(0) if x is None else total(x) for x in found)
     return du, dv
+
+
+def _in_float32(problem: Problem) -> Problem:
+    """The problem without products of parts: each of the four sweeps has to find the same bin for a pair."""
+    return replace(problem, products="") if problem.products else problem
 
 
 def _sweep(
@@ -77,7 +86,8 @@ def _sweep(
     tiles = launch.cdiv(len(u), config.block_m)
     splits, span = launch.split(tiles, len(v), config.block_n, 2 * launch.processors(u.device))
     out = problem.u.new_empty(splits, parts, len(u))
-    launch.kernels().histogram_ranks.histogram_ranks_kernel[(tiles, splits)](
+    replay.start(
+        launch.kernels().histogram_ranks.histogram_ranks_kernel, (tiles, splits),
         (u, u.stride(0)), (v, v.stride(0)), scale, (axis, below), shape, counts, out,
         span=span, PASS=name, BINS=bins, EXPONENTS=WITH_SQUARES, SCALE_IS_TENSOR=scale_is_tensor,
         **launch.tile_arguments(config, u),

@@ -6,6 +6,8 @@ without a GPU. Nothing here waits for the device: a scale tensor is read by the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,14 @@ from .gradient import Term, gradients, total
 OLDEST_NVIDIA = (8, 0)  # bf16 and TF32 products, asynchronous copies
 
 
-def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype, dim: int) -> str | None:
+def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | str, dim: int) -> str | None:
     """None, or why the Triton kernels cannot take this call."""
     missing = launch.why_missing()
     if missing is not None:
         return missing
+    most = launch.kernels().configs.RESIDENT_FEATURES
+    if isinstance(operand_dtype, str) and dim > most:
+        return f"its {operand_dtype!r} products end at {most} features; these rows have {dim}."
     if device.type == "cpu":
         if launch.interpreted():
             return None
@@ -38,7 +43,9 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
 
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`."""
-    return Forward(problem, columns, means, diagnostics, maximum).run()
+    whole, _, by_v = prepared(problem)
+    stats = Forward(whole, columns, means, diagnostics, maximum).run()
+    return stats if whole is problem or not means else stats._replace(mean=of_original(stats.mean, problem, 1 / by_v))
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
@@ -48,6 +55,41 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     if upstream.col_lse is not None and upstream.grad_col_lse is not None:
         col_term = Term(upstream.col_lse.contiguous(), upstream.grad_col_lse.contiguous())
     with launch.on_device(problem.u.device):
-        found = gradients(problem, row_term, col_term, upstream.need_u, upstream.need_v)
+        whole, *factors = prepared(problem)
+        found = gradients(whole, row_term, col_term, upstream.need_u, upstream.need_v)
         du, dv = (problem.u.new_empty(0) if x is None else total(x) for x in found)
+    if whole is not problem:
+        du, dv = (x if x.numel() == 0 else of_original(x, problem, by) for x, by in zip((du, dv), factors, strict=True))
     return du, dv
+
+
+def prepared(problem: Problem) -> tuple[Problem, float | Tensor, float | Tensor]:
+    """The same problem for operands of two parts, and what u and v were multiplied by: numbers that fp16 can hold.
+
+    Vectors that are not of unit length are brought to 1 by a power of two, which the scale undoes; features are padded
+    to what products take, because one part stands behind the other.
+    """
+    if not problem.products:
+        return problem, 1.0, 1.0
+    features = problem.u.shape[1]
+    more = launch.feature_block(features) - features
+    by_u = by_v = 1.0  # type: float | Tensor
+    scale = problem.scale
+    if not problem.unit:
+        by_u = _to_one(problem.u)
+        by_v = by_u if problem.v is None else _to_one(problem.v)
+        scale = scale / by_u / by_v
+    u = torch.nn.functional.pad(problem.u * by_u, (0, more))
+    v = None if problem.v is None else torch.nn.functional.pad(problem.v * by_v, (0, more))
+    return replace(problem, u=u, v=v, scale=scale), by_u, by_v
+
+
+def of_original(x: Tensor, problem: Problem, factor: float | Tensor) -> Tensor:
+    """Vectors of the prepared problem [..., padded] times the factor, as those of the problem it was made of."""
+    return (x * factor)[..., : problem.u.shape[1]].contiguous()
+
+
+def _to_one(x: Tensor) -> Tensor:
+    """The power of two that brings the largest number to (1/2, 1]."""
+    largest = x.abs().nan_to_num(0.0, 0.0, 0.0).amax() if x.numel() else x.new_zeros(())
+    return largest.log2().ceil().clamp(-60, 60).neg().exp2()

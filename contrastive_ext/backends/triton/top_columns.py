@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...problem.pairs import NO_COLUMN, Candidates
 from ..torch import row_stats as torch_blocks
-from . import launch
+from . import launch, replay
 
 
 def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,8 @@ def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) ->
     scores = scorers.new_empty(splits, groups, length)
     columns = torch.empty_like(scores, dtype=torch.int32)
     with launch.on_device(scorers.device):
-        launch.kernels().top_columns.top_columns_kernel[tiles, splits](
+        replay.start(
+            launch.kernels().top_columns.top_columns_kernel, (tiles, splits),
             scorers, features, col_ids, scores, columns, groups, len(features), num_images, num_scorers, span, K=length,
             **launch.tile_arguments(config, features),
         )  # fmt: skip
