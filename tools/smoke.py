@@ -38,6 +38,9 @@ def calls(z1: Tensor, z2: Tensor, queue: Tensor, labels: Tensor) -> dict[str, Ca
         "fnc attract": lambda b: ce.fused_false_negative_loss(both, 0.2, mode="attract", top_k=3, backend=b),
         "supcon": lambda b: ce.fused_supcon_loss(both, labels, 0.2, backend=b),
         "supcon in": lambda b: ce.fused_supcon_loss(both, labels, 0.2, "in", backend=b),
+        "labelled infonce": lambda b: ce.fused_labelled_infonce_loss(both, labels, 0.2, backend=b),
+        "sigmoid": lambda b: ce.fused_sigmoid_loss(z1, z2, 5.0, -3.0, backend=b),
+        "sigmoid, ids": lambda b: ce.fused_sigmoid_loss(z1, z2, 5.0, -3.0, ids=labels, backend=b),
         "sane": lambda b: ce.fused_self_labeling_loss(z1, z2.detach(), queue, z2, perm, theta, 0.2, backend=b),
         "soft targets": lambda b: ce.fused_soft_target_loss(
             z1, queue, z2.detach(), 0.2, teacher_temperature=0.1, backend=b

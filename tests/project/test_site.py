@@ -34,6 +34,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     names = scope()
     for i, code in enumerate(blocks(page)):
         missing = [host for host in HOSTS if f"from {host} import" in code or f"import {host} as" in code]
+        missing += ["accelerate"] if "import Trainer, TrainingArguments" in code else []  # which transformers asks for
         if any(importlib.util.find_spec(host) is None for host in missing):
             continue  # its own import error is all that it could show
         exec(compile(code, f"{page.name}, block {i + 1}", "exec"), names)
