@@ -38,7 +38,8 @@ def show(results: Results, site: Path | None) -> None:
         before, _, rest = text.partition(begin)
         if end not in rest:
             raise SystemExit(f"{page} has no marks for {question}: {begin.strip()} and {end}.")
-        text = f"{before}{begin}{table(results, question)}{end}{rest.partition(end)[2]}"
+        picture = f"![{QUESTIONS[question][0]}](pictures/study-{question}.png)"
+        text = f"{before}{begin}{table(results, question)}\n{picture}\n\n{end}{rest.partition(end)[2]}"
         draw(results, question, site / "pictures" / f"study-{question}.png")
     page.write_text(text, encoding="utf-8")
 

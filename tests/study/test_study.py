@@ -106,7 +106,7 @@ def test_a_run_from_the_command_line_fills_the_site(tmp_path, capsys, monkeypatc
     assert "6 runs in" in capsys.readouterr().out
     page = (site / "study.md").read_text()
     assert page.startswith("a\n<!--") and page.endswith("-->\nb\n") and "old" not in page
-    assert page.count("| MoCo") == 3 and " ± " in page
+    assert page.count("| MoCo") == 3 and " ± " in page and "(pictures/study-soft.png)" in page
     assert (site / "pictures" / "study-soft.png").stat().st_size > 5_000
     read = results.Results.read(out)
     assert len(read.rows) == 6 and read.facts["seeds"] == 2
