@@ -63,8 +63,8 @@ class Driver:
         return 0
 
 
-def pretend(architecture: int) -> list[str]:
-    """Let CPU tensors be a GPU's and launches return at once; the list fills with faults."""
+def pretend(architecture: int, launcher=lambda kernel: lambda *launch: None, processors: int = PROCESSORS) -> list[str]:
+    """Let CPU tensors be a GPU's; launches return at once, or are what `launcher` makes. The list fills with faults."""
     faults: list[str] = []
     compile_kernel = JITFunction._do_compile
 
@@ -76,14 +76,14 @@ def pretend(architecture: int) -> list[str]:
             raise
         if kernel.metadata.shared > SHARED_LIMIT:
             faults.append(f"{function.__name__}: {kernel.metadata.shared} bytes of shared memory")
-        kernel._run = lambda *launch: None
+        kernel._run = launcher(kernel)
         return kernel
 
     triton.runtime.driver.set_active(Driver(architecture))
     JITFunction._do_compile = compile_only
     CompiledKernel._init_handles = lambda kernel: None
     triton_launch.architecture = lambda device: architecture
-    triton_launch.processors = lambda device: PROCESSORS
+    triton_launch.processors = lambda device: processors
     triton_launch.interpreted = lambda: False
     dispatch.BACKENDS = tuple(
         dataclasses.replace(b, why_not=lambda *call, reason=None if b.name == "triton" else "not asked for": reason)
