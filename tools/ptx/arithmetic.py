@@ -92,9 +92,7 @@ def arithmetic(ins: Instruction, pool: Pool, on_floats, on_integers, count: int)
     kind = kind_of(ins)
     if kind in ("f16", "bf16", "f16x2", "bf16x2"):
         return compute(ins, pool, halves(kind, on_floats), kind, *[kind] * count)
-    return compute(
-        ins, pool, flushed(ins, on_floats) if is_float(kind) else on_integers, kind, *[kind] * count
-    )
+    return compute(ins, pool, flushed(ins, on_floats) if is_float(kind) else on_integers, kind, *[kind] * count)
 
 
 def _wrapping(ins: Instruction, operation) -> Callable:
@@ -196,9 +194,7 @@ def extreme(ins, pool):
         on_floats = np.fmin if least else np.fmax
     count = len(ins.operands) - 1
     if count == 3:
-        return compute(
-            ins, pool, lambda a, b, c: on_floats(on_floats(a, b), c), *[kind_of(ins)] * 4
-        )
+        return compute(ins, pool, lambda a, b, c: on_floats(on_floats(a, b), c), *[kind_of(ins)] * 4)
     return arithmetic(ins, pool, on_floats, np.minimum if least else np.maximum, 2)
 
 
@@ -486,7 +482,9 @@ def convert(ins, pool):
     if to.endswith("x2"):
         relu = "relu" in ins.parts
         pack = lambda a, b: floats.pack_halves(b, a, to)  # noqa: E731
-        return compute(ins, pool, (lambda a, b: pack(np.maximum(a, 0), np.maximum(b, 0))) if relu else pack, to, source, source)
+        return compute(
+            ins, pool, (lambda a, b: pack(np.maximum(a, 0), np.maximum(b, 0))) if relu else pack, to, source, source
+        )
     register = ins.operands[1]
     stored = register.file if isinstance(register, Reg) else FILE[WIDTH[source]]
     target = ins.operands[0].file

@@ -182,9 +182,8 @@ class Block:
         for number, barrier in self.numbered.items():
             raise PtxError("barrier", f"the block ends with {barrier.arrived} threads arrived at barrier {number}")
         for w in self.warps:
-            for operation in w.stores:
-                if not operation.done:
-                    operation.happen()
+            if w.stores:
+                raise PtxError("in flight", f"warp {w.index} ends without having waited for its bulk stores")
             if w.products:
                 raise PtxError("in flight", f"warp {w.index} ends without having waited for its products")
         self.report.most["shared bytes"] = max(self.report.most["shared bytes"], self.launch.shared_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import floats
 from .bulk import TensorMap
 from .machine import program
 from .memory import GlobalMemory
@@ -27,6 +29,7 @@ THREADS = 288
 TILE_BYTES = TILE * FEATURES * 2
 STAGES = 4
 SHARED_BYTES = (1 + STAGES) * TILE_BYTES + (1 + 2 * STAGES) * 8 + 1024  # tiles, mbarriers, room to align the first tile
+UNFILLED = np.iinfo(np.int64).min  # an id of padding
 PARTS = 3  # of a partial result: shift, sum, count
 
 
@@ -59,13 +62,18 @@ class Forward(NamedTuple):
     unit: bool = True
     splits: int = 1
 
-    def run(self, schedule: Schedule, ptx: str = "", shared_base: int = 1024) -> tuple[np.ndarray, np.ndarray, Report]:
-        """(lse, count, what the sweep did), with every output NaN before the launch."""
-        ptx = ptx or forward_ptx()
-        n, m = len(self.u), len(self.u if self.v is None else self.v)
-        memory = GlobalMemory()
-        nan = np.float32(np.nan)
-        at = {"u": memory.place(self.u, "u"), "partials": memory.place(np.full((self.splits, PARTS, n), nan), "partials")}
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.u), len(self.u if self.v is None else self.v)
+
+    def sweep(self, schedule: Schedule, ptx: str = "", shared_base: int = 1024) -> Result:
+        """Partial results of every split; whatever is not written stays NaN."""
+        n, m = self.shape
+        memory, nan = GlobalMemory(), np.float32(np.nan)
+        at = {
+            "u": memory.place(self.u, "u"),
+            "partials": memory.place(np.full((self.splits, PARTS, n), nan), "partials"),
+        }
         at["v"] = at["u"] if self.v is None else memory.place(self.v, "v")
         for name in ("row_ids", "col_ids"):
             ids = getattr(self, name)
@@ -73,7 +81,6 @@ class Forward(NamedTuple):
         if self.v is None:
             at["col_ids"] = at["row_ids"]
         at["scale"] = memory.place(np.array(self.scale, np.float32), "scale") if self.scale_on_device else 0
-        outputs = {name: memory.place(np.full(n, nan), name) for name in ("lse", "count")}
         maps = [
             TensorMap(at[name], 2, (FEATURES, rows), (FEATURES * 2,), (BOX, TILE), 128)
             for name, rows in (("u", n), ("v", m))
@@ -82,14 +89,71 @@ class Forward(NamedTuple):
             "<qqqQQqqffQ?7xQ", n, self.num_images, self.positive_offset, at["row_ids"], at["col_ids"], n, m, self.beta,
             -1.0 if self.scale_on_device else self.scale, at["scale"], self.unit, at["partials"],
         )  # fmt: skip
-        sweep = program(ptx, f"row_stats_forward_kernel.*OperandE{int(self.bfloat16)}EEE")
+        sweep = program(ptx or forward_ptx(), f"row_stats_forward_kernel.*OperandE{int(self.bfloat16)}EEE")
         report = sweep.launch(
             (-(-n // TILE), self.splits), THREADS, [arguments, *maps], memory, shared=SHARED_BYTES, schedule=schedule,
             shared_base=shared_base, counts_banks=True,
         )  # fmt: skip
-        merge = program(ptx, "merge_kernel")
-        merge.launch(
-            (-(-n // 128),), 128, [at["partials"], n, self.splits, outputs["lse"], outputs["count"]], memory,
-            schedule=schedule,
-        )  # fmt: skip
-        return memory.array("lse"), memory.array("count"), report
+        return Result(memory, at["partials"], report)
+
+    def run(self, schedule: Schedule, shared_base: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+        """(lse, count): the sweep, then the merge of its partial results."""
+        swept, n = self.sweep(schedule, shared_base=shared_base), self.shape[0]
+        nan = np.full(n, np.float32(np.nan))
+        outputs = [swept.memory.place(nan, name) for name in ("lse", "count")]
+        merge = program(forward_ptx(), "merge_kernel")
+        merge.launch((-(-n // 128),), 128, [swept.partials, n, self.splits, *outputs], swept.memory, schedule=schedule)
+        return swept.memory.array("lse"), swept.memory.array("count")
+
+    # ---- what is right
+
+    def negatives(self) -> np.ndarray:
+        """[n, m], whether a pair counts: csrc/pairs.h and csrc/cuda/tile_mask.h once more, in numpy."""
+        n, m = self.shape
+        keep = np.ones((n, m), bool)
+        i, shown = np.arange(n)[:, None], np.arange(m)[None] - self.positive_offset
+        if self.num_images:
+            keep &= ~((shown >= 0) & (shown < n) & ((shown - i) % self.num_images == 0))
+        columns = self.row_ids if self.v is None else self.col_ids
+        if self.row_ids is not None and columns is not None:
+            keep &= self.row_ids[:, None] != columns[None]
+        if columns is not None:
+            keep &= columns[None] != UNFILLED
+        return keep
+
+    def logits(self) -> np.ndarray:
+        """[n, m] in float64, -inf where a pair does not count."""
+        as_float = (lambda x: floats.from_bf16(x)) if self.bfloat16 else (lambda x: x)
+        u = as_float(self.u).astype(np.float64)
+        v = u if self.v is None else as_float(self.v).astype(np.float64)
+        return np.where(self.negatives(), (u @ v.T) * self.beta * self.scale, -np.inf)
+
+    def truth(self) -> tuple[np.ndarray, np.ndarray]:
+        """(lse, count)"""
+        logits = self.logits()
+        largest = np.where(np.isinf(logits.max(1)), 0, logits.max(1))
+        with np.errstate(divide="ignore"):
+            return largest + np.log(np.exp(logits - largest[:, None]).sum(1)), self.negatives().sum(1)
+
+    def is_exact(self, swept: Result) -> bool:
+        """With whole scores, a static shift and scale ln 2 sums of exponentials are sums of powers of two: every bit."""
+        partials = swept.memory.array("partials").astype(np.float64)
+        sums = np.exp2(np.rint(self.logits() / (self.beta * self.scale))).sum(1)
+        right = (partials[:, 1].sum(0) == sums) & (partials[:, 2].sum(0) == self.negatives().sum(1))
+        return bool(right.all() and (partials[:, 0] == 0).all())
+
+
+class Result(NamedTuple):
+    """What a sweep left behind."""
+
+    memory: GlobalMemory
+    partials: int  # their address
+    report: Report
+
+
+def only_entry(ptx: str, pattern: str) -> str:
+    """The text with one of its kernels: edits meet no other, and it is read faster."""
+    head, *entries = re.split(r"(?=^(?:\.visible )?\.entry )", ptx, flags=re.MULTILINE)
+    (entry,) = (e for e in entries if re.search(pattern, e[: e.index("(")]))
+    files = "".join(re.findall(r"^\s*\.file[^\n]*\n", ptx, flags=re.MULTILINE))
+    return head + entry + ("" if files in head + entry else files)

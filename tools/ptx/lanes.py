@@ -131,8 +131,7 @@ def active_mask(ins, pool):
     return lambda w: w.put("u32", d, np.full(LANES, w.active_bits(), np.uint32))
 
 
-# Fragments of mma.sync and wgmma: lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next, of every 8.
-GROUP, THREAD = LANE // 4, LANE % 4
+# Fragments of mma.sync and wgmma: lane l = 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of every eight.
 
 
 def operand_values(w, rows: list[int], kind: str) -> np.ndarray:
@@ -146,34 +145,21 @@ def operand_values(w, rows: list[int], kind: str) -> np.ndarray:
 def fragment_a(values: np.ndarray) -> np.ndarray:
     """A [16, k] from four registers: rows g and g + 8, then the same of the columns' other half."""
     per = values.shape[-1]
-    a = np.empty((16, 8 * per))
-    for register in range(4):
-        rows = GROUP + 8 * (register % 2)
-        for e in range(per):
-            a[rows, per * THREAD + e + 4 * per * (register // 2)] = values[register, :, e]
-    return a
+    by = values.reshape(2, 2, 8, 4, per)  # half of the columns, half of the rows, g, t, number
+    return by.transpose(1, 2, 0, 3, 4).reshape(16, 8 * per)
 
 
 def fragment_b(values: np.ndarray) -> np.ndarray:
     """B [k, 8] from two registers."""
     per = values.shape[-1]
-    b = np.empty((8 * per, 8))
-    for register in range(2):
-        for e in range(per):
-            b[per * THREAD + e + 4 * per * register, GROUP] = values[register, :, e]
-    return b
+    return values.reshape(2, 8, 4, per).transpose(0, 2, 3, 1).reshape(8 * per, 8)  # from half, g, t, number
 
 
 def accumulators(rows: np.ndarray) -> np.ndarray:
     """[16, n] from n / 2 registers of every lane."""
     n = 2 * len(rows)
-    d = np.empty((16, n), rows.dtype)
-    by = rows.reshape(n // 8, 2, 2, LANES)
-    for j in range(n // 8):
-        for h in range(2):
-            for e in range(2):
-                d[GROUP + 8 * h, 8 * j + 2 * THREAD + e] = by[j, h, e]
-    return d
+    by = rows.reshape(n // 8, 2, 2, 8, 4)  # j, h, e, g, t
+    return by.transpose(1, 3, 0, 4, 2).reshape(16, n)
 
 
 def to_registers(d: np.ndarray) -> np.ndarray:

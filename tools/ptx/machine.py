@@ -151,7 +151,9 @@ class Launch:
 
     def _place_shared(self, dynamic: int) -> int:
         """Variables one after the other, the one of the launch's size last; how many bytes in all."""
-        variables = [v for v in (*self.program.entry.module.variables, *self.program.entry.shared) if v.space == "shared"]
+        variables = [
+            v for v in (*self.program.entry.module.variables, *self.program.entry.shared) if v.space == "shared"
+        ]
         at = self.shared_base
         for variable in sorted(variables, key=lambda v: v.external):
             at = -(-at // variable.align) * variable.align

@@ -107,16 +107,11 @@ class Ledger:
         bit = np.int64(1) << warp
         known = (self.readers[places] & bit) != 0
         self.lane[warp][places] = np.where(known & (self.lane[warp][places] != lanes), SEVERAL, lanes)
-        if len(threads) > 1 and places.size > 1:
-            flat = places.ravel()
-            if flat.max() - flat.min() + 1 < flat.size or len(np.unique(flat)) < flat.size:
-                self._read_by_several(warp, places)
+        several = self.lane[warp][places] != lanes  # of lanes with the same byte one is there now
+        if several.any():
+            self.lane[warp][places[several]] = SEVERAL
         self.read[warp][places] = clock.max()
         self.readers[places] |= bit
-
-    def _read_by_several(self, warp: int, places: np.ndarray) -> None:
-        found, counts = np.unique(places, return_counts=True)
-        self.lane[warp][found[counts > 1]] = SEVERAL
 
     def generic_write(self, threads: np.ndarray, places: np.ndarray, same: np.ndarray) -> None:
         """Thread k writes the bytes places[k]; `same` where they have that value already."""
@@ -220,7 +215,9 @@ class Ledger:
 
     def _race(self, thread, places, agents, late, does: str) -> None:
         at = tuple(a[0] for a in np.nonzero(late))
-        self._say("race", f"{does} {self.order.name(int(agents[at]))} wrote, in no order with it,", places[late], thread)
+        self._say(
+            "race", f"{does} {self.order.name(int(agents[at]))} wrote, in no order with it,", places[late], thread
+        )
 
     def _say(self, kind: str, what: str, places: np.ndarray, thread) -> None:
         raise PtxError(kind, f"{what} shared bytes {_ranges(places)} (thread {int(thread)})")

@@ -77,7 +77,9 @@ def store(ins, pool):
 
     def run(w):
         of, addresses = _space_of(where(w)[w.mask], space)
-        data = [w.rows[v][r][w.mask].astype(f"u{bytes_each}").view(np.uint8).reshape(-1, bytes_each) for v, r in sources]
+        data = [
+            w.rows[v][r][w.mask].astype(f"u{bytes_each}").view(np.uint8).reshape(-1, bytes_each) for v, r in sources
+        ]
         w.block.write(w, of, addresses, np.concatenate(data, 1))
 
     return run

@@ -29,7 +29,10 @@ class Arena:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.placed:
             name = f"tensor {len(self.placed)} {list(tensor.shape)}"
-            self.placed[storage.data_ptr()] = storage, self.memory.place(_bytes(storage), name, storage.data_ptr() % 256)
+            self.placed[storage.data_ptr()] = (
+                storage,
+                self.memory.place(_bytes(storage), name, storage.data_ptr() % 256),
+            )
         return self.placed[storage.data_ptr()][1] + tensor.data_ptr() - storage.data_ptr()
 
     def take_back(self) -> None:

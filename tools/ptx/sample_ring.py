@@ -6,6 +6,9 @@ warp specialisation, swizzled tiles, stmatrix and a proxy fence.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental import gluon
@@ -13,6 +16,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait as wait_for_products
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .report import Report
+from .schedules import Schedule
+from .triton_kernels import run_compiled
 
 ROWS, COLUMNS, CHUNK, STAGES = 64, 64, 64, 2
 
@@ -75,3 +83,19 @@ def compiled():
     signature |= {"chunks": "i32", "STAGES": "constexpr"}
     source = GluonASTSource(product_kernel, signature, constexprs={"STAGES": STAGES})
     return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def run(kernel, ptx: str, schedule: Schedule) -> tuple[bool, Report]:
+    """(whether every bit is right, what was counted) of the kernel with that text; the last columns are outside of b."""
+    chunks, dice = 5, torch.Generator().manual_seed(0)
+    draw = lambda rows: torch.randint(-2, 3, (rows, chunks * CHUNK), generator=dice).half()  # noqa: E731
+    a, b = draw(ROWS), draw(COLUMNS - 4)
+    out = torch.full((ROWS, COLUMNS), float("nan")).half()
+    edited = SimpleNamespace(asm={"ptx": ptx}, metadata=kernel.metadata, src=kernel.src)
+    tiles = [
+        TensorDescriptor(x, list(x.shape), list(x.stride()), box)
+        for x, box in ((a, [ROWS, CHUNK]), (b, [COLUMNS, CHUNK]), (out, [ROWS, COLUMNS]))
+    ]
+    report = run_compiled(edited, (1, 1, 1), [*tiles, chunks, STAGES], schedule)
+    exact = torch.nn.functional.pad(a.double() @ b.double().T, (0, 4))  # whole numbers below 2^11
+    return bool((out.double() == exact).all()), report
