@@ -20,7 +20,7 @@ BITS = {0: 0, 32: 1, 64: 3, 128: 7}  # swizzle in bytes -> bits of the address t
 
 @dataclass(frozen=True)
 class TensorMap:
-    """What TMA knows of a matrix; sizes and boxes with the fastest dimension first, as cuTensorMapEncodeTiled has them."""
+    """What TMA knows of a matrix. The fastest dimension comes first, as cuTensorMapEncodeTiled has it."""
 
     address: int
     element: int  # bytes

@@ -136,7 +136,7 @@ class Forward(NamedTuple):
             return largest + np.log(np.exp(logits - largest[:, None]).sum(1)), self.negatives().sum(1)
 
     def is_exact(self, swept: Result) -> bool:
-        """With whole scores, a static shift and scale ln 2 sums of exponentials are sums of powers of two: every bit."""
+        """Every bit: with whole scores, a static shift and scale ln 2 the sums are of powers of two."""
         partials = swept.memory.array("partials").astype(np.float64)
         sums = np.exp2(np.rint(self.logits() / (self.beta * self.scale))).sum(1)
         right = (partials[:, 1].sum(0) == sums) & (partials[:, 2].sum(0) == self.negatives().sum(1))

@@ -81,7 +81,7 @@ def elect(ins, pool):
         leader = w.lanes[0]
         if d is not None:
             w.put("u32", d, np.full(LANES, leader, np.uint32))
-        w.put("pred", p, LANE == leader)
+        w.put("pred", p, leader == LANE)
 
     return run
 

@@ -7,7 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from . import arithmetic, barriers, bulk, flow, lanes, products, transfers  # noqa: F401  they register instructions
+from . import barriers, bitwise, bulk, conversions, flow, lanes, products, transfers  # noqa: F401  they register instructions
+from .arithmetic import SEMANTICS
 from .block import MOST_SHARED, Block
 from .bulk import TensorMap
 from .errors import PtxError
@@ -32,9 +33,9 @@ class Program:
         flow.reconvergence(entry.code)
         self.pool = Pool(entry)
         self.has_copies = any(i.op.startswith(("cp.async.ca", "cp.async.cg")) for i in entry.code)
-        products = [i for i in entry.code if i.op.startswith("wgmma.mma_async")]
+        multiplying = [i for i in entry.code if i.op.startswith("wgmma.mma_async")]
         self.product_registers = frozenset(
-            r for i in products for o in i.operands[:2] if isinstance(o, Vector) for r in o.items
+            r for i in multiplying for o in i.operands[:2] if isinstance(o, Vector) for r in o.items
         )
         for ins in entry.code:
             try:
@@ -53,8 +54,8 @@ class Program:
             run = lambda w: None  # noqa: E731
         elif ins.parts[0] == "trap":
             run = _trap
-        elif ins.parts[0] in arithmetic.SEMANTICS:
-            run = arithmetic.SEMANTICS[ins.parts[0]](ins, self.pool)
+        elif ins.parts[0] in SEMANTICS:
+            run = SEMANTICS[ins.parts[0]](ins, self.pool)
         else:
             raise PtxError("instruction", f"{ins.op} has no meaning here")
         ins.run = run if ins.guard is None else _guarded(run, ins.guard.index, ins.negated)
@@ -166,7 +167,8 @@ class Launch:
         lane = np.arange(LANES)
         x, y, z = block.index
         return self.symbols | {
-            "%tid.x": lane + LANES * warp, "%tid.y": 0, "%tid.z": 0, "%ntid.x": self.threads, "%ntid.y": 1, "%ntid.z": 1,
+            "%tid.x": lane + LANES * warp, "%tid.y": 0, "%tid.z": 0,
+            "%ntid.x": self.threads, "%ntid.y": 1, "%ntid.z": 1,
             "%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z,
             "%nctaid.x": self.grid[0], "%nctaid.y": self.grid[1], "%nctaid.z": self.grid[2],
             "%laneid": lane, "%warpid": warp, "%cluster_ctarank": 0, "WARP_SZ": LANES,

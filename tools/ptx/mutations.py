@@ -91,7 +91,8 @@ MUTATIONS = [
     Mutation("ring", "products are not committed", dropped(r"wgmma\.commit_group[^;]*;"), "race"),
     Mutation("ring", "no wgmma.fence", dropped(r"wgmma\.fence[^;]*;"), "in flight"),
     Mutation(
-        "ring", "an accumulator is read early",
+        "ring",
+        "an accumulator is read early",
         read_early,
         "in flight",
     ),
@@ -107,36 +108,79 @@ MUTATIONS = [
     Mutation("ring", "more bytes are expected than come", replaced(EXPECT, r"\1, 16400;"), "deadlock"),
     Mutation("ring", "a full barrier counts two", replaced(r"(mbarrier\.init[^;]*), 1;", r"\1, 2;", 0), "deadlock"),
     Mutation("ring", "an empty barrier counts two", replaced(r"(mbarrier\.init[^;]*), 1;", r"\1, 2;", 1), "deadlock"),
-    Mutation("ring", "a barrier is initialised again", replaced(r"@%p\d+ mbarrier\.init[^;]*;", r"\g<0>\n\g<0>", 0), "barrier"),
-    Mutation("ring", "a numbered barrier counts 160 threads", replaced(r"bar\.sync\s+0, 128;", "bar.sync 0, 160;", 0), "deadlock"),
-    Mutation("ring", "a numbered barrier counts 96 threads", replaced(r"bar\.sync\s+0, 128;", "bar.sync 0, 96;", 0), "race|deadlock|barrier"),
+    Mutation(
+        "ring",
+        "a barrier is initialised again",
+        replaced(r"@%p\d+ mbarrier\.init[^;]*;", r"\g<0>\n\g<0>", 0),
+        "barrier",
+    ),
+    Mutation(
+        "ring",
+        "a numbered barrier counts 160 threads",
+        replaced(r"bar\.sync\s+0, 128;", "bar.sync 0, 160;", 0),
+        "deadlock",
+    ),
+    Mutation(
+        "ring",
+        "a numbered barrier counts 96 threads",
+        replaced(r"bar\.sync\s+0, 128;", "bar.sync 0, 96;", 0),
+        "race|deadlock|barrier",
+    ),
     Mutation("ring", "no proxy fence before the bulk store", dropped(r"fence\.proxy\.async[^;]*;", -1), "proxy"),
     Mutation("ring", "no barrier before the bulk store", dropped(r"bar\.sync\s+0, 128;", 1), "race|uninitialised"),
     Mutation("ring", "the bulk store is not waited for", dropped(r"cp\.async\.bulk\.wait_group[^;]*;"), "in flight"),
     Mutation("ring", "another swizzle in the descriptors", descriptor(PRODUCT, 3 << 62), "result"),
     Mutation("ring", "half the stride offset", descriptor(PRODUCT, 0x60 << 32), "result"),
     Mutation("ring", "a start 16 bytes further", descriptor(PRODUCT, 1), "race"),
-    Mutation("ring", "a box lands in its neighbour's", replaced(r"(add\.s32\s+%r\d+, %r15), 16384;", r"\1, 8192;"), "race"),
-    Mutation("ring", "a box lands beyond shared memory", replaced(r"(add\.s32\s+%r\d+, %r15), 16384;", r"\1, 40960;"), "bounds"),
+    Mutation(
+        "ring", "a box lands in its neighbour's", replaced(r"(add\.s32\s+%r\d+, %r15), 16384;", r"\1, 8192;"), "race"
+    ),
+    Mutation(
+        "ring",
+        "a box lands beyond shared memory",
+        replaced(r"(add\.s32\s+%r\d+, %r15), 16384;", r"\1, 40960;"),
+        "bounds",
+    ),
     # ---- Triton, sm_80
     Mutation("sm_80", "copies are not waited for", dropped(r"cp\.async\.wait_group\s+1;"), "race"),
     Mutation("sm_80", "one group too few is waited for", replaced(r"(cp\.async\.wait_group\s+)1;", r"\g<1>2;"), "race"),
     Mutation("sm_80", "no barrier after the wait", dropped(r"bar\.sync\s+0;", 0), "race|uninitialised"),
     Mutation("sm_80", "no barrier before a stage is filled again", dropped(r"bar\.sync\s+0;", 2), "race"),
     Mutation("sm_80", "matrices are not transposed", replaced(r"\.x4\.trans", ".x4"), "result"),
-    Mutation("sm_80", "an address 16 bytes further", replaced(r"(ldmatrix[^;]*\[%r\d+)\+128\]", r"\1+144]", 0), "result"),
-    Mutation("sm_80", "an address 8 bytes further", replaced(r"(ldmatrix[^;]*\[%r\d+)\+128\]", r"\1+136]", 0), "alignment"),
-    Mutation("sm_80", "a store behind the matrix", replaced(r"(st\.global\S* \[ %rd\d+ \+) 0 \]", r"\1 32768 ]", 0), "bounds"),
-    Mutation("sm_80", "a store into another block's rows", replaced(r"mov\.u32\s+(%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;"), "race"),
+    Mutation(
+        "sm_80", "an address 16 bytes further", replaced(r"(ldmatrix[^;]*\[%r\d+)\+128\]", r"\1+144]", 0), "result"
+    ),
+    Mutation(
+        "sm_80", "an address 8 bytes further", replaced(r"(ldmatrix[^;]*\[%r\d+)\+128\]", r"\1+136]", 0), "alignment"
+    ),
+    Mutation(
+        "sm_80", "a store behind the matrix", replaced(r"(st\.global\S* \[ %rd\d+ \+) 0 \]", r"\1 32768 ]", 0), "bounds"
+    ),
+    Mutation(
+        "sm_80",
+        "a store into another block's rows",
+        replaced(r"mov\.u32\s+(%r\d+), %ctaid\.x;", r"mov.u32 \1, 0;"),
+        "race",
+    ),
     # ---- Triton, sm_90 by cp.async
     Mutation("sm_90", "no proxy fence between copies and products", dropped(r"fence\.proxy\.async[^;]*;"), "proxy"),
     Mutation("sm_90", "the leading offset of an MN-major operand", descriptor(PRODUCT_BY_ROWS, 0x0300 << 16), "result"),
     Mutation("sm_90", "the stride offset of an MN-major operand", descriptor(PRODUCT_BY_ROWS, 0x60 << 32), "result"),
-    Mutation("sm_90", "an MN-major operand read as K-major", replaced(r"(wgmma\.mma_async[^;]*), 1, 1, 1;", r"\1, 1, 1, 0;"), "result|uninitialised|race"),
+    Mutation(
+        "sm_90",
+        "an MN-major operand read as K-major",
+        replaced(r"(wgmma\.mma_async[^;]*), 1, 1, 1;", r"\1, 1, 1, 0;"),
+        "result|uninitialised|race",
+    ),
     Mutation("sm_90", "weights are read early", dropped(GROUP_WAIT, 0), "in flight"),
     # ---- Triton, sm_90 by TMA
     Mutation("sm_90 TMA", "a tile is not waited for", not_waited(-1), "race|uninitialised"),
-    Mutation("sm_90 TMA", "a stage is filled while products read it", replaced(GROUP_WAIT, "wgmma.wait_group.sync.aligned 2;", 0), "in flight"),
+    Mutation(
+        "sm_90 TMA",
+        "a stage is filled while products read it",
+        replaced(GROUP_WAIT, "wgmma.wait_group.sync.aligned 2;", 0),
+        "in flight",
+    ),
     Mutation("sm_90 TMA", "no proxy fence before the bulk store", dropped(r"fence\.proxy\.async[^;]*;", -1), "proxy"),
     # ---- the CUDA forward
     Mutation("forward", "the consumers do not wait for columns", not_waited(2, 4), "race|uninitialised"),
@@ -144,14 +188,31 @@ MUTATIONS = [
     Mutation("forward", "the producer does not wait for an empty stage", not_waited(0), "race|barrier"),
     Mutation("forward", "the producer flips its parity", flipped(0), "deadlock"),
     Mutation("forward", "the consumers do not arrive", dropped(ARRIVE), "deadlock"),
-    Mutation("forward", "they arrive before their products are over", moved_behind(GROUP_WAIT, r"mbarrier\.arrive\.release[^;]*;.*?\n\$L\w+:"), "race"),
-    Mutation("forward", "an empty barrier counts seven warps", replaced(r"(mbarrier\.init[^;]*), %r\d+;", r"\1, 7;", FIRST_STAGE), "race|barrier"),
-    Mutation("forward", "an empty barrier counts nine warps", replaced(r"(mbarrier\.init[^;]*), %r\d+;", r"\1, 9;", FIRST_STAGE), "deadlock"),
+    Mutation(
+        "forward",
+        "they arrive before their products are over",
+        moved_behind(GROUP_WAIT, r"mbarrier\.arrive\.release[^;]*;.*?\n\$L\w+:"),
+        "race",
+    ),
+    Mutation(
+        "forward",
+        "an empty barrier counts seven warps",
+        replaced(r"(mbarrier\.init[^;]*), %r\d+;", r"\1, 7;", FIRST_STAGE),
+        "race|barrier",
+    ),
+    Mutation(
+        "forward",
+        "an empty barrier counts nine warps",
+        replaced(r"(mbarrier\.init[^;]*), %r\d+;", r"\1, 9;", FIRST_STAGE),
+        "deadlock",
+    ),
     Mutation("forward", "no turn is given", dropped(r"bar\.arrive[^;]*;"), "deadlock"),
-    Mutation("forward", "a turn takes 288 threads", replaced(r"(bar\.sync\s+%r\d+), 256;", r"\1, 288;"), "barrier|deadlock"),
+    Mutation(
+        "forward", "a turn takes 288 threads", replaced(r"(bar\.sync\s+%r\d+), 256;", r"\1, 288;"), "barrier|deadlock"
+    ),
     Mutation("forward", "turns are given twice", replaced(r"bar\.arrive[^;]*;", r"\g<0>\n\g<0>"), "deadlock"),
     Mutation("forward", "products are not waited for", dropped(GROUP_WAIT), "in flight"),
     Mutation("forward", "half the bytes of a tile are expected", replaced(EXPECT, r"\1, 16384;", -1), "barrier|race"),
     Mutation("forward", "a box is never asked for", dropped(r"cp\.async\.bulk\.tensor[^;]*;", -1), "deadlock"),
     Mutation("forward", "a descriptor without swizzle", descriptor(PRODUCT, 1 << 62), "result|uninitialised|race"),
-]  # fmt: skip
+]

@@ -61,7 +61,10 @@ class Order:
         return self.bulk + self.barriers - 1
 
     def tick(self, threads: np.ndarray) -> None:
-        """What these threads do from now on is not covered by what they have released. Lanes of a warp tick together."""
+        """What these threads do from now on is not covered by what they have released.
+
+        Lanes of a warp tick together, so that one clock says when several of them have read a byte.
+        """
         lanes = (np.unique(threads // 32)[:, None] * 32 + np.arange(32)).ravel()
         self.before[lanes, lanes] += 1
 
@@ -138,7 +141,7 @@ class Ledger:
         self.readers[places] = 0
 
     def copies_write(self, threads: np.ndarray, places: np.ndarray, group: int) -> None:
-        """cp.async of thread k writes places[k], in the generic proxy; over when that thread has waited for the group."""
+        """cp.async of thread k writes places[k], in the generic proxy, until it has waited for the group."""
         self._after_writer(threads[:, None], places, reading=False)
         self._after_readers(threads[:, None], places)
         self.writer[places] = (self.order.copies + threads)[:, None]

@@ -86,7 +86,7 @@ def compiled():
 
 
 def run(kernel, ptx: str, schedule: Schedule) -> tuple[bool, Report]:
-    """(whether every bit is right, what was counted) of the kernel with that text; the last columns are outside of b."""
+    """(whether every bit is right, what was counted) with that text; the last columns are outside of b."""
     chunks, dice = 5, torch.Generator().manual_seed(0)
     draw = lambda rows: torch.randint(-2, 3, (rows, chunks * CHUNK), generator=dice).half()  # noqa: E731
     a, b = draw(ROWS), draw(COLUMNS - 4)

@@ -65,7 +65,7 @@ def load(ins, pool):
 
 @instruction("st")
 def store(ins, pool):
-    space, types, width = _shape(ins)
+    space, types, _ = _shape(ins)
     kind, bytes_each = types[-1], WIDTH[types[-1]] // 8
     value = ins.operands[1]
     items = list(value.items) if isinstance(value, Vector) else [value]

@@ -6,7 +6,6 @@ import struct
 
 import numpy as np
 import pytest
-
 from ptx.errors import PtxError
 from ptx.machine import program
 from ptx.memory import GlobalMemory
@@ -304,12 +303,15 @@ def test_products_of_fragments(kind, shape, per):
             registers[lane, 4 + r] = sum(encode(b[per * t + 4 * per * r + e, g]) << 16 * e for e in range(per))
         for r in range(4):
             registers[lane, 6 + r] = bits(float(c[g + 8 * (r // 2), 2 * t + r % 2]))
+    names = [f"{x}{i}" for x, count in (("a", 4), ("b", 2), ("c", 4)) for i in range(count)]
+    loads = " ".join(f"ld.global.b32 {r}, [g+{4 * i}];" for i, r in enumerate(names))
     text = f"""
         .entry test(.param .u64 in, .param .u64 out) {{
         .reg .b32 t, a<4>, b<2>, c<4>; .reg .b64 g, h, lane;
         mov.u32 t, %tid.x; cvt.u64.u32 lane, t; ld.param.u64 g, [in]; mad.lo.u64 g, lane, 40, g;
-        {" ".join(f"ld.global.b32 {r}, [g+{4 * i}];" for i, r in enumerate("a0 a1 a2 a3 b0 b1 c0 c1 c2 c3".split()))}
-        mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 {{c0,c1,c2,c3}}, {{a0,a1,a2,a3}}, {{b0,b1}}, {{c0,c1,c2,c3}};
+        {loads}
+        mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32
+            {{c0,c1,c2,c3}}, {{a0,a1,a2,a3}}, {{b0,b1}}, {{c0,c1,c2,c3}};
         ld.param.u64 h, [out]; mad.lo.u64 h, lane, 16, h; st.global.v4.b32 [h], {{c0, c1, c2, c3}}; ret; }}"""
     memory = GlobalMemory()
     arguments = [memory.place(registers, "in"), memory.place(np.zeros((32, 4), np.float32), "out")]

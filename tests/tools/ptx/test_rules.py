@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from ptx.bulk import TensorMap
 from ptx.errors import PtxError
 from ptx.machine import program
@@ -189,7 +188,8 @@ def test_phases_of_an_mbarrier_have_parities():
         mbarrier.test_wait.parity.shared::cta.b64 p, [bar], 0; @p add.u32 x, x, 10; bar.sync 0;
         @first mbarrier.arrive.shared::cta.b64 _, [bar]; bar.sync 0;
         mbarrier.test_wait.parity.shared::cta.b64 p, [bar], 0; @p add.u32 x, x, 100;
-        mbarrier.test_wait.parity.shared::cta.b64 p, [bar], 1; @p add.u32 x, x, 1000;""", np.full(THREADS, 101))  # fmt: skip
+        mbarrier.test_wait.parity.shared::cta.b64 p, [bar], 1; @p add.u32 x, x, 1000;
+        """, np.full(THREADS, 101))  # fmt: skip
 
 
 def test_an_mbarrier_is_used_after_its_initialisation():
