@@ -82,7 +82,7 @@ def compiled():
     signature = {name: f"tensordesc<fp16{list(shape)},{layout!r}>" for name, shape in tile.items()}
     signature |= {"chunks": "i32", "STAGES": "constexpr"}
     source = GluonASTSource(product_kernel, signature, constexprs={"STAGES": STAGES})
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
 
 
 def run(kernel, ptx: str, schedule: Schedule) -> tuple[bool, Report]:
