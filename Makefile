@@ -14,7 +14,7 @@ BUILT     := $(VENV)/.built
 CSRC      := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
 CXX_FILES := $(CSRC) $(wildcard tests/csrc/*/*.cpp tests/csrc/*/*.cu)
 
-.PHONY: help setup test test-torch test-hosts lint format bench sanitize gate launches interpret fuzz gpu gpu-files clean FORCE
+.PHONY: help setup test test-torch test-hosts lint format bench sanitize gate launches ptx interpret fuzz gpu gpu-files clean FORCE
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -108,6 +108,10 @@ gate: $(BUILT) $(OTHER_TRITON) ## compile every GPU kernel, Triton for sm_80 to 
 
 launches: $(BUILT) $(OTHER_TRITON) ## compile what the Triton backend launches, as it launches it, for sm_90: minutes; needs no GPU
 	PYTHONPATH=$(OTHER_TRITON) $(RUN) -W ignore tools/launch_gate.py $(ARGS)
+
+# Tools import one another by name.
+ptx: $(BUILT) ## run compiled kernels in an interpreter of PTX, and faults that it has to notice; ARGS=--all takes most of an hour
+	PYTHONPATH=tools $(RUN) -W ignore -m ptx $(ARGS)
 
 # -O1: the optimised kernels take minutes to compile with sanitizers and are no different in what they touch
 sanitize: $(BUILT) ## the native kernels over odd shapes under AddressSanitizer and UBSan

@@ -96,14 +96,14 @@ class Forward(NamedTuple):
         )  # fmt: skip
         return Result(memory, at["partials"], report)
 
-    def run(self, schedule: Schedule, shared_base: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-        """(lse, count): the sweep, then the merge of its partial results."""
+    def run(self, schedule: Schedule, shared_base: int = 1024) -> tuple[np.ndarray, np.ndarray, Result]:
+        """(lse, count, partial results): the sweep, then the merge."""
         swept, n = self.sweep(schedule, shared_base=shared_base), self.shape[0]
         nan = np.full(n, np.float32(np.nan))
         outputs = [swept.memory.place(nan, name) for name in ("lse", "count")]
         merge = program(forward_ptx(), "merge_kernel")
         merge.launch((-(-n // 128),), 128, [swept.partials, n, self.splits, *outputs], swept.memory, schedule=schedule)
-        return swept.memory.array("lse"), swept.memory.array("count")
+        return swept.memory.array("lse"), swept.memory.array("count"), swept
 
     # ---- what is right
 

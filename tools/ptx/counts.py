@@ -1,0 +1,78 @@
+"""What a tile costs, counted: a model's input, not a measurement. Instructions are those of PTX, before ptxas.
+
+Differences of two runs that differ by whole unmasked tiles, for 128x128 pairs; instructions of a warp as if of 8 warps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from . import calls, kernels
+from .checks import unit_rows
+from .machine import program
+from .report import Report
+from .schedules import Schedule
+from .triton_kernels import launcher
+
+CLASSES = (
+    "products", "exponentials", "floats", "integers and predicates", "moves", "shared memory", "global memory",
+    "copies", "shuffles", "synchronisation", "branches",
+)  # fmt: skip
+BYTES = (
+    "L2 bytes by TMA", "L2 bytes by cp.async", "global bytes loaded", "global bytes stored",
+    "shared bytes of products", "shared wavefronts", "shared wavefronts without conflicts",
+)  # fmt: skip
+FEW, MANY = 6, 10  # column tiles of 128
+
+
+def forward_counts() -> Counter[str]:
+    """Of the CUDA forward."""
+    code = program(kernels.forward_ptx(), "row_stats_forward_kernel.*OperandE0EEE").code
+
+    def run(tiles: int) -> Counter[str]:
+        report = kernels.Forward(unit_rows(128), unit_rows(tiles * 128, 1), scale=10.0).sweep(Schedule()).report
+        return report.classes(code) + report.sums
+
+    return _per_pairs(run, 128)
+
+
+def triton_counts(kernel: str, features: int, rows: int) -> Counter[str]:
+    """Of a sweep of the triton backend over one-way InfoNCE, sm_90, fp16."""
+    import contrastive_ext
+
+    def run(tiles: int) -> Counter[str]:
+        reports: list[tuple[str, object, Report]] = []
+        call = calls.Call(None, None, 90, True)  # type: ignore[arg-type]
+        calls.pretend(call._replace(processors=1), launcher(Schedule, reports))
+        torch.manual_seed(0)
+        z1 = torch.randn(rows, features).half().requires_grad_()
+        z2 = torch.randn(tiles * 128, features).half().requires_grad_()
+        loss = contrastive_ext.fused_infonce_loss(z1, z2, layout="one_way", backend="triton")
+        torch.autograd.grad(loss, (z1, z2))
+        total: Counter[str] = Counter()
+        for name, compiled, report in reports:
+            if name == kernel:
+                total += report.classes(program(compiled.asm["ptx"]).code) + report.sums  # type: ignore[attr-defined]
+        return total
+
+    return _per_pairs(run, rows)
+
+
+def _per_pairs(run: Callable[[int], Counter[str]], rows: int) -> Counter[str]:
+    few, many = run(FEW), run(MANY)
+    tiles = (MANY - FEW) * rows / 128
+    return Counter({k: round((many[k] - few[k]) / tiles / (8 if k in CLASSES else 1)) for k in (*CLASSES, *BYTES)})
+
+
+def table() -> str:
+    """Markdown, a column per kernel."""
+    kinds = {"CUDA forward": forward_counts()}
+    for features in (128, 256):
+        kinds[f"Triton forward, D = {features}"] = triton_counts("row_stats_forward_kernel", features, 256)
+        kinds[f"Triton backward, D = {features}"] = triton_counts("row_stats_backward_kernel", features, 256)
+    lines = [f"| | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
+    lines += [f"| {name} | {' | '.join(f'{c[name]:,}' for c in kinds.values())} |" for name in (*CLASSES, *BYTES)]
+    return "\n".join(lines)
