@@ -17,29 +17,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-import cuda_gate
-
 from . import checks
 from .mutations import MUTATIONS
 from .schedules import Schedule, schedules
 
 
-def lines(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, function that raises), in the order of trust: samples first."""
+def lines(everything: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """(name, program that it takes, function that raises), in the order of trust: samples first."""
     seeds = 4 if everything else 1
     for program in checks.SAMPLES:
         for schedule in schedules(seeds):
-            yield f"samples {program}, {schedule}", lambda p=program, s=schedule: _sample(p, s)
+            yield f"samples {program}, {schedule}", program, lambda p=program, s=schedule: _sample(p, s)
     for name, call in checks.forwards().items():
         for schedule in schedules(seeds) if everything or name == "256 x 384" else schedules(0)[1:]:
-            yield f"forward {name}, {schedule}", lambda c=call, s=schedule: checks.check_forward(c, s)
+            yield f"forward {name}, {schedule}", "forward", lambda c=call, s=schedule: checks.check_forward(c, s)
     for turn, mutation in enumerate(MUTATIONS):
         for schedule in schedules(seeds) if everything else [schedules(1)[turn % 3]]:
-            yield f"faults {mutation.program}: {mutation.fault}, {schedule}", lambda m=mutation, s=schedule: _fault(m, s)
+            name = f"faults {mutation.program}: {mutation.fault}, {schedule}"
+            yield name, mutation.program, lambda m=mutation, s=schedule: _fault(m, s)
     from . import calls
 
     for call in calls.calls(everything):
-        yield f"calls {call}", lambda c=call: calls.run(c)
+        yield f"calls {call}", "", lambda c=call: calls.run(c)
 
 
 def _sample(program: str, schedule: Schedule) -> None:
@@ -63,12 +62,12 @@ def main() -> int:
 
         print(counts.table())
         return 0
-    ran, red, without = 0, [], cuda_gate.find_nvcc() is None
-    for name, function in lines(options.all):
+    ran, red = 0, []
+    for name, program, function in lines(options.all):
         if not re.search(options.only, name):
             continue
-        if without and name.startswith(("forward", "faults forward")):
-            print("--  ", name, "nvcc was not found")
+        if reason := checks.why_not(program):
+            print("--  ", name, reason)
             continue
         began = time.monotonic()
         try:

@@ -78,7 +78,6 @@ class NumberedBarrier:
     arrived: int = 0
     waiting: list = field(default_factory=list)
     threads: list = field(default_factory=list)
-    seen: tuple | None = None
 
 
 def _mbarrier(w, address: int) -> Mbarrier:

@@ -186,7 +186,6 @@ class Block:
                 raise PtxError("in flight", f"warp {w.index} ends without having waited for its bulk stores")
             if w.products:
                 raise PtxError("in flight", f"warp {w.index} ends without having waited for its products")
-        self.report.most["shared bytes"] = max(self.report.most["shared bytes"], self.launch.shared_bytes)
 
 
 def _bytes_of_sectors(addresses: np.ndarray, size: int) -> int:

@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tools"), str(ROOT), str(ROOT / "tests")]
 
 import launch_gate  # noqa: E402
+
 import rows  # noqa: E402
 from contrastive_ext.backends import dispatch  # noqa: E402
 from contrastive_ext.backends.triton import launch as triton_launch  # noqa: E402
 from promises import check_accuracy  # noqa: E402
-
 
 _BACKENDS, _COMPILE = dispatch.BACKENDS, JITFunction._do_compile
 
@@ -48,8 +48,8 @@ class Call(NamedTuple):
     def __str__(self) -> str:
         how = "" if self.architecture < 90 else " by descriptors" if self.descriptors else " by pointers"
         triangle = ", triangle" if self.processors < 132 else ""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"sm_{self.architecture}{how} {self.loss.name} {self.usage.name} {self.pairs}x{self.features} {dtype}{triangle}"
+        size = f"{self.pairs}x{self.features} {str(self.dtype).removeprefix('torch.')}"
+        return f"sm_{self.architecture}{how} {self.loss.name} {self.usage.name} {size}{triangle}"
 
 
 def calls(everything: bool) -> Iterator[Call]:
@@ -66,7 +66,9 @@ def calls(everything: bool) -> Iterator[Call]:
         for usage in ("two_view", "symmetric", "moco"):
             yield Call(infonce, by_name[usage], **where, features=300)
         for processors, dtype in itertools.product((3, 132), (torch.float16, torch.bfloat16, torch.float32)):
-            yield Call(infonce, by_name["two_view"], **where, pairs=75, features=128, dtype=dtype, processors=processors)
+            yield Call(
+                infonce, by_name["two_view"], **where, pairs=75, features=128, dtype=dtype, processors=processors
+            )
 
 
 def run(call: Call) -> list[tuple[str, Any, Report]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.metadata import version
 
 import numpy as np
 
@@ -75,6 +76,18 @@ def check_forward(call: Forward, schedule: Schedule) -> None:
     np.testing.assert_allclose(lse, expected, rtol=0, atol=bound)
     if call.scale == LN2:
         assert call.is_exact(swept), "partial results are not those of whole scores"
+
+
+def why_not(program: str) -> str | None:
+    """Why a program cannot be had here."""
+    if program == "forward":
+        return None if kernels.cuda_gate.find_nvcc() else "nvcc was not found (CUDA_HOME, PATH)."
+    release = tuple(map(int, version("triton").split(".")[:2]))
+    if program == "ring" and release < (3, 9):
+        return "the ring is written in the Gluon of Triton 3.9."
+    if program == "sm_90" and release < (3, 9):
+        return "Triton 3.6 leaves out the proxy fence between cp.async and WGMMA: the machine refuses its code."
+    return None
 
 
 @lru_cache

@@ -25,7 +25,7 @@ BYTES = (
     "L2 bytes by TMA", "L2 bytes by cp.async", "global bytes loaded", "global bytes stored",
     "shared bytes of products", "shared wavefronts", "shared wavefronts without conflicts",
 )  # fmt: skip
-FEW, MANY = 6, 10  # column tiles of 128
+FEW, MANY = 4, 6  # column tiles of 128
 
 
 def forward_counts() -> Counter[str]:
@@ -46,7 +46,7 @@ def triton_counts(kernel: str, features: int, rows: int) -> Counter[str]:
     def run(tiles: int) -> Counter[str]:
         reports: list[tuple[str, object, Report]] = []
         call = calls.Call(None, None, 90, True)  # type: ignore[arg-type]
-        calls.pretend(call._replace(processors=1), launcher(Schedule, reports))
+        calls.pretend(call._replace(processors=1), launcher(Schedule, reports, counts_banks=True))
         torch.manual_seed(0)
         z1 = torch.randn(rows, features).half().requires_grad_()
         z2 = torch.randn(tiles * 128, features).half().requires_grad_()

@@ -58,8 +58,8 @@ class Pool:
             self.sizes[file] += 1
         return known[key]
 
-    def new(self, pool_symbols: dict[str, np.ndarray | int]) -> dict[str, list[np.ndarray]]:
-        """The rows of a fresh warp, by view. `pool_symbols`: what symbols are worth."""
+    def new(self, symbols: dict[str, np.ndarray | int]) -> dict[str, list[np.ndarray]]:
+        """The rows of a fresh warp, by view. `symbols`: what each is worth."""
         rows: dict[str, list[np.ndarray]] = {}
         for file, kind in STORED.items():
             data = np.zeros((self.sizes[file], LANES), kind)
@@ -68,9 +68,9 @@ class Pool:
                     data[row] = value
             for (of, name), row in self.symbols.items():
                 if of == file:
-                    if name not in pool_symbols:
+                    if name not in symbols:
                         raise PtxError("instruction", f"the symbol {name} is not known")
-                    data[row] = pool_symbols[name]
+                    data[row] = symbols[name]
             for view, dtype in VIEWS[file].items():
                 rows[view] = list(data.view(dtype))
         return rows

@@ -42,7 +42,6 @@ class Report:
     def __init__(self):
         self.executed: Counter[int] = Counter()  # by place in the program
         self.sums: Counter[str] = Counter()
-        self.most: Counter[str] = Counter()  # largest value of a block
 
     def add(self, what: str, count: int) -> None:
         self.sums[what] += count

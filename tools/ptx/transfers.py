@@ -8,7 +8,7 @@ from .arithmetic import instruction
 from .errors import PtxError
 from .lanes import whole
 from .memory import GLOBAL_BASE, PARAMETER_BASE, SHARED_BASE
-from .parser import FILE, WIDTH, Address, Imm, Reg, Symbol, Vector
+from .parser import FILE, WIDTH, Address, Imm, Reg, Vector
 from .registers import view_of
 
 SPACES = ("param", "global", "shared", "const", "local")
@@ -125,7 +125,3 @@ def store_matrix(ins, pool):
         w.block.write_rows(w, where(w)[: 8 * count], data)
 
     return run
-
-
-def symbol_name(operand) -> str:
-    return operand.name if isinstance(operand, Symbol) else ""

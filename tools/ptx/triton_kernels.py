@@ -87,12 +87,12 @@ def _tensor_map(arena: Arena, descriptor: Any, meta: dict) -> TensorMap:
     )  # fmt: skip
 
 
-def launcher(schedule: Callable[[], Schedule], reports: list[tuple[str, Any, Report]]) -> Callable:
+def launcher(schedule: Callable[[], Schedule], reports: list[tuple[str, Any, Report]], **options: Any) -> Callable:
     """What a launch does in place of the driver's; see launch_gate.pretend."""
 
     def of_kernel(kernel):
         def launch(x, y, z, stream, function, packed, metadata, enter, leave, *values):
-            report = run_compiled(kernel, (x, y, z), list(values), schedule())
+            report = run_compiled(kernel, (x, y, z), list(values), schedule(), **options)
             reports.append((kernel.metadata.name, kernel, report))
 
         return launch

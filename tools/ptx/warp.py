@@ -10,6 +10,7 @@ from .registers import LANES
 ALL = np.ones(LANES, bool)
 LANE = np.arange(LANES)
 BRANCH, EXIT = 1, 2
+MOST_ALONE = 2_000_000  # instructions of a warp between two waits: a loop that spins on memory never ends here
 
 
 class Warp:
@@ -24,8 +25,10 @@ class Warp:
         self.mask, self.full, self.lanes = ALL.copy(), True, LANE
         self.stack: list[tuple[int, int, np.ndarray]] = []  # (where it ends, where it goes on, lanes)
         self.reconverges = -1
+        self.gone = np.zeros(LANES, bool)  # lanes that have left the program
         self.over = False
         self.waits_for = ""
+        self.alone = 0  # instructions since it last waited
         self.asleep = None  # (mbarrier, parity): until that phase is over
         self.products: list = []  # issued and not waited for
         self.products_committed = self.products_issued = 0
@@ -158,7 +161,8 @@ class Warp:
         """Instructions until one that others can see, or that waits."""
         code, schedule = self.code, self.block.schedule
         self.asleep = None
-        while True:
+        while self.alone < MOST_ALONE:
+            self.alone += 1
             ins = code[self.pc]
             self.executed[self.pc] += 1
             try:
@@ -176,9 +180,13 @@ class Warp:
             while self.pc == self.reconverges and self.stack:
                 self._pop()
             if self.over or self.waits_for or self.asleep is not None:
+                self.alone = 0
                 return
             if ins.visible and not schedule.stays():
                 return
+        raise PtxError(
+            "deadlock", f"{MOST_ALONE:,} instructions without a wait: loops over memory are not modelled"
+        ).at(self._where(ins))
 
     def _check_flight(self, ins) -> None:
         if ins.parts[0] == "wgmma":
@@ -221,7 +229,7 @@ class Warp:
     def _pop(self) -> None:
         """The lanes here have come to where they wait for others: those go on, or all together."""
         self.reconverges, self.pc, mask = self.stack.pop()
-        mask = mask & ~self.gone if self.has_exits else mask
+        mask = mask & ~self.gone
         if mask.any():
             self.set_mask(mask)
         elif self.stack:
@@ -229,11 +237,7 @@ class Warp:
         else:
             self.over = True
 
-    has_exits = False
-
     def _exit(self, leaving: np.ndarray) -> None:
-        if not self.has_exits:
-            self.has_exits, self.gone = True, np.zeros(LANES, bool)
         self.gone = self.gone | leaving
         left = self.mask & ~leaving
         self.pc += 1

@@ -9,20 +9,29 @@ import pytest
 pytest.importorskip("triton")
 
 from ptx import sample_products, sample_ring
-from ptx.checks import runner
-from ptx.schedules import schedules
+from ptx.checks import runner, why_not
+from ptx.errors import PtxError
+from ptx.schedules import Schedule, schedules
 
+# where the rows of a product are
+IN_MEMORY, IN_REGISTERS = r"wgmma.mma_async\S* \{[^{]*\}, %rd", r"wgmma.mma_async\S* \{[^{]*\}, \{"
 WANTED = {  # what each of them is there for
-    "sm_80": ("cp.async.cg", "ldmatrix.sync.aligned.m8n8.x4.shared", "ldmatrix.sync.aligned.m8n8.x4.trans", "mma.sync"),
-    "sm_90": ("cp.async.cg", "fence.proxy.async", r"wgmma.mma_async\S* \{[^{]*\}, %rd", r"wgmma.mma_async\S* \{[^{]*\}, \{"),
-    "sm_90 TMA": ("cp.async.bulk.tensor.2d.shared", "stmatrix", r"wgmma[^;]*, 1, 1, 1;", "cp.async.bulk.tensor.2d.global"),
+    "sm_80": ("cp.async.cg", "ldmatrix.*x4.shared", "ldmatrix.*x4.trans", "mma.sync"),
+    "sm_90": ("cp.async.cg", "fence.proxy.async", IN_MEMORY, IN_REGISTERS),
+    "sm_90 TMA": ("bulk.tensor.2d.shared", "stmatrix", r"wgmma[^;]*, 1, 1, 1;", "bulk.tensor.2d.global"),
     "ring": ("barrier.sync", "setmaxnreg", "mbarrier.arrive.shared", "mbarrier.try_wait", "stmatrix", "elect.sync"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("program", WANTED)
 def test_every_bit_is_right_under_every_schedule(program):
+    if (reason := why_not(program)) and program != "sm_90":
+        pytest.skip(reason)
     text, run = runner(program)
+    if reason:
+        with pytest.raises(PtxError, match=r"no fence\.proxy\.async between a cp\.async"):
+            run(text, Schedule())
+        return
     for pattern in WANTED[program]:
         assert re.search(pattern, text), pattern
     for schedule in schedules(2):
@@ -39,6 +48,7 @@ def test_other_operands(architecture, descriptors, kind):
         assert sample_products.run(kernel, kernel.asm["ptx"], kind, schedule)[0]
 
 
+@pytest.mark.skipif(why_not("ring") is not None, reason=why_not("ring") or "")
 def test_a_report_counts_what_the_ring_moves():
     kernel = sample_ring.compiled()
     _, report = sample_ring.run(kernel, kernel.asm["ptx"], schedules()[0])

@@ -5,16 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from ptx import checks, kernels
 from ptx.errors import PtxError
 from ptx.mutations import MUTATIONS
 from ptx.schedules import schedules
-from repository import load_tool
 
-pytestmark = pytest.mark.skipif(
-    load_tool("cuda_gate").find_nvcc() is None, reason="nvcc was not found (CUDA_HOME, PATH)."
-)
+pytestmark = pytest.mark.skipif(checks.why_not("forward") is not None, reason=checks.why_not("forward") or "")
 CALLS = checks.forwards()
 
 

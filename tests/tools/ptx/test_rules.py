@@ -147,6 +147,13 @@ def test_shared_addresses_are_checked(address, kind):
     fails(f"st.shared.u32 [{address}], t;", kind)
 
 
+def test_a_loop_that_waits_for_memory_is_refused(monkeypatch):
+    """A warp of the machine goes on until it waits: nobody would ever write what it spins on."""
+    monkeypatch.setattr("ptx.warp.MOST_ALONE", 1000)
+    said = fails("st.shared.u32 [at], 0; again: ld.shared.u32 x, [at]; setp.eq.u32 p, x, 0; @p bra again;", "deadlock")
+    assert "not modelled" in said
+
+
 # ---- global memory
 
 
