@@ -37,6 +37,12 @@ def lines(everything: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
             yield name, mutation.program, lambda m=mutation, s=schedule: _fault(m, s)
     from . import calls
 
+    if everything:
+        import gate
+
+        for case in gate.cases():
+            if case.architecture in (80, 90):
+                yield f"opcodes {case}", "", lambda c=case: program(gate.compile_case(c).asm["ptx"])
     for call in calls.calls(everything):
         yield f"calls {call}", "", lambda c=call: calls.run(c)
 

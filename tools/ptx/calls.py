@@ -7,28 +7,22 @@ changes Triton and the package for the rest of the process.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import launch_gate  # puts tests/ on the path
 import torch
 from triton.runtime.jit import JITFunction
+
+import rows
+from contrastive_ext.backends import dispatch
+from contrastive_ext.backends.triton import launch as triton_launch
+from promises import check_accuracy
 
 from .report import Report
 from .schedules import schedules
 from .triton_kernels import launcher
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tools"), str(ROOT), str(ROOT / "tests")]
-
-import launch_gate  # noqa: E402
-
-import rows  # noqa: E402
-from contrastive_ext.backends import dispatch  # noqa: E402
-from contrastive_ext.backends.triton import launch as triton_launch  # noqa: E402
-from promises import check_accuracy  # noqa: E402
 
 _BACKENDS, _COMPILE = dispatch.BACKENDS, JITFunction._do_compile
 

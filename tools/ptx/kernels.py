@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import struct
 import subprocess
-import sys
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
+import cuda_gate
 import numpy as np
 
 from . import floats
@@ -18,11 +17,6 @@ from .machine import program
 from .memory import GlobalMemory
 from .report import Report
 from .schedules import Schedule
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tools"))
-
-import cuda_gate  # noqa: E402
 
 FEATURES, TILE, BOX = 128, 128, 64
 THREADS = 288

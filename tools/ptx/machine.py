@@ -19,6 +19,7 @@ from .report import Report
 from .schedules import Schedule
 from .warp import BRANCH, EXIT
 
+MOST_THREADS = 672  # of a block: races.py keeps three readers of a byte for each warp in 64 bits
 # change nothing that is modelled: hints, register allotment, time
 NOTHING = ("setmaxnreg", "nanosleep", "prefetch", "prefetchu", "griddepcontrol", "pmevent", "discard", "applypriority")
 # what others can see: a schedule may stop a warp after it
@@ -115,8 +116,8 @@ class Launch:
     counts_banks = False
 
     def __init__(self, program, grid, threads, arguments, memory, shared, schedule, shared_base):
-        if threads % LANES:
-            raise ValueError(f"threads must be a multiple of {LANES}; got {threads}")
+        if threads % LANES or not 0 < threads <= MOST_THREADS:
+            raise ValueError(f"threads must be a multiple of {LANES}, at most {MOST_THREADS}; got {threads}")
         if program.entry.threads and program.entry.threads != threads:
             raise ValueError(f"the kernel is compiled for {program.entry.threads} threads; got {threads}")
         self.program, self.threads, self.memory, self.schedule = program, threads, memory, schedule

@@ -61,10 +61,8 @@ def not_waited(*places: int) -> Edit:
 
 def flipped(*places: int) -> Edit:
     """The other parity is waited for."""
-    return replaced(WAIT, rf"{{ .reg .b32 other; xor.b32 other, \3, 1; {WAIT_AGAIN} }}", *places)
-
-
-WAIT_AGAIN = r"mbarrier.try_wait.parity.shared::cta.b64 \1, \2, other;"
+    wait = r"mbarrier.try_wait.parity.shared::cta.b64 \1, \2, other;"
+    return replaced(WAIT, rf"{{ .reg .b32 other; xor.b32 other, \3, 1; {wait} }}", *places)
 
 
 def descriptor(pattern: str, change: int, *places: int) -> Edit:
@@ -90,12 +88,7 @@ MUTATIONS = [
     Mutation("ring", "products are not waited for", dropped(GROUP_WAIT), "race"),
     Mutation("ring", "products are not committed", dropped(r"wgmma\.commit_group[^;]*;"), "race"),
     Mutation("ring", "no wgmma.fence", dropped(r"wgmma\.fence[^;]*;"), "in flight"),
-    Mutation(
-        "ring",
-        "an accumulator is read early",
-        read_early,
-        "in flight",
-    ),
+    Mutation("ring", "an accumulator is read early", read_early, "in flight"),
     Mutation("ring", "the consumer flips its parity", flipped(0), "deadlock|race|uninitialised"),
     Mutation("ring", "the producer flips its parity", flipped(1), "deadlock"),
     Mutation("ring", "the consumer does not wait", not_waited(0), ("race", "uninitialised", "race|uninitialised")),
