@@ -19,6 +19,7 @@ import numpy as np
 from .errors import PtxError
 
 NOBODY = -1
+TOGETHER = -2  # blocks that change a byte of global memory atomically
 SEVERAL = 32  # lanes of a warp
 BARRIERS = 64  # mbarriers in a block's life
 
@@ -251,6 +252,14 @@ class GlobalLedger:
             if others.any():
                 self._say(places[others], f"writes what another one {what}", explain)
         self.writer[places] = block
+
+    def atomic(self, block: int, places: np.ndarray, explain: Callable[[int], str]) -> None:
+        """Blocks may change a byte together if all of them do so atomically."""
+        writers, readers = self.writer[places], self.reader[places]
+        plain = (writers != NOBODY) & (writers != block) & (writers != TOGETHER)
+        if plain.any() or ((readers != NOBODY) & (readers != block)).any():
+            self._say(places, "changes atomically what another one accesses otherwise", explain)
+        self.writer[places] = TOGETHER
 
     def _say(self, places: np.ndarray, what: str, explain: Callable[[int], str]) -> None:
         raise PtxError("race", f"a block {what}: {explain(int(places.flat[0]))}")
