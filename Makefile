@@ -125,7 +125,7 @@ launches: $(BUILT) $(OTHER_TRITON) ## compile what the Triton backend launches, 
 	PYTHONPATH=$(OTHER_TRITON) $(RUN) -W ignore tools/launch_gate.py $(ARGS)
 
 # Tools import one another by name.
-ptx: $(BUILT) ## run compiled kernels in an interpreter of PTX, and faults that it has to notice; ARGS=--all takes most of an hour
+ptx: $(BUILT) ## run compiled kernels in an interpreter of PTX, and faults that it has to notice; ARGS=--all takes many minutes
 	PYTHONPATH=tools $(RUN) -W ignore -m ptx $(ARGS)
 
 # -O1: the optimised kernels take minutes to compile with sanitizers and are no different in what they touch

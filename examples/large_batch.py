@@ -125,13 +125,14 @@ def measured(method: str, pairs: Sequence[tuple[str, str]], chunk: int, threads:
         encoder = DistributedDataParallel(encoder)
     ranks, everyone = 2 if method == "2 ranks" else 1, len(pairs)
     own = slice(everyone * rank // ranks, everyone * (rank + 1) // ranks)
-    sides = [{n: x[at : at + everyone][own] for n, x in tokens.items()} for at in (0, everyone)]
-    loss_of(method, encoder, *({n: x[:2] for n, x in side.items()} for side in sides), chunk).backward()
+    docstrings, codes = ({n: x[at : at + everyone][own] for n, x in tokens.items()} for at in (0, everyone))
+    few = ({n: x[:2] for n, x in side.items()} for side in (docstrings, codes))
+    loss_of(method, encoder, next(few), next(few), chunk).backward()
     encoder.zero_grad()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, start = _resident_mib("VmRSS"), time.perf_counter()
-    value = loss_of(method, encoder, *sides, chunk)
+    value = loss_of(method, encoder, docstrings, codes, chunk)
     value.backward()
     seconds = time.perf_counter() - start
     gradient = torch.stack([p.grad.norm() for p in encoder.parameters() if p.grad is not None]).norm()

@@ -8,7 +8,7 @@ proves. In reading order:
     flow.py         where lanes that went apart meet
     registers.py    registers and numbers as rows of 32 lanes
     floats.py       roundings that numpy lacks
-    arithmetic.py   instructions on registers
+    arithmetic.py, bitwise.py, conversions.py    instructions on registers
     lanes.py        instructions between lanes, mma.sync
     memory.py       global and shared memory
     transfers.py    loads, stores, ldmatrix, stmatrix
@@ -20,4 +20,7 @@ proves. In reading order:
     warp.py, block.py, machine.py    the machine
     report.py       counts
     kernels.py      this project's kernels on it
+    triton_kernels.py, calls.py      what Triton compiles, and whole losses by its launches
+    sample_*.py, mutations.py, checks.py    programs known to be right, faults in them, what is run
+    counts.py       what a tile costs
 """

@@ -1,7 +1,7 @@
 """Runs programs on the machine: what is known to be right, faults in it, the CUDA forward, whole losses by Triton.
 
     make ptx                                a part of everything, about a minute
-    make ptx ARGS=--all                     every fault, call and problem under every schedule: most of an hour
+    make ptx ARGS=--all                     every fault, call and problem under every schedule: many minutes
     make ptx ARGS="--only '^calls .*ids'"   lines that match
     make ptx ARGS=--counts                  the table of docs/measurements.md
 
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from . import checks
+from . import checks, machine
 from .mutations import MUTATIONS
 from .schedules import Schedule, schedules
 
@@ -42,7 +42,7 @@ def lines(everything: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
 
         for case in gate.cases():
             if case.architecture in (80, 90):
-                yield f"opcodes {case}", "", lambda c=case: program(gate.compile_case(c).asm["ptx"])
+                yield f"opcodes {case}", "", lambda c=case: machine.program(gate.compile_case(c).asm["ptx"])
     for call in calls.calls(everything):
         yield f"calls {call}", "", lambda c=call: calls.run(c)
 

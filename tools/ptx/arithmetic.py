@@ -15,6 +15,7 @@ from .parser import WIDTH, Instruction
 from .registers import Pool, view_of
 
 Run = Callable[..., object]
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 SEMANTICS: dict[str, Callable[[Instruction, Pool], Run]] = {}
 
 
@@ -73,7 +74,15 @@ def flushed(ins: Instruction, function):
             y = unbounded(*x)
             return np.where(np.isnan(y), y.dtype.type(0), np.clip(y, 0, 1))
 
-    return function
+    exact = function
+
+    def with_one_nan(*x):
+        """Numpy's NaNs keep bits of their operands; the hardware has one, so that lanes agree on it."""
+        y = exact(*x)
+        bad = np.isnan(y)
+        return np.where(bad, NAN, y) if y.dtype == np.float32 and bad.any() else y
+
+    return with_one_nan
 
 
 def halves(kind: str, function):

@@ -22,9 +22,9 @@ class Mbarrier:
             raise PtxError("barrier", f"an mbarrier cannot count {count} arrivals")
         self.address, self.count, self.pending = address, count, count
         self.bytes, self.phase = 0, 0
-        self.order, self.agent = order, order.new_barrier()
+        self.order, self.actor = order, order.new_barrier()
         self.made = thread, int(order.before[thread, thread])
-        nothing = np.zeros(order.agents, np.int32)
+        nothing = np.zeros(order.actors, np.int32)
         self.arriving, self.over = (nothing, nothing), (nothing, nothing)
         self.copies = 0  # bulk copies in flight that it counts
 
@@ -62,7 +62,7 @@ class Mbarrier:
             return
         self.over = tuple(map(np.maximum, self.over, self.arriving))  # type: ignore[assignment]
         self.phase += 1
-        self.over[0][self.agent] = self.phase
+        self.over[0][self.actor] = self.phase
         self.pending = self.count
 
     def is_over(self, parity: int) -> bool:

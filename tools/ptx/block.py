@@ -28,6 +28,8 @@ class Block:
         self.order = Order(threads, copies=launch.program.has_copies)
         self.ledger = Ledger(launch.shared_base + launch.shared_bytes, self.order)
         self.shared = SharedMemory(launch.shared_base, launch.shared_bytes, self.ledger)
+        if launch.lanes_may_differ:
+            self.shared.last_lane_wins = self.schedule.lanes
         self.mbarriers: dict[int, Mbarrier] = {}
         self.numbered: dict[int, NumberedBarrier] = {}
         self.pending: list = []  # bulk loads that have not happened

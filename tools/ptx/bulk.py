@@ -81,7 +81,7 @@ class BulkLoad:
         flat = self.places.ravel()
         block.shared.check(int(flat.min()), int(flat.max()) + 1)
         block.shared.not_barriers(flat)
-        block.ledger.async_write(thread, flat, barrier.agent, self.phase + 1)
+        block.ledger.async_write(thread, flat, barrier.actor, self.phase + 1)
 
     def happen(self) -> None:
         tensor, memory = self.tensor, self.block.memory

@@ -57,6 +57,7 @@ def calls(everything: bool) -> Iterator[Call]:
             continue
         for loss, usage in itertools.product((infonce, hard), rows.USAGES):
             yield Call(loss, usage, **where)
+        yield Call(next(x for x in rows.RANKED if x.name == "bayesian_histogram"), by_name["two_view"], **where)
         for usage in ("two_view", "symmetric", "moco"):
             yield Call(infonce, by_name[usage], **where, features=300)
         for processors, dtype in itertools.product((3, 132), (torch.float16, torch.bfloat16, torch.float32)):

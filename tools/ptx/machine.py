@@ -72,15 +72,18 @@ class Program:
         schedule: Schedule | None = None,
         shared_base: int = 1024,
         counts_banks: bool = False,
+        lanes_may_differ: bool = False,
     ) -> Report:
         """Runs all blocks.
 
         arguments    one for each parameter: an integer or float, bytes (a struct), a TensorMap
         shared       bytes of dynamic shared memory
         shared_base  where it begins; the hardware keeps the first KiB of a block for itself
+        lanes_may_differ  lanes of a warp may write different values to one shared address, of which any stays: Triton
+                     keeps a number in several lanes, whose last bits differ after a fused multiply-add
         """
         launch = Launch(self, grid, threads, arguments, memory, shared, schedule or Schedule(), shared_base)
-        launch.counts_banks = counts_banks
+        launch.counts_banks, launch.lanes_may_differ = counts_banks, lanes_may_differ
         launch.run()
         return launch.report
 
@@ -113,7 +116,7 @@ def program(text: str, entry: str = "") -> Program:
 class Launch:
     """What the blocks of one launch share."""
 
-    counts_banks = False
+    counts_banks = lanes_may_differ = False
 
     def __init__(self, program, grid, threads, arguments, memory, shared, schedule, shared_base):
         if threads % LANES or not 0 < threads <= MOST_THREADS:

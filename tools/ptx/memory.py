@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +85,12 @@ class GlobalMemory:
         self.ledger.write(block, places, self._where)
         self.bytes[places] = data
 
+    def atomic(self, block: int, address: int, size: int) -> np.ndarray:
+        """The bytes that an atomic operation is about to change."""
+        places = self.places(np.array([address]), size)
+        self.ledger.atomic(block, places, self._where)
+        return self.bytes[places[0]]
+
     def _where(self, at: int) -> str:
         """A position in words."""
         k = bisect.bisect_right([r.start for r in self.regions], at) - 1
@@ -101,6 +108,8 @@ class SharedMemory:
         self.bytes = np.full(base + size, POISON, np.uint8)
         self.ledger = ledger
         self.reserved: dict[int, str] = {}  # addresses of mbarriers, which are no data
+        # an order of lanes that write to one address; None: an error if they differ
+        self.last_lane_wins: Callable[[int], list[int]] | None = None
 
     def places(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Byte positions [len(addresses), size] of accesses."""
@@ -134,6 +143,10 @@ class SharedMemory:
         places = self.places(addresses, data.shape[1])
         self.not_barriers(places)
         self.ledger.generic_write(threads, places, self.bytes[places] == data)
+        if self.last_lane_wins is not None:
+            order = self.last_lane_wins(len(threads))
+            self.bytes[places[order]] = data[order]
+            return
         self.bytes[places] = data
         if len(threads) > 1 and (self.bytes[places] != data).any():
             raise PtxError("race", f"lanes of a warp write different values to one shared address of {places.min()}...")

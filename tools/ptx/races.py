@@ -1,12 +1,12 @@
 """Who may rely on what: vector clocks, and for every byte of shared memory its last writer and its readers since.
 
-An agent is a thread, or something that a thread has started: the products of a warp, its bulk stores, its copies
-(cp.async), the bulk copies that one mbarrier counts. Agents have clocks; `before[t, a]` is how much of agent a is
+An actor is a thread, or something that a thread has started: the products of a warp, its bulk stores, its copies
+(cp.async), the bulk copies that one mbarrier counts. Actors have clocks; `before[t, a]` is how much of actor a is
 ordered before what thread t does next. An access is a race unless the last writer (for a write: every reader too) is
 ordered before it, whichever schedule runs. Nothing is guessed from times.
 
 Two proxies: ordinary accesses and cp.async are generic, bulk copies and products asynchronous. What the generic proxy
-wrote the asynchronous one may use only after a proxy fence on the way: `fenced[t, a]` is the part of agent a that
+wrote the asynchronous one may use only after a proxy fence on the way: `fenced[t, a]` is the part of actor a that
 fences have passed on.
 """
 
@@ -19,6 +19,7 @@ import numpy as np
 from .errors import PtxError
 
 NOBODY = -1
+TOGETHER = -2  # blocks that change a byte of global memory atomically
 SEVERAL = 32  # lanes of a warp
 BARRIERS = 64  # mbarriers in a block's life
 
@@ -28,31 +29,31 @@ class Order:
 
     def __init__(self, threads: int, copies: bool):
         self.threads, self.warps = threads, threads // 32
-        self.products = threads  # one agent per warp
+        self.products = threads  # one actor per warp
         self.stores = self.products + self.warps
         self.bulk = self.stores + self.warps
         self.copies = self.bulk + BARRIERS
-        self.agents = self.copies + (threads if copies else 0)
-        self.before = np.zeros((threads, self.agents), np.int32)
-        self.fenced = np.zeros((threads, self.agents), np.int32)
+        self.actors = self.copies + (threads if copies else 0)
+        self.before = np.zeros((threads, self.actors), np.int32)
+        self.fenced = np.zeros((threads, self.actors), np.int32)
         self.own = np.arange(threads)
         self.before[self.own, self.own] = 1
-        self.generic = np.zeros(self.agents + 1, bool)  # the last one stands for nobody
+        self.generic = np.zeros(self.actors + 1, bool)  # the last one stands for nobody
         self.generic[:threads] = True
-        self.generic[self.copies : self.agents] = True
+        self.generic[self.copies : self.actors] = True
         self.barriers = 0
 
-    def name(self, agent: int) -> str:
+    def name(self, actor: int) -> str:
         """For messages."""
-        if agent < self.products:
-            return f"thread {agent}"
-        if agent < self.stores:
-            return f"a product of warp {agent - self.products}"
-        if agent < self.bulk:
-            return f"a bulk store of warp {agent - self.stores}"
-        if agent < self.copies:
+        if actor < self.products:
+            return f"thread {actor}"
+        if actor < self.stores:
+            return f"a product of warp {actor - self.products}"
+        if actor < self.bulk:
+            return f"a bulk store of warp {actor - self.stores}"
+        if actor < self.copies:
             return "a bulk copy"
-        return f"a cp.async of thread {agent - self.copies}"
+        return f"a cp.async of thread {actor - self.copies}"
 
     def new_barrier(self) -> int:
         if self.barriers == BARRIERS:
@@ -131,12 +132,12 @@ class Ledger:
         self.read[slot][places] = clock
         self.readers[places] |= np.int64(1) << slot
 
-    def async_write(self, thread: int, places: np.ndarray, agent: int, clock: int) -> None:
+    def async_write(self, thread: int, places: np.ndarray, actor: int, clock: int) -> None:
         """A bulk copy that a thread starts writes bytes."""
         threads = np.array([thread])
         self._started(threads, places, reading=False)
         self._after_readers(threads[:, None], places[None])
-        self.writer[places] = agent
+        self.writer[places] = actor
         self.written[places] = clock
         self.readers[places] = 0
 
@@ -150,39 +151,39 @@ class Ledger:
 
     def _started(self, threads: np.ndarray, places: np.ndarray, reading: bool) -> None:
         order = self.order
-        agents = self.writer[places]
+        actors = self.writer[places]
         clocks = self.written[places]
-        if reading and (agents == NOBODY).any():
-            self._say("uninitialised", "nobody has written", places[agents == NOBODY], threads[0])
+        if reading and (actors == NOBODY).any():
+            self._say("uninitialised", "nobody has written", places[actors == NOBODY], threads[0])
         seen = order.before[threads].min(0) if len(threads) > 1 else order.before[threads[0]]
-        late = (seen[agents] < clocks) & (agents != NOBODY)
+        late = (seen[actors] < clocks) & (actors != NOBODY)
         if late.any():
-            self._race(threads[0], places, agents, late, "uses in an asynchronous operation what")
+            self._race(threads[0], places, actors, late, "uses in an asynchronous operation what")
         fenced = order.fenced[threads].min(0) if len(threads) > 1 else order.fenced[threads[0]]
-        bare = (fenced[agents] < clocks) & order.generic[agents]
+        bare = (fenced[actors] < clocks) & order.generic[actors]
         if bare.any():
             at = int(np.flatnonzero(bare)[0])
             self._say(
                 "proxy",
-                f"no fence.proxy.async between {order.name(int(agents[at]))}, which wrote there, and the asynchronous "
+                f"no fence.proxy.async between {order.name(int(actors[at]))}, which wrote there, and the asynchronous "
                 f"{'read' if reading else 'write'} of",
                 places[bare],
                 threads[0],
             )
 
     def _after_writer(self, threads, places, reading: bool, same=None) -> None:
-        agents = self.writer[places]
-        if reading and (agents == NOBODY).any():
-            lost = agents == NOBODY
+        actors = self.writer[places]
+        if reading and (actors == NOBODY).any():
+            lost = actors == NOBODY
             thread = np.broadcast_to(threads, places.shape)[lost][0]
             self._say("uninitialised", "nobody has written", places[lost], thread)
-        late = self.order.before[threads, agents] < self.written[places]
-        late &= agents != NOBODY
+        late = self.order.before[threads, actors] < self.written[places]
+        late &= actors != NOBODY
         if same is not None:
             late &= ~same
         if late.any():
             first = np.broadcast_to(threads, places.shape)[late][0]
-            self._race(first, places, agents, late, "reads what" if reading else "overwrites what")
+            self._race(first, places, actors, late, "reads what" if reading else "overwrites what")
 
     def _after_readers(self, threads, places) -> None:
         bits = self.readers[places]
@@ -209,17 +210,17 @@ class Ledger:
             late = here & (seen < self.read[slot][places]) & ~mine
             who = f"a thread of warp {warp}"
         else:
-            agent = (order.products if kind == 1 else order.stores) + warp
-            late = here & (order.before[threads, agent] < self.read[slot][places])
-            who = order.name(agent)
+            actor = (order.products if kind == 1 else order.stores) + warp
+            late = here & (order.before[threads, actor] < self.read[slot][places])
+            who = order.name(actor)
         if late.any():
             thread = np.broadcast_to(threads, places.shape)[late][0]
             self._say("race", f"{who} may still read", places[late], thread)
 
-    def _race(self, thread, places, agents, late, does: str) -> None:
+    def _race(self, thread, places, actors, late, does: str) -> None:
         at = tuple(a[0] for a in np.nonzero(late))
         self._say(
-            "race", f"{does} {self.order.name(int(agents[at]))} wrote, in no order with it,", places[late], thread
+            "race", f"{does} {self.order.name(int(actors[at]))} wrote, in no order with it,", places[late], thread
         )
 
     def _say(self, kind: str, what: str, places: np.ndarray, thread) -> None:
@@ -251,6 +252,14 @@ class GlobalLedger:
             if others.any():
                 self._say(places[others], f"writes what another one {what}", explain)
         self.writer[places] = block
+
+    def atomic(self, block: int, places: np.ndarray, explain: Callable[[int], str]) -> None:
+        """Blocks may change a byte together if all of them do so atomically."""
+        writers, readers = self.writer[places], self.reader[places]
+        plain = (writers != NOBODY) & (writers != block) & (writers != TOGETHER)
+        if plain.any() or ((readers != NOBODY) & (readers != block)).any():
+            self._say(places, "changes atomically what another one accesses otherwise", explain)
+        self.writer[places] = TOGETHER
 
     def _say(self, places: np.ndarray, what: str, explain: Callable[[int], str]) -> None:
         raise PtxError("race", f"a block {what}: {explain(int(places.flat[0]))}")

@@ -50,6 +50,12 @@ class Schedule:
         """Whether the lanes that branch go before those that do not."""
         return self.dice.random() < 0.5 if self.name == "random" else self.name == "latest"
 
+    def lanes(self, count: int) -> list[int]:
+        """An order in which lanes write where they write to one address: the last one wins."""
+        if self.name == "random":
+            return self.dice.sample(range(count), count)
+        return list(range(count))[:: 1 if self.name == "latest" else -1]
+
     def blocks(self, blocks: list) -> list:
         """The order of a launch's blocks."""
         if self.name == "random":

@@ -125,3 +125,35 @@ def store_matrix(ins, pool):
         w.block.write_rows(w, where(w)[: 8 * count], data)
 
     return run
+
+
+ATOMIC = {
+    "add": lambda old, x: old + x, "min": min, "max": max, "and": lambda old, x: old & x, "or": lambda old, x: old | x,
+    "xor": lambda old, x: old ^ x, "exch": lambda old, x: x,
+}  # fmt: skip
+
+
+@instruction("red", "atom")
+def atomic(ins, pool):
+    """red.global.op.type [a], b and atom.global.op.type d, [a], b; lanes and blocks in the schedule's order."""
+    space, types, width = _shape(ins)
+    operation = next((ATOMIC[p] for p in ins.parts if p in ATOMIC), None)
+    kind = types[-1]
+    if space != "global" or operation is None or width > 1 or kind in ("f16", "bf16", "f16x2", "bf16x2"):
+        raise PtxError("instruction", f"{ins.op} is not modelled")
+    answers = ins.parts[0] == "atom"
+    d = pool.row(ins.operands[0], kind) if answers and ins.operands[0] is not None else None
+    where = address_of(pool, ins.operands[answers])
+    value, view, size = pool.row(ins.operands[1 + answers], kind), view_of(kind), WIDTH[kind] // 8
+
+    def run(w):
+        values = w.rows[view][value]
+        for lane, address in zip(w.lanes, where(w)[w.mask], strict=True):
+            at = w.block.memory.atomic(w.block.number, address, size)
+            old = at.view(values.dtype)[0]
+            at.view(values.dtype)[0] = operation(old, values[lane])
+            if d is not None:
+                w.rows[view][d][lane] = old
+            w.block.memory.bytes[address - GLOBAL_BASE : address - GLOBAL_BASE + size] = at
+
+    return run

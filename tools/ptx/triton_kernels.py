@@ -71,7 +71,7 @@ def run_compiled(kernel: Any, grid: tuple[int, ...], values: list, schedule: Sch
     assert 0 <= scratch <= 2 and not kernel.metadata.global_scratch_size, kernel.metadata
     report = run.launch(
         grid, 32 * kernel.metadata.num_warps, arguments + [0] * scratch, arena.memory, shared=kernel.metadata.shared,
-        schedule=schedule, **options,
+        schedule=schedule, lanes_may_differ=True, **options,
     )  # fmt: skip
     arena.take_back()
     return report

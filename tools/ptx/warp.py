@@ -133,9 +133,9 @@ class Warp:
                 copy.happen()
         self.copies = [c for c in self.copies if c.group > group]
         order, threads = self.block.order, self.threads()
-        agents = order.copies + threads
-        if order.agents > order.copies:
-            order.before[threads, agents] = np.maximum(order.before[threads, agents], group)
+        actors = order.copies + threads
+        if order.actors > order.copies:
+            order.before[threads, actors] = np.maximum(order.before[threads, actors], group)
 
     def start_store(self, store) -> None:
         self.stores.append(store)
@@ -151,9 +151,9 @@ class Warp:
         if lanes:  # only who has asked for them knows of them
             self._know(self.block.order.stores + self.index, np.array(lanes), group)
 
-    def _know(self, agent: int, lanes: np.ndarray, clock: int) -> None:
+    def _know(self, actor: int, lanes: np.ndarray, clock: int) -> None:
         before, threads = self.block.order.before, lanes + self.first
-        before[threads, agent] = np.maximum(before[threads, agent], clock)
+        before[threads, actor] = np.maximum(before[threads, actor], clock)
 
     # ---- the program counter
 

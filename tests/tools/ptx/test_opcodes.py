@@ -156,6 +156,9 @@ ONE = [  # instruction, type of the result, operands, result
     ("ex2.approx.f32 d, a;", "f32", [("f32", -127)], 2.0**-127),
     ("ex2.approx.ftz.f32 d, a;", "f32", [("f32", -INF)], 0),
     ("lg2.approx.f32 d, a;", "f32", [("f32", 8)], 3),
+    # the one NaN of the hardware, whichever came in
+    ("add.f32 d, a, b;", "u32", [("u32", 0xFFC12345), ("u32", bits(1))], 0x7FFFFFFF),
+    ("fma.rn.f32 d, a, b, a;", "u32", [("u32", 0x7F800000), ("u32", 0)], 0x7FFFFFFF),
     # conversions
     ("cvt.rn.f32.s32 d, a;", "f32", [("s32", 16777217)], 16777216),
     ("cvt.rn.f32.u32 d, a;", "f32", [("u32", 0xFFFFFFFF)], 4294967296),

@@ -28,13 +28,15 @@ WAIT = "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done,
 READ_NEXT = "xor.b32 z, at, 128; ld.shared.u32 x, [z];"  # what the next warp has
 
 
-def run(body: str, schedule=None, threads: int = THREADS, grid: int = 1, shared: int = 8192) -> np.ndarray:
+def run(body: str, schedule=None, threads: int = THREADS, grid: int = 1, shared: int = 8192, **more) -> np.ndarray:
     """`out` after the program; every thread stores x."""
     memory = GlobalMemory()
     out = memory.place(np.zeros(threads, np.uint32), "out")
     source = memory.place(np.arange(1024, dtype=np.uint32), "source")
     box = TensorMap(source, 4, (32, 4), (128,), (32, 4), 0)
-    program(HEAD + body + TAIL).launch((grid,), threads, [out, source, box], memory, shared=shared, schedule=schedule)
+    program(HEAD + body + TAIL).launch(
+        (grid,), threads, [out, source, box], memory, shared=shared, schedule=schedule, **more
+    )
     return memory.array("out")
 
 
@@ -128,6 +130,13 @@ def test_equal_values_may_be_written_together_others_not():
     fails("st.shared.u32 [to], l; bar.sync 0; ld.shared.u32 x, [to];", "race")
 
 
+def test_any_of_the_lanes_that_write_to_one_address_may_win():
+    body = "bra A; A: st.shared.u32 [to], l; bar.warp.sync -1; ld.shared.u32 x, [to];"
+    fails(body, "race", threads=32)
+    won = {int(run(body, schedule, threads=32, lanes_may_differ=True)[0]) for schedule in schedules(3)}
+    assert {0, 31} < won
+
+
 def test_an_arrival_releases_what_its_thread_did_not_what_its_warp_did():
     """Lane 0 arrives for its warp: without a warp barrier the other lanes' reads are not covered."""
     init = "@first mbarrier.init.shared::cta.b64 [bar], 3; st.shared.u32 [at], t; bar.sync 0; setp.eq.u32 q, l, 0;"
@@ -165,6 +174,32 @@ def test_global_addresses_are_checked_and_named(offset, kind):
 
 def test_blocks_share_no_byte():
     assert "a block writes what another one wrote" in fails("", "race", grid=2)
+
+
+COUNT = """
+    .entry test(.param .u64 counts) {{ .reg .b64 g, lane; .reg .b32 t, x; .reg .pred p;
+    ld.param.u64 g, [counts]; mov.u32 t, %tid.x; and.b32 x, t, 3; cvt.u64.u32 lane, x; mad.lo.u64 g, lane, 4, g;
+    {} ret; }}"""
+
+
+def test_blocks_may_add_to_one_byte_atomically():
+    for schedule in schedules(1):
+        memory = GlobalMemory()
+        counts = memory.place(np.arange(4, dtype=np.uint32), "counts")
+        program(COUNT.format("red.global.gpu.relaxed.add.u32 [g], t;")).launch(
+            (3,), 64, [counts], memory, schedule=schedule
+        )
+        np.testing.assert_array_equal(memory.array("counts"), [i + 3 * sum(range(i, 64, 4)) for i in range(4)])
+
+
+@pytest.mark.parametrize("other", ["ld.global.u32 x, [g];", "st.global.u32 [g], 7;"])
+def test_but_not_beside_ordinary_accesses(other):
+    body = "mov.u32 x, %ctaid.x; setp.eq.u32 p, x, 0; @p bra A; " + other + " ret; A: red.global.add.u32 [g], t;"
+    for schedule in schedules(1):
+        memory = GlobalMemory()
+        counts = memory.place(np.zeros(4, np.uint32), "counts")
+        with pytest.raises(PtxError, match="race"):
+            program(COUNT.format(body)).launch((2,), 32, [counts], memory, schedule=schedule)
 
 
 # ---- barriers
