@@ -15,6 +15,7 @@ The files from the ground up; each imports only what stands above it in this lis
     methods.py      every way to compute a case: our backends and the baselines
     gate.py         nothing is timed before it is right
     timing.py       interleaved rounds
+    hosts.py        other libraries' losses beside their adapters
     memory.py       peaks
     results.py      the file
     harness.py      one case from inputs to rows

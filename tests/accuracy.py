@@ -84,15 +84,19 @@ def assert_as_accurate_as_dense(
 
 
 def assert_close(
-    what: str, ours: Tensor, dense: Tensor, truth: Tensor, logit: float, term: float, dtype: torch.dtype
-) -> None:
-    """The error rule for one tensor of `dtype`; logit, term: sizes of the largest logit and of what cancels."""
+    what: str, ours: Tensor, dense: Tensor, truth: Tensor, logit: float, term: float, dtype: torch.dtype,
+    upstream: float = 1.0,
+) -> None:  # fmt: skip
+    """The error rule for one tensor of `dtype`; logit, term: sizes of the largest logit and of what cancels.
+
+    upstream   the largest gradient that a subnormal weight is multiplied with
+    """
     ours, dense, truth = (x.double().cpu() for x in (ours, dense, truth))
     assert ours.isfinite().all(), f"{what}: {(~ours.isfinite()).sum()} elements are not finite"
     largest = truth.abs().max().item()
     slack = ULPS * torch.finfo(numerics.stats_dtype(dtype)).eps * max(1.0, logit) * max(largest, term)
     slack += torch.finfo(dtype).eps * largest  # the result itself is rounded to its dtype
-    slack += torch.finfo(dtype).tiny  # and may be subnormal
+    slack += torch.finfo(dtype).tiny * max(1.0, upstream)  # and may be subnormal
     error, allowed = (ours - truth).abs(), 2 * (dense - truth).abs().nan_to_num(nan=0.0).max().item() + slack
     if error.max() > allowed:
         worst = error.argmax().item()

@@ -59,6 +59,7 @@ class Result:
     stats: dict | None
     how: Arithmetic | None = None
     terms: dict[str, float] = field(default_factory=dict)
+    upstream: float = 1.0  # the largest upstream gradient
 
 
 def expected(call: Call, compute: torch.dtype, upstream: Tensor | None) -> Result:
@@ -86,7 +87,7 @@ def expected(call: Call, compute: torch.dtype, upstream: Tensor | None) -> Resul
             terms[name] = sum(through) * how.scale * how.largest_entry / shortest
         else:
             terms[name] = sum(x.item() for x in everything) * how.largest_logit / x.abs().min().item()
-    return Result(loss.detach(), named, outcome.stats, how, terms)
+    return Result(loss.detach(), named, outcome.stats, how, terms, weights.abs().max().item())
 
 
 def _largest_sum(gradient: Tensor) -> float:
@@ -179,7 +180,8 @@ def compare(call: Call, backend: str, got: Result, dense: Result, truth: Result)
         leaf = call.inputs[name]
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape, name
         want, base = truth.grads[name], dense.grads[name]
-        assert_close(f"gradient of {name}", gradient, base, want, sharp, truth.terms[name], leaf.dtype)
+        how = sharp, truth.terms[name], leaf.dtype, truth.upstream
+        assert_close(f"gradient of {name}", gradient, base, want, *how)
     if got.stats is not None:
         compare_stats(got.stats, dense.stats, truth.stats, of_loss, call.compute)
 

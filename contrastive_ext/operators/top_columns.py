@@ -64,7 +64,7 @@ def top_columns(
         raise ValueError(f"need k >= 1 and num_images 0 or {scorers.shape[1]}; got {k=}, {num_images=}.")
     groups = scorers.shape[1]
     for name, x, dtype, length in (
-        ("col_ids", col_ids, torch.int64, len(features)), ("row_ids", row_ids, torch.int64, groups),
+        ("col_ids", col_ids, torch.int64, features.shape[0]), ("row_ids", row_ids, torch.int64, groups),
         ("excluded", excluded, torch.int64, groups), ("below", below, scorers.dtype, groups),
     ):  # fmt: skip
         if x is not None and (x.dtype != dtype or x.shape != (length,) or x.device != scorers.device):

@@ -117,6 +117,27 @@ def false_negatives(training: Training, x: Tensor, labels: Tensor) -> Tensor:
     return training.shown("false negatives to be found", z1=z1, z2=z2)
 
 
+def sampled(training: Training, x: Tensor, labels: Tensor) -> Tensor:
+    """Other images' views as negatives that were drawn with probability 1/2."""
+    (call,) = re.findall(r"`negatives=(Columns\(.+?\))`", ROWS["sampled negatives (logQ correction)"])
+    log_q = torch.full((len(x),), 0.5).log()
+    columns = eval(call, vars(ce) | {"x": training.encoder(augment(x.flip(3))), "log_q": log_q})
+    return ce.fused_infonce_loss(*training.views(x), layout="one_way", negatives=columns)
+
+
+def mined(training: Training, x: Tensor, labels: Tensor) -> Tensor:
+    """Documents of other classes that are closest to a query, again as its negatives."""
+    queries, documents = training.views(x)
+    shown = ROWS["hard negatives to be mined, an encoder to be judged"]
+    (call,) = re.findall(r"`(top_columns\(.+?\))`", shown)
+    positives = torch.arange(len(x))
+    names = {"queries": queries, "documents": documents, "k": 4}
+    found = eval(call.replace("positives=...", "positives=positives"), vars(ce) | names | {"positives": positives})
+    negatives = documents[found.columns]
+    assert 0 <= ce.recall_at_k(queries, documents, positives)[1] <= 1
+    return ce.fused_infonce_loss(queries, documents, layout="one_way", negatives=negatives)
+
+
 def several_processes(training: Training, x: Tensor, labels: Tensor) -> Tensor:
     return ce.fused_infonce_loss(*training.views(x), group=dist.group.WORLD)
 
@@ -154,6 +175,8 @@ RECIPES: dict[str, Callable[[Training, Tensor, Tensor], Tensor]] = {
     "false negatives you know of": known_false_negatives,
     "a model that knows better (GISTEmbed)": guided,
     "false negatives to be found": false_negatives,
+    "sampled negatives (logQ correction)": sampled,
+    "hard negatives to be mined, an encoder to be judged": mined,
     "several processes (DistributedDataParallel)": several_processes,
     "a batch larger than the encoder's memory": larger_than_memory,
     "many positives per image (DCL with M > 1)": many_positives,
