@@ -124,7 +124,9 @@ def fused_supcon_loss(
             losses, pos, number = _dense(z, everything, every_label, own, scale, positives)
         else:
             classes = _Classes.of(every_label)
-            ids = classes.pairs.where(every_label != UNFILLED, UNFILLED) if positives == "out" else every_label
+            ids = classes.pairs if positives == "out" else every_label
+            if held is not None and positives == "out":
+                ids = ids.where(every_label != UNFILLED, UNFILLED)
             of_batch, of_keys = ids[: column_labels.shape[0]], ids[column_labels.shape[0] :]
             number, row_ids = classes.number[own], ids[own]
             if ring is None:
