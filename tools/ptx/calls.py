@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 import rows
 from contrastive_ext.backends import dispatch
 from contrastive_ext.backends.triton import launch as triton_launch
+from contrastive_ext.backends.triton import whole_loss
 from promises import check_accuracy
 
 from .report import Report
@@ -84,6 +85,8 @@ def pretend(call: Call, launch: Any) -> None:
         for function in vars(module).values() if isinstance(module, ModuleType) else ():
             if isinstance(function, JITFunction):
                 function.device_caches.clear()  # they do not know the architecture
+    for replayed in whole_loss.REPLAYED:  # whose launches are seen once
+        replayed.forget()
     JITFunction._do_compile = _COMPILE
     launch_gate.pretend(call.architecture, launch, call.processors)
     triton = {b.name: b for b in dispatch.BACKENDS}["triton"]

@@ -60,14 +60,18 @@ class Replayed:
             return recording.replay(tensors)
         if kind not in self.seen or kind in self.kinds:
             if len(self.seen) >= MOST_KINDS:
-                self.seen.clear()
-                self.kinds.clear()
+                self.forget()
             self.seen.add(kind)
             return self.function(*tensors, *options)
         with _Watch(tensors) as watch:
             results = self.function(*tensors, *options)
         self.kinds[kind] = watch.recording(results)
         return results
+
+    def forget(self) -> None:
+        """Every kind of call is a new one."""
+        self.seen.clear()
+        self.kinds.clear()
 
 
 def _facts(x: Tensor) -> tuple[Hashable, ...]:

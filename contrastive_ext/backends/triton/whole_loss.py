@@ -209,6 +209,7 @@ def _prologue_block(features: int) -> tuple[int, int]:
 
 
 _forward_calls, _backward_calls = replay.Replayed(_launch_forward), replay.Replayed(_launch_backward)
+REPLAYED = _forward_calls, _backward_calls
 _library = torch.library.Library("contrastive_ext", "FRAGMENT")
 _library.define(f"whole_loss_forward_triton{FORWARD_SCHEMA}")
 _library.define(f"whole_loss_backward_triton{BACKWARD_SCHEMA}")
