@@ -96,6 +96,18 @@ class Call:
             return losses.sum()
         return losses.mean() if ranks is None or ranks.share == 1.0 else ranks.share * losses.mean()
 
+    def reduce_counted(self, losses: Tensor, number: Tensor, ranks: Ranks | None = None) -> Tensor:
+        """The same where "mean" divides by a 0-d number of what the batch holds; 0 of 0.
+
+        Over ranks by its average over them: the ranks' means average to that of the whole batch.
+        """
+        if self.reduction != "mean":
+            return self.reduce(losses)
+        number = number.to(losses.dtype)
+        if ranks is not None:
+            number = ranks.mean(number)
+        return losses.sum() / (number + (number == 0))
+
 
 def check_call(arguments: dict) -> None:
     """What `arguments` of any loss say that no batch could make right, its inputs aside."""

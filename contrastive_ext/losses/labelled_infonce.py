@@ -88,7 +88,6 @@ def fused_labelled_infonce_loss(
     keys = labelled_keys(queue, features, normalize)
     distributed.check_gathers(group, "sums over pairs have no sweep of one shard at a time.")
     with numerics.without_autocast(features):
-        dtype = numerics.stats_dtype(features.dtype)
         scale = call.scale(features)
         ranks = call.agree(group, features)
         z = numerics.operand(features, normalize).flatten(0, -2)
@@ -121,16 +120,10 @@ def fused_labelled_infonce_loss(
         losses = losses + 0.0 * z.sum(1)  # NaN where the row holds one
         if held is not None:
             losses = numerics.spoil(losses, held.keys)
-        pairs = number.sum()
-        if ranks is not None:  # their mean over ranks: what the ranks average is then the mean over all pairs
-            pairs = ranks.mean(pairs)
-        if reduction == "none":
-            loss = losses.view(features.shape[:-1])
-        else:
-            loss = losses.sum() if reduction == "sum" else losses.sum() / (pairs + (pairs == 0))
+        loss = call.reduce_counted(losses.view(features.shape[:-1]), number.sum(), ranks)
     if not return_stats:
         return loss
-    return loss, LabelledStats(number.mean().to(dtype), (number == 0).sum())
+    return loss, LabelledStats(number.mean(), (number == 0).sum())
 
 
 def sums_over_positives(z: Tensor, sets: list[dict]) -> tuple[Tensor, Tensor]:

@@ -104,7 +104,6 @@ def fused_supcon_loss(
     labels = check_labelled(features, labels)
     keys = labelled_keys(queue, features, normalize)
     with numerics.without_autocast(features):
-        dtype = numerics.stats_dtype(features.dtype)
         scale = call.scale(features)
         ranks = call.agree(group, features)
         z = numerics.operand(features, normalize).flatten(0, -2)
@@ -146,13 +145,7 @@ def fused_supcon_loss(
             losses = numerics.spoil(losses, held.keys)
         has_positives = number > 0
         losses = torch.where(has_positives, losses, 0.0 * z.sum(1))  # 0, but NaN where the row holds one
-        rows = has_positives.sum()
-        if ranks is not None:  # their mean over ranks: what the ranks average is then the mean over all rows
-            rows = ranks.mean(rows.to(dtype))
-        if reduction == "none":
-            loss = losses.view(features.shape[:-1])
-        else:
-            loss = losses.sum() if reduction == "sum" else losses.sum() / (rows + (rows == 0))
+        loss = call.reduce_counted(losses.view(features.shape[:-1]), has_positives.sum(), ranks)
     if not return_stats:
         return loss
     with torch.no_grad():

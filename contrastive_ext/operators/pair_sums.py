@@ -16,10 +16,9 @@ from ..checks import describe
 from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.problem import PairSums
-from .problem_call import SIZE, as_arguments, of_arguments, of_saved
-from .problem_checks import check_cancelled, check_problem
+from .problem_call import SIZE, of_arguments, of_saved
 from .registration import register, register_autograd
-from .row_stats import backward_shapes
+from .row_stats import backward_shapes, checked_call
 
 
 def pair_sums(
@@ -49,14 +48,14 @@ def pair_sums(
     Raises   ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run the call
     Cost     2 N M D flops forward, 6 backward
     """
-    check_problem(u, v, scale, (1.0,), num_images, positive_offset, row_ids, col_ids, False, False, backend)
-    check_cancelled(u, v, row_ids, col_ids, only_equal_ids, ignored, gate, False)
+    call = checked_call(
+        u, v, scale=scale, num_images=num_images, positive_offset=positive_offset, row_ids=row_ids, col_ids=col_ids,
+        only_equal_ids=only_equal_ids, ignored=ignored, gate=gate, operand_dtype=operand_dtype, backend=backend,
+    )  # fmt: skip
     if offset.shape != u.shape[:1] or offset.dtype != u.dtype or offset.device != u.device:
         raise ValueError(f"offset must be {u.dtype} [{u.shape[0]}] on {u.device}; got {describe(offset)}.")
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1 or -1; got {sign!r}.")
-    rules = num_images, positive_offset, only_equal_ids, row_ids, col_ids, ignored, *schema.gate_arguments(gate)
-    call = as_arguments(u, v, scale, [1.0], (*rules, False), operand_dtype, backend)
     return PairSums(*torch.ops.contrastive_ext.pair_sums.default(*call, offset, float(sign)))
 
 

@@ -138,6 +138,7 @@ def test_second_derivatives_are_refused(run):
         ({"offset": torch.zeros(3)}, ValueError, r"offset must be torch.float64 \[37\]"),
         ({"scale": 0.0}, ValueError, "scale"),
         ({"only_equal_ids": True}, ValueError, "compares ids"),
+        ({"operand_dtype": torch.int8}, TypeError, "operand_dtype must be"),
     ],
 )
 def test_bad_arguments_say_what_to_do(arguments, error, says):

@@ -10,6 +10,7 @@ from torch.library import opcheck
 from contrastive_ext import row_stats
 from contrastive_ext.backends.torch import row_stats as torch_blocks
 from contrastive_ext.operators.ranked_stats import ranked_stats
+from contrastive_ext.operators.top_columns import top_columns
 from contrastive_ext.problem.pairs import NO_COLUMN_ID, Gate
 from contrastive_ext.problem.ranking import Ranking
 from problems import IDS, PROBLEMS, check_definition, lse_of, make_problem, negatives
@@ -139,6 +140,22 @@ def test_strided_inputs(run, problem):
         if a is not None:
             ours = [torch.autograd.grad(y, x, upstream, retain_graph=True)[0] for y, x in ((plain, a), (strided, b))]
             assert torch.equal(*ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_one_number_has_any_strides(run, dtype):
+    """[1, 1] is contiguous whatever its strides are, and no kernel may mind them."""
+    backend, device = run
+    u = torch.tensor([[0.5, 7.0], [7.0, 7.0]], dtype=dtype, device=device)[:1, :1].as_strided((1, 1), (4, 2))
+    v = (2 * u).as_strided((1, 1), (4, 2))
+    assert u.is_contiguous() and u.stride() == v.stride() == (4, 2)
+    leaves = u.requires_grad_(), v.requires_grad_()
+    lse = row_stats(u, v, scale=3.0, backend=backend).lse
+    torch.testing.assert_close(lse, torch.full_like(lse, 1.5))
+    du, dv = torch.autograd.grad(lse.sum(), leaves)
+    torch.testing.assert_close((du.item(), dv.item()), (3.0, 1.5))
+    best = top_columns(u.detach()[None], v.detach(), 1, backend=backend)
+    assert best.scores.item() == 0.5 and best.columns.item() == 0
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=IDS)

@@ -113,7 +113,8 @@ def descriptor(x: Tensor, rows: int, features: int, products: str = ""):
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, features])
+    # rows are dense, but the stride of one feature of one row may be anything
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, features])
 
 
 def operand_arguments(config, u: Tensor, v: Tensor, products: str = "") -> tuple[Any, ...]:

@@ -208,8 +208,7 @@ def _prologue_block(features: int) -> tuple[int, int]:
     return max(1, PROLOGUE_ELEMENTS // block_d), block_d
 
 
-_forward_calls, _backward_calls = replay.Replayed(_launch_forward), replay.Replayed(_launch_backward)
-REPLAYED = _forward_calls, _backward_calls
+REPLAYED = _forward_calls, _backward_calls = replay.Replayed(_launch_forward), replay.Replayed(_launch_backward)
 _library = torch.library.Library("contrastive_ext", "FRAGMENT")
 _library.define(f"whole_loss_forward_triton{FORWARD_SCHEMA}")
 _library.define(f"whole_loss_backward_triton{BACKWARD_SCHEMA}")
