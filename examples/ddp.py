@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> float:
         dist.all_reduce(loss_of_all)  # a rank's loss is the mean over its own pairs
     if rank == 0:
         print(f"{ranks} ranks, loss of the last step {loss_of_all.item() / ranks:.4f}")
+    dist.barrier()  # gloo's threads let go of the last collective's tensors before Python ends
     dist.destroy_process_group()
     return float(loss_of_all / ranks)
 
