@@ -13,6 +13,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported by DDP, it would keep the group, whose threads then outlive Python
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,7 +79,6 @@ def main(arguments: list[str] | None = None) -> float:
         dist.all_reduce(loss_of_all)  # a rank's loss is the mean over its own pairs
     if rank == 0:
         print(f"{ranks} ranks, loss of the last step {loss_of_all.item() / ranks:.4f}")
-    dist.barrier()  # gloo's threads let go of the last collective's tensors before Python ends
     dist.destroy_process_group()
     return float(loss_of_all / ranks)
 

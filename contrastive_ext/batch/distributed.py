@@ -138,9 +138,11 @@ def across_ranks(function: _Function) -> _Function:
     def call(*args, group=None, **options):
         if group is None or isinstance(group, _Call):  # alone, or called by a function that has begun the call
             return function(*args, group=group, **options)
+        said = {**defaults, **dict(zip(parameters, args, strict=False)), **options}
+        if not torch.compiler.is_compiling():
+            return _together(function, args, group, options, said)
         from .outside_graphs import outside_graphs
 
-        said = {**defaults, **dict(zip(parameters, args, strict=False)), **options}
         return outside_graphs(_together, function, args, group, options, said)
 
     return cast(_Function, call)

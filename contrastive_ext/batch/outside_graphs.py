@@ -1,6 +1,8 @@
 """A call across ranks as torch.compile meets it: never traced.
 
-A file of its own, imported by the first such call, because this imports the compiler.
+A file of its own, imported where such a call is being compiled, because this imports the compiler. An eager call leaves
+that alone: torch.distributed.nn.functional, a part of it, keeps the group that exists when it is imported for good, and
+then `destroy_process_group` does not end the group's threads.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Both ranks run everything in one go; tests look at what each of them found.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,3 +142,24 @@ def test_one_graph_is_refused_with_the_reason(ranks):
 def test_importing_the_package_does_not_import_the_compiler():
     said = "import sys, contrastive_ext; print('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", said], capture_output=True, text=True).stdout == "False\n"
+
+
+_ALONE = """
+import os, torch
+import torch.distributed as dist
+import contrastive_ext as ce
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+z = torch.randn(8, 4, requires_grad=True)
+ce.fused_infonce_loss(z, 2 * z, layout="symmetric", group=ce.AllRanks()).backward()
+names = lambda: [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+print(any("gloo" in name for name in names()))
+dist.destroy_process_group()
+print(any("gloo" in name for name in names()))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted as Linux shows them")
+def test_the_threads_of_a_group_end_with_it():
+    done = subprocess.run([sys.executable, "-c", _ALONE], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr
