@@ -28,11 +28,12 @@ TINY = {
     "sentence_pairs": ["--steps", "1", "--batch", "4", "--held-out", "8"],
     "false_negatives": ["--seeds", "1", "--steps", "2"],
     "bcl_alpha": ["--epochs", "1"],
+    "large_batch": ["--batches", "64"],
     "compile_and_graphs": ["--rows", "64", "--repeats", "1"],
 }
-OWN_TEST = ("moco_digits", "ddp", "sentence_pairs", "mine_hard_negatives")
+OWN_TEST = ("moco_digits", "ddp", "sentence_pairs", "mine_hard_negatives", "large_batch")
 # what one may need beside Python: this package, torch, and what the head of the file installs
-ALLOWED = {"torch", "contrastive_ext", "sklearn", "lightning", "transformers"}
+ALLOWED = {"torch", "contrastive_ext", "sklearn", "lightning", "transformers", "matplotlib"}
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +106,20 @@ def test_ddp_on_two_processes_has_the_gradient_of_one(tmp_path):
     done = subprocess.run([*run, *TINY["ddp"]], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("largest relative difference") == 2 and "2 ranks, loss" in done.stdout
+
+
+def test_large_batches_compute_the_same_every_way_and_draw_a_picture(tmp_path):
+    model = new_model(tmp_path / "model")
+    shutil.copy(EXAMPLES / "large_batch.py", tmp_path)
+    run = [sys.executable, "large_batch.py", "--model", str(model), *TINY["large_batch"]]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plain, *others = re.findall(r"64 pairs +(\d+) MiB.*loss (.+), \|gradient\| (.+)", done.stdout)
+    assert len(others) == 2
+    for other in others:  # float32 sums over the batch in another order
+        assert float(other[1]) == pytest.approx(float(plain[1]), rel=1e-5, abs=1e-5)
+        assert float(other[2]) == pytest.approx(float(plain[2]), rel=1e-3, abs=1e-5)
+    assert (tmp_path / "large_batch.png").stat().st_size > 5_000
 
 
 def new_model(folder: Path) -> Path:
