@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", default="", help="regular expression on the names of questions and kinds of data")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that --out has, do the others")
     options = parser.parse_args(arguments)
     if options.command == "show":
         views.show(Results.read(options.file), options.site)
@@ -40,8 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [r for r in runs(options.seeds, options.steps) if re.search(options.only, f"{r.question} {r.data}")]
     if not chosen:
         parser.error(f"no question matches {options.only!r}: {', '.join(dict.fromkeys(r.question for r in runs(1)))}.")
-    results = Results(_facts(options.seeds, options.steps), [])
-    began = time.monotonic()
+    results = Results.read(options.out) if options.resume else Results(_facts(options.seeds, options.steps), [])
+    total, chosen = len(chosen), [run for run in chosen if run not in results]
+    began = time.monotonic() - results.facts.get("seconds", 0)
+
+    def take(done: tuple[Run, dict[str, float], float]) -> None:
+        results.add(*done)
+        results.facts["seconds"] = round(time.monotonic() - began)
+        results.write(options.out)
+        print(f"[{len(results.rows)}/{total}, {results.facts['seconds']} s] {_told(*done)}", flush=True)
+
     if any(run.data not in (DIGITS, WHOLE) for run in chosen):
         print("features of MiniLM, once", flush=True)
         docstrings.frozen_features()
@@ -49,12 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, spawned, initializer=one.alone) as pool:
         for future in as_completed([pool.submit(one.train, run) for run in small]):
-            _take(results, future.result(), len(chosen), began)
+            take(future.result())
     for run in chosen:
         if run.data == WHOLE:  # on all threads
-            _take(results, one.train(run), len(chosen), began)
-    results.facts["seconds"] = round(time.monotonic() - began)
-    results.write(options.out)
+            take(one.train(run))
     views.show(results, options.site)
     print(f"\n{len(results.rows)} runs in {results.facts['seconds']} s: {options.out}")
     if COMMITTED.exists() and options.out.resolve() != COMMITTED and options.steps == STEPS:
@@ -63,15 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _take(results: Results, done: tuple[Run, dict[str, float], float], total: int, began: float) -> None:
-    run, metrics, seconds = done
-    results.add(run, metrics, seconds)
-    where = f"[{len(results.rows)}/{total}, {int(time.monotonic() - began)} s]"
+def _told(run: Run, metrics: dict[str, float], seconds: float) -> str:
     x = "" if run.x is None else f" at {run.x:g}"
-    print(
-        f"{where} {run.question}: {run.label}{x}, t {run.temperature}, seed {run.seed}: {metrics['score']:.1f}",
-        flush=True,
-    )
+    at = f"{run.label}{x}, t {run.temperature}, seed {run.seed}"
+    return f"{run.question}: {at}: {metrics['score']:.1f} in {seconds:.0f} s"
 
 
 def _facts(seeds: int, steps: int) -> dict[str, object]:

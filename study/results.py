@@ -40,7 +40,13 @@ class Results:
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n  ".join(json.dumps(row) for row in self.rows)
-        path.write_text(f'{{"facts": {json.dumps(self.facts)},\n "runs": [\n  {lines}\n]}}\n')
+        whole = path.with_suffix(".new")  # an interrupted write leaves what was there
+        whole.write_text(f'{{"facts": {json.dumps(self.facts)},\n "runs": [\n  {lines}\n]}}\n')
+        whole.replace(path)
+
+    def __contains__(self, run: Run) -> bool:
+        asked = json.loads(json.dumps(asdict(run)))
+        return any(asked.items() <= row.items() for row in self.rows)
 
     def add(self, run: Run, metrics: dict[str, float], seconds: float) -> None:
         rounded = {name: round(value, 3) for name, value in metrics.items()}

@@ -112,6 +112,15 @@ def test_a_run_from_the_command_line_fills_the_site(tmp_path, capsys, monkeypatc
     assert len(read.rows) == 6 and read.facts["seeds"] == 2
     assert main(["show", str(out), "--site", str(site)]) == 0
 
+    kept = read.rows[:2] + [read.rows[3] | {"seed": 7}]  # as an interrupted run left them, and one of another seed
+    results.Results(read.facts, kept).write(out)
+    assert main([*arguments, "--resume"]) == 0
+    assert "[7/" in capsys.readouterr().out
+    again = results.Results.read(out).rows
+    assert again[:3] == kept and len(again) == 7
+    of_a_seed = {(row["label"], row["seed"]): row["score"] for row in again}
+    assert all(of_a_seed[row["label"], row["seed"]] == row["score"] for row in read.rows)
+
 
 def test_the_page_has_a_place_for_every_question():
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
