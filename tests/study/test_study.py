@@ -112,7 +112,7 @@ def test_a_run_from_the_command_line_fills_the_site(tmp_path, capsys, monkeypatc
     assert len(read.rows) == 6 and read.facts["seeds"] == 2
     assert main(["show", str(out), "--site", str(site)]) == 0
 
-    kept = read.rows[:2] + [read.rows[3] | {"seed": 7}]  # as an interrupted run left them, and one of another seed
+    kept = [*read.rows[:2], read.rows[3] | {"seed": 7}]  # as an interrupted run left them, and one of another seed
     results.Results(read.facts, kept).write(out)
     assert main([*arguments, "--resume"]) == 0
     assert "[7/" in capsys.readouterr().out
