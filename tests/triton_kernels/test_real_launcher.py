@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or shutil.which(os.environ.get("CC", "cc")) is None,
-    reason="needs Triton and a C compiler",
+    importlib.util.find_spec("triton") is None
+    or shutil.which(os.environ.get("CC", "cc")) is None
+    or torch.cuda.is_available(),
+    reason="needs Triton, a C compiler, and no driver of a GPU beside that of the test",
 )
 # kinds of call that are replayed, of forward and backward
 REPLAYED = {
