@@ -1,5 +1,5 @@
 // What the library registers with torch: the schema of every operator, and what it says about its build. Kernels are
-// put behind the schemas where they are (cpu/ops.cpp, cpu/whole_loss_ops.cpp, cuda/ops.cu);
+// put behind the schemas where they are (cpu/ops.cpp, cpu/unit_rows.cpp, cpu/whole_loss_ops.cpp, cuda/ops.cu);
 // contrastive_ext/backends/native.py holds a loaded library against the schemas that it expects.
 #include <string>
 
@@ -64,6 +64,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
   define(
       "top_columns_cpu(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids, Tensor? row_ids, "
       "Tensor? excluded, Tensor? below) -> (Tensor scores, Tensor columns)");
+  define("unit_rows_cpu(Tensor z, ScalarType operand_dtype) -> (Tensor unit, Tensor norm)");
+  define("unit_rows_backward_cpu(Tensor z, Tensor norm, Tensor grad) -> Tensor dz");
   define("whole_loss_forward_cpu(" + kCall +
          ", str formula, float[] parameters, float[] exponents, str reduction) -> "
          "(Tensor loss, Tensor operands, Tensor norm, Tensor lse, Tensor coefficients, Tensor clamped)");

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import Any, NamedTuple
 
+import triton.language as tl
 from contrastive_ext.triton_kernels import (
     configs,
     histogram_ranks,
@@ -26,6 +27,7 @@ from contrastive_ext import numerics
 from contrastive_ext.backends.triton import forward as triton_forward
 from contrastive_ext.backends.triton import ranked_stats as triton_ranked
 from contrastive_ext.backends.triton import whole_loss as triton_whole_loss
+from contrastive_ext.backends.triton.unit_rows import prologue_block
 
 MASKED = {  # variants that make a mask for every tile, and its costliest rule
     "busy": "ids",
@@ -71,7 +73,8 @@ class Case(NamedTuple):
 
     The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
     a partial result, means adds means. The direction "top_columns" has the longest lists. "prologue" is that of the
-    short road, plain forward, hard backward with the gradient of a scale tensor; "row_losses" the formula with the most
+    short road, plain forward, hard backward with the gradient of a scale tensor, rows and rows back without pairs;
+    "row_losses" the formula with the most
     terms, "small" a batch that one program reduces, "large" that of many. "histogram" has a variant per pass, with ids;
     sums+guide is the last one with a gate, sums+images without rules.
     """
@@ -117,7 +120,7 @@ def cases() -> list[Case]:
     found += [Case("top_columns", "plain", "tf32", 128, architecture) for architecture in (80, 86, 90, 100)]
     found += [Case("top_columns", "plain", products, 128, 86) for products in ("ieee", "fp64")]
     found += [Case("merge", variant, "16-bit", 128, a) for variant in ("plain", "clip", "means") for a in (80, 100)]
-    prologues = itertools.product(("plain", "hard"), ("bf16", "ieee", "fp64"), (128, 1024))
+    prologues = itertools.product(("plain", "hard", "rows", "rows back"), ("bf16", "ieee", "fp64"), (128, 1024))
     found += [Case("prologue", *prologue, 90) for prologue in prologues]
     found += [
         Case("row_losses", v, p, 128, a) for v in ("small", "large") for p in ("16-bit", "fp64") for a in (80, 100)
@@ -183,10 +186,17 @@ def rule_arguments(case: Case, accumulator: str) -> tuple[dict, dict]:
 
 def prologue_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of a prologue, forward or backward."""
-    block, block_d = triton_whole_loss._prologue_block(case.features)
+    block, block_d = prologue_block(case.features)
     accumulator = "*fp64" if case.products == "fp64" else "*fp32"
     constants = {"D": case.features, "BLOCK": block, "BLOCK_D": block_d, "NORMALIZE": True}
-    types = dict.fromkeys(("p_z1", "p_z2", "p_operands", "p_dz1", "p_dz2"), POINTER[case.products])
+    types = dict.fromkeys(("p_z", "p_dz", "p_z1", "p_z2", "p_operands", "p_dz1", "p_dz2"), POINTER[case.products])
+    if case.variant in ("rows", "rows back"):
+        del constants["NORMALIZE"]
+        types |= dict.fromkeys(("p_unit", "p_norm", "p_gradient"), accumulator)
+        if case.variant == "rows back":
+            return prologue.unit_rows_backward_kernel, types, constants
+        dtypes = {"bf16": tl.bfloat16, "ieee": tl.float32, "fp64": tl.float64}
+        return prologue.unit_rows_kernel, types, constants | {"DTYPE": dtypes[case.products]}
     constants["PRECISION"] = "tf32" if case.products == "tf32" else "ieee"
     if case.variant == "plain":
         return (

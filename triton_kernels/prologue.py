@@ -82,6 +82,29 @@ def prologue_kernel(
     tl.store(p_cosine + o_i, tl.sum(b_u * b_v, 1), mask=o_i < num_images)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def unit_rows_kernel(
+    p_z, p_unit, p_norm, num_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Program i: rows i * BLOCK .. of z [num_rows, D] divided by their lengths and rounded to DTYPE, the lengths."""
+    o_i, o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    b_unit, b_norm = to_unit_length(load_rows(p_z, o_i, o_d, num_rows, D, D, BLOCK_D).to(p_norm.dtype.element_ty))
+    b_unit = b_unit.to(DTYPE).to(p_unit.dtype.element_ty)
+    m_row = (o_i < num_rows)[:, None] & (o_d < D)[None, :]
+    tl.store(p_unit + o_i.to(tl.int64)[:, None] * D + o_d[None, :], b_unit, mask=m_row)
+    tl.store(p_norm + o_i, b_norm, mask=o_i < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def unit_rows_backward_kernel(
+    p_z, p_norm, p_gradient, p_dz, num_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Program i: dz of the rows i * BLOCK .. from the gradient of the unit rows."""
+    o_i, o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    b_gradient = load_rows(p_gradient, o_i, o_d, num_rows, D, D, BLOCK_D)
+    through_normalisation(p_z, D, p_norm, p_dz, b_gradient, o_i, o_d, num_rows, D, BLOCK_D, True)
+
+
 @triton.jit
 def load_operand(
     p_operands, p_z, stride, p_norm, o_i, o_d, rows,

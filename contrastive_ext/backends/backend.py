@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,17 @@ def lacks_products(operand_dtype: torch.dtype | str) -> str | None:
     return f"it has no {operand_dtype!r} products." if isinstance(operand_dtype, str) else None
 
 
+class UnitRows(NamedTuple):
+    """A backend's functions for rows of unit length; `numerics.normalize` says what is promised.
+
+    forward   z [N, D] contiguous, a dtype of operands -> rows/|rows| rounded to it, in the statistics dtype, and |rows|
+    backward  z, |rows|, the gradient of the unit rows -> dz in the dtype of z
+    """
+
+    forward: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to compute `Statistics` and `RankedStatistics` and their gradients; `why_not` says why it cannot, or None.
@@ -29,6 +41,7 @@ class Backend:
     `needs_proof`: its kernels count as working only where VERIFIED names a results file for the architecture.
     `whole_loss`: its operators of the short road (problem/short_road.py), or None, for inputs of a dtype and so many
     exponentials.
+    `unit_rows`: its functions for rows of unit length, or None, for operands of a dtype.
     `kept`: the module with its forward and backward of small problems, which keep their matrix, or None.
     `note`: what a user should know who takes it; `explain` shows it.
     """
@@ -43,6 +56,7 @@ class Backend:
     pair_sums: Callable[..., PairSums]
     pair_sums_backward: Callable[..., tuple[Tensor, Tensor]]
     whole_loss: Callable[[torch.dtype, int], WholeLossOps | None] = lambda dtype, numbers: None
+    unit_rows: Callable[[torch.dtype], UnitRows | None] = lambda dtype: None
     kept: ModuleType | None = None
     needs_proof: bool = False
     note: str = ""

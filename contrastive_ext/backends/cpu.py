@@ -13,7 +13,7 @@ from ..problem.ranking import RankedStatistics, Ranking
 from ..problem.schema import pair_arguments
 from ..problem.short_road import WholeLossOps, backward_shapes, forward_shapes
 from . import native
-from .backend import Backend, lacks_products
+from .backend import Backend, UnitRows, lacks_products
 
 
 def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | str, dim: int) -> str | None:
@@ -60,6 +60,12 @@ def _whole_loss() -> WholeLossOps:
     torch.library.register_fake("contrastive_ext::whole_loss_backward_cpu", backward_shapes)
     ops = torch.ops.contrastive_ext
     return WholeLossOps(ops.whole_loss_forward_cpu.default, ops.whole_loss_backward_cpu.default)
+
+
+def unit_rows(dtype: torch.dtype) -> UnitRows:
+    """Its functions for rows of unit length."""
+    ops = torch.ops.contrastive_ext
+    return UnitRows(ops.unit_rows_cpu.default, ops.unit_rows_backward_cpu.default)
 
 
 def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:
@@ -112,4 +118,5 @@ BACKEND = Backend(
     pair_sums=pair_sums,
     pair_sums_backward=pair_sums_backward,
     whole_loss=whole_loss,
+    unit_rows=unit_rows,
 )

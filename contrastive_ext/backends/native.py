@@ -41,6 +41,8 @@ OPERATORS = {
     "pair_sums_backward_cpu": schema.pair_sums_backward(schema.NATIVE_PROBLEM),
     "top_columns_cpu": "(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids, Tensor? row_ids, "
     "Tensor? excluded, Tensor? below) -> (Tensor scores, Tensor columns)",
+    "unit_rows_cpu": "(Tensor z, ScalarType operand_dtype) -> (Tensor unit, Tensor norm)",
+    "unit_rows_backward_cpu": "(Tensor z, Tensor norm, Tensor grad) -> Tensor dz",
     "whole_loss_forward_cpu": FORWARD_SCHEMA,
     "whole_loss_backward_cpu": BACKWARD_SCHEMA,
 }

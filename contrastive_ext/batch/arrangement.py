@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import numerics
+from ..operators import unit_rows
 from ..problem.pairs import Gate
 from .cancellation import Judgement
 from .columns import Columns, ColumnSet, OwnColumns
@@ -77,7 +78,7 @@ def arrangements(request: Request, scale: float | Tensor, ranks: Ranks | None) -
 
 def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> Arrangement:
     batch, two_view, operand_dtype = request.z1.shape[0], request.layout == "two_view", request.operands
-    operand = partial(numerics.operand, unit=request.normalize, dtype=operand_dtype)
+    operand = partial(unit_rows.operand, unit=request.normalize, dtype=operand_dtype, backend=request.backend)
     row_scale = scale
     if two_view:
         anchors = operand(torch.cat([request.z1, request.z2]))
@@ -85,7 +86,7 @@ def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> A
     else:
         u1, u2 = operand(request.z1), operand(request.z2)
         if isinstance(scale, Tensor) and scale.dim() == 1:  # rows carry it: rounded once, and no longer of unit length
-            rows = numerics.operand(request.z1, request.normalize, numerics.stats_dtype(operand_dtype))
+            rows = operand(request.z1, dtype=numerics.stats_dtype(operand_dtype))
             u1, scale = numerics.round_operand(rows * scale[:, None], operand_dtype), 1.0
         anchors = u1
     index = request.positive_index

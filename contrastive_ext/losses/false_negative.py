@@ -13,7 +13,7 @@ Huynh et al., WACV 2022, arXiv:2011.11765.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import reduce
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ from ..batch.queue import NegativeQueue
 from ..checks import check_choice, check_number, check_tensor, describe
 from ..numerics import logsumexp_pair, softplus
 from ..operators.row_stats import row_stats
+from ..operators.unit_rows import operand
 from ..problem.pairs import NO_COLUMN, NO_COLUMN_ID, UNFILLED
 from .overloads import returns_stats
 from .supcon import image_labels
@@ -128,7 +129,7 @@ def fused_false_negative_loss(
     with numerics.without_autocast(views):
         scale = call.scale(views)
         ranks = call.agree(group, views)
-        batch = _arrange(views, scale, support, aggregate, keys, older, labels, normalize, ranks)
+        batch = _arrange(views, scale, support, aggregate, keys, older, labels, normalize, ranks, backend)
         road = _dense if call.is_dense else _streamed
         losses, count, detected = road(batch, mode, top_k, threshold, backend)
         loss = call.reduce(losses, ranks)
@@ -159,14 +160,17 @@ class _Batch:
         return x.view(self.views.shape[:2])
 
 
-def _arrange(views, scale, support, aggregate, keys, queue: Columns | None, labels, normalize, ranks) -> _Batch:
+def _arrange(
+    views, scale, support, aggregate, keys, queue: Columns | None, labels, normalize, ranks, backend
+) -> _Batch:
     num_views, images, _ = views.shape
-    anchors = numerics.operand(views, normalize)
+    unit = partial(operand, unit=normalize, backend=backend)
+    anchors = unit(views)
     older = None if queue is None else queue.as_set(views.dtype)
     if older is not None:
         anchors = numerics.spoil(anchors, older.keys)
-    shown = anchors if keys is None else numerics.operand(keys.detach(), normalize)
-    scorers = numerics.operand(support.detach(), normalize) if support is not None else shown.detach()
+    shown = anchors if keys is None else unit(keys.detach())
+    scorers = unit(support.detach()) if support is not None else shown.detach()
     if aggregate == "mean":
         scorers = scorers.mean(0, keepdim=True)
     logits = scale * numerics.product(anchors.transpose(0, 1), shown.permute(1, 2, 0)).transpose(0, 1)

@@ -31,6 +31,7 @@ from ..batch.columns import Columns, ColumnSet
 from ..batch.queue import NegativeQueue
 from ..checks import can_read, check_number, check_positive, describe
 from ..numerics import softplus
+from ..operators.unit_rows import operand
 from .overloads import returns_stats
 from .soft_target import check_vectors, cross_entropy, dense_keys, entropy, older_keys, sweep_keys
 from .stats import Record
@@ -141,17 +142,17 @@ def fused_self_labeling_loss(
             check_positive("1/(temperature * label_temperature)", float(label_scale), dtype)
         older = older_keys(queue, q, normalize)
         ranks = call.agree(group, q)
-        k, own = numerics.operand(k, normalize).detach(), slice(0, k.shape[0])
+        k, own = operand(k.detach(), normalize, backend=backend), slice(0, k.shape[0])
         if ranks is not None:
             everyone = ranks.rows(k)
             k, own = everyone.gather(k, q.dtype), everyone.own
         images = torch.arange(k.shape[0], device=k.device)
         keys = [ColumnSet(k, ids=images, unit=normalize), *older]
-        x, mixing = numerics.operand(q, normalize), None
+        x, mixing = operand(q, normalize, backend=backend), None
         if q_mix is not None and perm is not None and theta is not None:
             weight = theta.detach().to(dtype) if isinstance(theta, Tensor) else torch.full_like(x[:, 0].detach(), theta)
             mixing = Mixing(perm, perm + own.start if own.start else perm, weight.expand(q.shape[0]))
-            x = torch.cat([x, numerics.operand(q_mix, normalize)])
+            x = torch.cat([x, operand(q_mix, normalize, backend=backend)])
         if queue is not None:
             x = numerics.spoil(x, keys[-1].keys)
         road = _dense if call.is_dense else _streamed

@@ -26,6 +26,7 @@ from ..batch.queue import NegativeQueue
 from ..checks import check_positive, check_tensor
 from ..numerics import logsumexp_pair
 from ..operators.row_stats import row_stats
+from ..operators.unit_rows import operand
 from ..problem.pairs import UNFILLED
 from .overloads import returns_stats
 from .stats import Record
@@ -101,13 +102,13 @@ def fused_soft_target_loss(
     check_positive("teacher_temperature", teacher_temperature, numerics.stats_dtype(queries.dtype))
     with numerics.without_autocast(queries):
         scale = call.scale(queries)
-        sets = [_given_keys(keys, queries, normalize), *older_keys(queue, queries, normalize)]
+        sets = [_given_keys(keys, queries, normalize, backend), *older_keys(queue, queries, normalize)]
         ranks = call.agree(group, queries)
         if ranks is not None and isinstance(keys, Tensor):
             own = sets[0].keys
             sets[0] = replace(sets[0], v=ranks.rows(own).gather(own, queries.dtype))
         road = _dense if call.is_dense else _streamed
-        x, u = numerics.operand(queries, normalize), numerics.operand(teacher, normalize).detach()
+        x, u = (operand(rows, normalize, backend=backend) for rows in (queries, teacher.detach()))
         for one in sets:
             x = numerics.spoil(x, one.keys)
         losses, stats = road(x, sets, u, scale, 1.0 / teacher_temperature, queries.dtype, return_stats, backend)
@@ -221,11 +222,11 @@ def older_keys(
     return [] if columns is None else [columns.as_set(like.dtype)]
 
 
-def _given_keys(keys: Tensor | NegativeQueue, queries: Tensor, normalize: bool) -> ColumnSet:
+def _given_keys(keys: Tensor | NegativeQueue, queries: Tensor, normalize: bool, backend: str) -> ColumnSet:
     if isinstance(keys, NegativeQueue):
         return older_keys(keys, queries, normalize, "keys")[0]
     check_vectors({"queries": queries, "keys": keys})
-    return ColumnSet(numerics.operand(keys, normalize).detach(), unit=normalize)
+    return ColumnSet(operand(keys.detach(), normalize, backend=backend), unit=normalize)
 
 
 def dense_keys(sets: Sequence[ColumnSet]) -> Tensor:

@@ -30,6 +30,7 @@ from ..batch.ring_stats import ring_stats
 from ..checks import check_choice, describe
 from ..numerics import logsumexp_pair, softplus
 from ..operators.row_stats import row_stats
+from ..operators.unit_rows import operand
 from ..problem.pairs import UNFILLED, integers
 from ..problem.problem import Statistics
 from .overloads import returns_stats
@@ -106,7 +107,7 @@ def fused_supcon_loss(
     with numerics.without_autocast(features):
         scale = call.scale(features)
         ranks = call.agree(group, features)
-        z = numerics.operand(features, normalize).flatten(0, -2)
+        z = operand(features, normalize, backend=backend).flatten(0, -2)
         row_labels = labels.repeat(z.shape[0] // labels.shape[0])
         columns, column_labels, own, ring = z, row_labels, slice(0, z.shape[0]), None
         if ranks is not None:

@@ -1,6 +1,9 @@
 // What operators do with tensors before a kernel sees pointers: check, allocate, unwrap.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <initializer_list>
 #include <optional>
 
@@ -38,6 +41,31 @@ void for_float_or_double(ScalarType dtype, const Body& body) {
     body(0.0f);
   else
     body(0.0);
+}
+
+// Calls body(T, In) with values of the type that computes and of the type of the inputs.
+template <class Body>
+inline void for_input_dtype(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(0.0f, 0.0f);
+    case ScalarType::Double:
+      return body(0.0, 0.0);
+    case ScalarType::Half:
+      return body(0.0f, c10::Half(0.0f));
+    case ScalarType::BFloat16:
+      return body(0.0f, c10::BFloat16(0.0f));
+    default:
+      STD_TORCH_CHECK(false, "inputs must be float16, bfloat16, float32 or float64.");
+  }
+}
+
+inline Tensor empty_as(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+inline ScalarType stats_dtype(const Tensor& z) {
+  return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline void check_tensor(const Tensor& t, const char* name, ScalarType dtype, std::initializer_list<int64_t> sizes) {

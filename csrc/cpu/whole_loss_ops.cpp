@@ -1,8 +1,5 @@
 // The operators of whole_loss.h (schemas: csrc/operators.cpp); their autograd formula is
 // contrastive_ext/operators/whole_loss.py.
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <string>
 #include <tuple>
 
@@ -11,31 +8,6 @@
 
 namespace contrastive_ext {
 namespace {
-
-// Calls body(T, In) with values of the type that computes and of the type of z1 and z2.
-template <class Body>
-void for_dtype(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(0.0f, 0.0f);
-    case ScalarType::Double:
-      return body(0.0, 0.0);
-    case ScalarType::Half:
-      return body(0.0f, c10::Half(0.0f));
-    case ScalarType::BFloat16:
-      return body(0.0f, c10::BFloat16(0.0f));
-    default:
-      STD_TORCH_CHECK(false, "z1 and z2 must be float16, bfloat16, float32 or float64.");
-  }
-}
-
-Tensor empty_as(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
-}
-
-ScalarType stats_dtype(const Tensor& z) {
-  return z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 // 1/temperature, from a 0-d tensor where there is one.
 double scale_of(const std::optional<Tensor>& tensor, double value) {
@@ -82,7 +54,7 @@ ForwardTuple forward_cpu(const Tensor& z1, const Tensor& z2, std::optional<Tenso
   const Tensor operands = empty_as(z1, {rows, whole.d}, dtype), norm = empty_as(z1, {rows}, dtype);
   const Tensor lse = empty_as(z1, {sides, k, n}, dtype), coefficients = empty_as(z1, {sides, k + 2, n}, dtype);
   const Tensor clamped = empty_as(z1, {}, dtype);
-  for_dtype(z1.scalar_type(), [&](auto t, auto in) {
+  for_input_dtype(z1.scalar_type(), [&](auto t, auto in) {
     using T = decltype(t);
     using In = decltype(in);
     RowLossParameters<T> row;
@@ -113,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& z1, const Tensor& 
     check_tensor(grad_loss, "grad_loss", dtype, {});
   const Tensor dz1 = empty(z1, {whole.b, whole.d}), dz2 = empty(z2, {whole.m, whole.d});
   const Tensor dscale = need_scale ? empty_as(z1, {}, dtype) : empty_as(z1, {0}, dtype);
-  for_dtype(z1.scalar_type(), [&](auto t, auto in) {
+  for_input_dtype(z1.scalar_type(), [&](auto t, auto in) {
     using T = decltype(t);
     using In = decltype(in);
     whole_loss_backward<T, In>(whole, data<In>(z1), data<In>(z2), state_of<T>(operands, norm, lse, coefficients),

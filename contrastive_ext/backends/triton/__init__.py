@@ -1,15 +1,15 @@
 """The `triton` backend, the door to triton_kernels/: launches, grids, workspaces.
 
 In reading order: launch (kernels, tiles, the shape of a grid), pairs (pair rules as arguments), gradient and forward
-(the sweeps of one problem), then one file per operator: row_stats, ranked_stats, top_columns, whole_loss. Sums over
-pairs have no kernel yet: blocks of plain PyTorch make them.
+(the sweeps of one problem), then one file per operator: row_stats, ranked_stats, top_columns, unit_rows, whole_loss.
+Sums over pairs have no kernel yet: blocks of plain PyTorch make them.
 """
 
 from __future__ import annotations
 
 from ..backend import Backend
 from ..torch import pair_sums
-from . import ranked_stats, row_stats, top_columns, whole_loss
+from . import ranked_stats, row_stats, top_columns, unit_rows, whole_loss
 
 BACKEND = Backend(
     name="triton",
@@ -22,5 +22,6 @@ BACKEND = Backend(
     pair_sums=pair_sums.forward,
     pair_sums_backward=pair_sums.backward,
     whole_loss=whole_loss.whole_loss,
+    unit_rows=unit_rows.unit_rows,
     needs_proof=True,
 )

@@ -19,8 +19,8 @@ from ...problem.short_road import BACKWARD_SCHEMA, FORWARD_SCHEMA, WholeLossOps,
 from . import launch, replay
 from .forward import Forward
 from .gradient import TERMS_BLOCK, Term, gradients, shift_of_weights
+from .unit_rows import prologue_block
 
-PROLOGUE_ELEMENTS = 2048  # of a block of rows: 16 for a thread and array
 ANCHORS_OF_PROGRAM = 4096  # one program reduces small batches; of larger ones each of many programs leaves a part
 BLOCK_OF_ONE, BLOCK_OF_MANY = 1024, 128  # anchors of a block
 READ_AT_ONCE = 8192  # partial results times anchors
@@ -53,7 +53,7 @@ def _launch_forward(
     losses = like.new_empty(sides * anchors) if reduction == "none" else None
     count = 2 * images - 2 if problem.one_set else columns - 1  # negatives of every anchor
     with launch.on_device(z1.device):
-        block, block_d = _prologue_block(features)
+        block, block_d = prologue_block(features)
         replay.start(
             launch.kernels().prologue.prologue_kernel, (launch.cdiv(columns, block),),
             z1, z2, operands, norm, cosine, bounds, images, columns, z1.stride(0), z2.stride(0), D=features,
@@ -136,7 +136,7 @@ def _launch_backward(
         du, dv = gradients(problem, terms[0], terms[1] if sides == 2 else None)
         assert du is not None
         dv = du[:, images:] if dv is None else dv
-        block, block_d = _prologue_block(features)
+        block, block_d = prologue_block(features)
         programs = launch.cdiv(columns, block)
         dscale = norm.new_empty(programs if need_scale else 0)
         scale_argument, scale_is_tensor = launch.scale_argument(problem)
@@ -200,12 +200,6 @@ def _formula(name: str, parameters: list[float]):
         first, second = (0.0, 1.0 / (1.0 + beta)) if detach_weights else (-1.0, 1.0)
     log_tau_plus = math.log(tau_plus) if tau_plus > 0 else 0.0
     return launch.kernels().row_losses.Formula(name, tau_plus, log_tau_plus, first, second)
-
-
-def _prologue_block(features: int) -> tuple[int, int]:
-    """Rows of a program of the prologue, and features with their padding."""
-    block_d = launch.feature_block(features)
-    return max(1, PROLOGUE_ELEMENTS // block_d), block_d
 
 
 REPLAYED = _forward_calls, _backward_calls = replay.Replayed(_launch_forward), replay.Replayed(_launch_backward)
