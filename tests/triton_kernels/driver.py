@@ -92,7 +92,7 @@ def main() -> None:
     import torch
 
     import contrastive_ext as ce
-    from contrastive_ext.backends.triton import whole_loss
+    from contrastive_ext.backends.triton import replay
 
     def rows(n: int, features: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(n, features, dtype=dtype, requires_grad=True)
@@ -112,8 +112,7 @@ def main() -> None:
         "a queue and ids": lambda: ce.fused_infonce_loss(*views, ids=ids, queue=queue, backend="triton"),
     }
     for name, call in calls.items():
-        for replayed in whole_loss.REPLAYED:
-            replayed.forget()
+        replay.forget()
         steps = []
         for _ in range(8):
             loss = call()
@@ -121,8 +120,7 @@ def main() -> None:
             loss.backward()
             steps.append((forward, recorder.take()))
             turns.reverse()
-        recordings = sum(x is not None for replayed in whole_loss.REPLAYED for x in replayed.kinds.values())
-        print(json.dumps({"name": name, "steps": steps, "replayed": recordings}), flush=True)
+        print(json.dumps({"name": name, "steps": steps, "replayed": replay.recordings()}), flush=True)
 
 
 if __name__ == "__main__":

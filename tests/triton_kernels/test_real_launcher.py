@@ -26,7 +26,7 @@ REPLAYED = {
     "pointers, float32": 2,
     "more columns": 2,
     "two sizes in turn": 4,
-    "a queue and ids": 0,
+    "a queue and ids": 2,  # of its unit rows
 }
 
 
@@ -61,7 +61,7 @@ def test_every_call_launches_the_same_whether_worked_out_watched_or_replayed(cal
         assert forward and any(kernel == "row_stats_backward_kernel" for kernel, *_ in backward)
     for i, others in enumerate(steps):
         for mine, other in zip(steps[-sizes + i % sizes], others, strict=True):
-            if REPLAYED[name]:
-                assert differs(mine, other) == ""
-            else:
+            if name == "a queue and ids":  # what is freed between launches may be given to the next ones, or not
                 assert [launch[:3] for launch in mine] == [launch[:3] for launch in other]
+            else:
+                assert differs(mine, other) == ""

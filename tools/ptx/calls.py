@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 import rows
 from contrastive_ext.backends import dispatch
 from contrastive_ext.backends.triton import launch as triton_launch
-from contrastive_ext.backends.triton import whole_loss
+from contrastive_ext.backends.triton import replay
 from promises import check_accuracy
 
 from .report import Report
@@ -85,8 +85,7 @@ def pretend(call: Call, launch: Any) -> None:
         for function in vars(module).values() if isinstance(module, ModuleType) else ():
             if isinstance(function, JITFunction):
                 function.device_caches.clear()  # they do not know the architecture
-    for replayed in whole_loss.REPLAYED:  # whose launches are seen once
-        replayed.forget()
+    replay.forget()  # a replay's launches would not be seen
     JITFunction._do_compile = _COMPILE
     launch_gate.pretend(call.architecture, launch, call.processors)
     triton = {b.name: b for b in dispatch.BACKENDS}["triton"]

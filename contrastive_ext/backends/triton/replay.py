@@ -28,6 +28,18 @@ ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_stri
 VIEW = ("alias", "as_strided", "detach", "expand", "select", "slice", "t", "transpose", "unsqueeze", "view")
 
 _running = threading.local()
+_everyone: list[Replayed] = []
+
+
+def forget() -> None:
+    """Every call from here on is of a kind that was never seen."""
+    for replayed in _everyone:
+        replayed.forget()
+
+
+def recordings() -> int:
+    """How many kinds of call are replayed by now."""
+    return sum(recording is not None for replayed in _everyone for recording in replayed.kinds.values())
 
 
 def start(kernel, grid: tuple[int, ...], *args: Any, **more: Any) -> None:
@@ -49,6 +61,7 @@ class Replayed:
         self.function = function
         self.kinds: dict[Hashable, Recording | None] = {}
         self.seen: set[Hashable] = set()
+        _everyone.append(self)
 
     def __call__(self, tensors: tuple[Tensor | None, ...], options: tuple[Hashable, ...]) -> tuple[Tensor, ...]:
         assert tensors[0] is not None

@@ -24,6 +24,16 @@ def unit_rows(dtype: torch.dtype) -> UnitRows | None:
 
 
 def _forward(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    unit, norm = _launch_forward(z, dtype) if launch.interpreted() else _forward_calls((z,), (dtype,))
+    return unit, norm
+
+
+def _backward(z: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
+    (dz,) = _launch_backward(z, norm, grad) if launch.interpreted() else _backward_calls((z, norm, grad), ())
+    return dz
+
+
+def _launch_forward(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     rows, features = z.shape
     unit = z.new_empty(z.shape, dtype=stats_dtype(z.dtype))
     norm = unit.new_empty(rows)
@@ -37,7 +47,7 @@ def _forward(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return unit, norm
 
 
-def _backward(z: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
+def _launch_backward(z: Tensor, norm: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     dz = torch.empty_like(z)
     block, block_d = prologue_block(z.shape[1])
     with launch.on_device(z.device):
@@ -45,9 +55,10 @@ def _backward(z: Tensor, norm: Tensor, grad: Tensor) -> Tensor:
             launch.kernels().prologue.unit_rows_backward_kernel, (launch.cdiv(len(z), block),), z, norm, grad, dz,
             len(z), D=z.shape[1], BLOCK=block, BLOCK_D=block_d, enable_fp_fusion=True,
         )  # fmt: skip
-    return dz
+    return (dz,)
 
 
+_forward_calls, _backward_calls = replay.Replayed(_launch_forward), replay.Replayed(_launch_backward)
 _library = torch.library.Library("contrastive_ext", "FRAGMENT")
 _library.define("unit_rows_triton(Tensor z, ScalarType operand_dtype) -> (Tensor unit, Tensor norm)")
 _library.define("unit_rows_backward_triton(Tensor z, Tensor norm, Tensor grad) -> Tensor dz")

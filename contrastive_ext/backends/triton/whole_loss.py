@@ -202,7 +202,7 @@ def _formula(name: str, parameters: list[float]):
     return launch.kernels().row_losses.Formula(name, tau_plus, log_tau_plus, first, second)
 
 
-REPLAYED = _forward_calls, _backward_calls = replay.Replayed(_launch_forward), replay.Replayed(_launch_backward)
+_forward_calls, _backward_calls = replay.Replayed(_launch_forward), replay.Replayed(_launch_backward)
 _library = torch.library.Library("contrastive_ext", "FRAGMENT")
 _library.define(f"whole_loss_forward_triton{FORWARD_SCHEMA}")
 _library.define(f"whole_loss_backward_triton{BACKWARD_SCHEMA}")
