@@ -203,11 +203,11 @@ def operand(z: Tensor, unit: bool, dtype: torch.dtype | None = None) -> Tensor:
     An infinity becomes NaN, as it does where rows are normalised: an infinite positive, or a negative at minus
     infinity, would give a finite loss.
     """
-    dtype = dtype or z.dtype
+    given, dtype = z.dtype, dtype or z.dtype
     z = z.to(stats_dtype(dtype))
     if unit:
         return round_operand(normalize(z), dtype)
-    z = round_operand(z, dtype)
+    z = z if given == dtype else round_operand(z, dtype)
     return z - (z - z).detach()
 
 
@@ -215,7 +215,7 @@ def spoil(x: Tensor, keys: Tensor) -> Tensor:
     """x, but NaN throughout if `keys` hold a NaN or an infinity: for keys too many to copy, in place of `operand`."""
     if keys.shape[0] == 0:
         return x
-    least, largest = keys.amin(), keys.amax()  # a tenth of the time of an infinity norm
+    least, largest = torch.aminmax(keys)  # half the time of both alone, a twentieth of an infinity norm's
     return x + ((least - least) + (largest - largest))
 
 

@@ -88,7 +88,8 @@ class Columns:
 
     def constant(self, dtype: torch.dtype) -> Tensor:
         """[K, D] as a sweep sees keys: constant, in the statistics dtype, with values that `dtype` can hold."""
-        return numerics.round_operand(self.data.detach().to(numerics.stats_dtype(dtype)), dtype)
+        keys = self.data.detach().to(numerics.stats_dtype(dtype))
+        return keys if self.data.dtype == dtype else numerics.round_operand(keys, dtype)
 
     def as_set(self, dtype: torch.dtype) -> ColumnSet:
         """The keys and which of them exist."""

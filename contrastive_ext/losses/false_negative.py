@@ -164,13 +164,13 @@ def _arrange(
     views, scale, support, aggregate, keys, queue: Columns | None, labels, normalize, ranks, backend
 ) -> _Batch:
     num_views, images, _ = views.shape
-    unit = partial(operand, unit=normalize, backend=backend)
-    anchors = unit(views)
+    made = partial(operand, unit=normalize, backend=backend)
+    anchors = made(views)
     older = None if queue is None else queue.as_set(views.dtype)
     if older is not None:
         anchors = numerics.spoil(anchors, older.keys)
-    shown = anchors if keys is None else unit(keys.detach())
-    scorers = unit(support.detach()) if support is not None else shown.detach()
+    shown = anchors if keys is None else made(keys.detach())
+    scorers = made(support.detach()) if support is not None else shown.detach()
     if aggregate == "mean":
         scorers = scorers.mean(0, keepdim=True)
     logits = scale * numerics.product(anchors.transpose(0, 1), shown.permute(1, 2, 0)).transpose(0, 1)
