@@ -3,7 +3,7 @@
     forward   unit rows, positives -> sweep -> row losses and their derivatives -> reduction
     backward  derivatives times the upstream gradient -> sweep -> gradient of the unit rows
 
-The composed road is forty small tensor operations around the same sweeps: for a small batch more than
+The composed road is thirty small tensor operations around the same sweeps: for a small batch more than
 the sweeps themselves. The short road takes what most calls are, a loss with a `formula` over one set of candidates;
 queues, explicit negatives, `positives`, ids, statistics and losses written as `from_stats` take the composed one, and
 so does torch.compile, which fuses small operations itself. Both give the same numbers to rounding.
