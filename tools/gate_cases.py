@@ -40,6 +40,7 @@ MASKED = {  # variants that make a mask for every tile, and its costliest rule
     "sums+images": "ids",
     "stats": "ids",
     "softplus+ids": "ids",
+    "rows": "ids",
 }
 IMAGES_ONLY = ("sums+images", "stats")  # their masks are of the images' rule alone, as large as those of ids
 # variants whose forward is that of one set, in its triangle
@@ -74,10 +75,10 @@ class Case(NamedTuple):
     softplus  sums over pairs, scale tensor; softplus+ids: and ids
 
     The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
-    a partial result, means adds means. The direction "top_columns" has the longest lists. "prologue" is that of the
-    short road, plain forward, hard backward with the gradient of a scale tensor; "row_losses" the formula with the most
-    terms, "small" a batch that one program reduces, "large" that of many. "histogram" has a variant per pass, with ids;
-    sums+guide is the last one with a gate, sums+images without rules.
+    a partial result, means adds means. The direction "top_columns" has the longest lists, rows: and rules of single
+    rows. "prologue" is that of the short road, plain forward, hard backward with the gradient of a scale tensor;
+    "row_losses" the formula with the most terms, "small" a batch that one program reduces, "large" that of many.
+    "histogram" has a variant per pass, with ids; sums+guide is the last one with a gate, sums+images without rules.
     """
 
     direction: str
@@ -123,6 +124,7 @@ def cases() -> list[Case]:
     found += [Case(direction, "softplus", p, 128, 90) for direction in configs.DIRECTIONS for p in ("tf32", "fp64")]
     found += [Case(direction, "softplus+ids", "16-bit", 128, 90) for direction in configs.DIRECTIONS]
     found += [Case("top_columns", "plain", "tf32", 128, architecture) for architecture in (80, 86, 90, 100)]
+    found += [Case("top_columns", "rows", "tf32", 128, architecture) for architecture in (80, 90, 100)]
     found += [Case("top_columns", "plain", products, 128, 86) for products in ("ieee", "fp64")]
     found += [Case("merge", variant, "16-bit", 128, a) for variant in ("plain", "clip", "means") for a in (80, 100)]
     prologues = itertools.product(("plain", "hard"), ("bf16", "ieee", "fp64"), (128, 1024))
@@ -168,6 +170,8 @@ def top_columns_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of a search for the best columns."""
     types = dict.fromkeys(("p_scorers", "p_features", "p_scores"), POINTER[case.products])
     types |= {"p_col_ids": "*i64", "p_columns": "*i32"}
+    of_rows = {"p_row_ids": "*i64", "p_excluded": "*i64", "p_below": POINTER[case.products]}
+    types |= of_rows if case.variant == "rows" else dict.fromkeys(of_rows)
     return top_columns.top_columns_kernel, types, {"K": top_columns.MAX_LISTED, "TILE": tile_of(case)}
 
 

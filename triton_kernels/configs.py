@@ -25,6 +25,7 @@ LARGEST_MASKED = {
     ("backward", "ids"): (128, 32),
     ("backward", "lists"): (64, 32),
     ("backward", "gate"): (64, 16),
+    ("top_columns", "ids"): (64, 32),  # any rule of a single row
 }
 MANY_WARPS = 8
 # a second exponent has exponentials, sums and coefficients of its own
