@@ -24,20 +24,20 @@ def forward(problem: Problem, offset: Tensor, sign: float) -> PairSums:
     tiles, programs = launch.cdiv(len(u), config.block_m), 2 * launch.processors(u.device)
     splits, span = launch.split(tiles, len(v), config.block_n, programs)
     parts = launch.kernels().merge.Parts(2 + counted, shift=False, count=counted, diagnostics=False)
-    sums = problem.u.new_empty(splits, parts.number, len(u))
+    partials = problem.u.new_empty(splits, parts.number, len(u))
     scale, scale_is_tensor = launch.scale_argument(problem)
     rules = triton_pairs.arguments(pairs, *triton_pairs.sides(problem, u, v), row_anchors=True, col_anchors=False)
     with launch.on_device(u.device):
         replay.start(
             launch.kernels().pair_sums.pair_sums_kernel, (tiles, splits),
-            *launch.operand_arguments(config, u, v, problem.products), scale, offset, sums, span=span, **rules,
+            *launch.operand_arguments(config, u, v, problem.products), scale, offset, partials, span=span, **rules,
             SCALE_IS_TENSOR=scale_is_tensor, PARTS=parts, **launch.tile_arguments(config, u, problem.products),
         )  # fmt: skip
-        found, *number = total(sums)[:2], *total(sums)[2:]
+        sums = list(total(partials))
     if not counted:
         same_image = pairs.num_rows // pairs.num_images if pairs.num_images else 0
-        number = [torch.full_like(found[0], len(v) - same_image)]
-    return PairSums(*found, *number)
+        sums.append(torch.full_like(sums[0], len(v) - same_image))
+    return PairSums(*sums)
 
 
 def backward(
