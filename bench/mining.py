@@ -48,14 +48,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Size:
-    """Queries, as many as columns, their features, how often every method takes its turn."""
+    """Queries, as many as columns, their features, how often every method takes its turn, and who is left out."""
 
     columns: int
     features: int
     rounds: int
+    without: tuple[str, ...] = ()
 
 
-FULL = (Size(20_000, 128, 3), Size(100_000, 128, 1))
+FULL = (Size(20_000, 128, 3), Size(100_000, 128, 1, without=("torch",)))
 QUICK = (Size(2_000, 32, 1),)
 
 
@@ -78,9 +79,10 @@ METHODS: dict[str, tuple[Callable[..., Tensor], tuple]] = {
 
 def measure(sizes: tuple[Size, ...], say: Callable[[str], None]) -> list[Row]:
     """All methods that run here at all sizes; RuntimeError where they disagree."""
-    names = [name for name in METHODS if METHODS[name][0] is chunked or name in ce.available_backends()]
+    able = [name for name in METHODS if METHODS[name][0] is chunked or name in ce.available_backends()]
     rows = []
     for size in sizes:
+        names = [name for name in able if name not in size.without]
         found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
         columns = {}
         for _ in range(size.rounds):
