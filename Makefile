@@ -103,7 +103,7 @@ DOCS := "mkdocs>=1.6,<2" "mkdocs-material>=9.7,<10"
 interpret: $(BUILT) ## the Triton kernels in Triton's interpreter: statistics, gradients, golden cases, losses
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -p no:warnings $(ON_ALL_CORES) -m interpreter \
 	  $(addprefix tests/,losses batch operators diagnostics triton_kernels) \
-	  -k "not (test_accepted_input.py or test_compile_and_autocast.py or test_gradcheck.py or test_memory.py or \
+	  -k "not (test_accepted_input.py or test_compile_and_autocast.py or test_gradcheck or test_memory.py or \
 	  test_parity.py or test_properties.py or test_queue.py or test_soft_target.py or test_stats.py or test_transforms.py \
 	  or many_tiles or every_kind_of_input or composed_one_gives or every_temperature or every_shape or reductions \
 	  or hard_detached or dclw or debiased_positives or compiles or any_numbers or every_usage)"

@@ -24,7 +24,7 @@ The files from the ground up; each imports only what stands above it in this lis
     plots.py        the picture
     digits.py       training on handwritten digits, every step against the reference
     run.py          the benchmark itself
-    batches.py, negatives.py, smoke.py, proof.py, speed.py, tune.py    commands of their own
+    batches.py, mining.py, negatives.py, smoke.py, proof.py, speed.py, tune.py    commands of their own
     __main__.py     the command line
 """
 

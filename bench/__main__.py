@@ -7,6 +7,7 @@
     python -m bench smoke                  correctness at tiny shapes
     python -m bench hosts                  losses of other libraries beside their adapters
     python -m bench batches                gradient cache and ring of processes: time and memory
+    python -m bench mining                 the most similar columns, beside a product and topk: time and memory
     python -m bench negatives              how many negatives are enough: losses and bounds against the batch size
     python -m bench proof                  correctness at real shapes on a GPU, a JSON line a case
     python -m bench speed                  the table of goals on a GPU, kernel by kernel
@@ -28,10 +29,11 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from . import batches, environment, methods, negatives
+from . import batches, environment, methods, mining, negatives
 from .case import Case, short_name
 from .cases import cpu_cases, cpu_long_cases, cuda_cases, proof_cases, smoke_cases, speed_cases, tiny
 from .device import Device
@@ -73,7 +75,9 @@ def _command(options: argparse.Namespace) -> int:
     if options.command == "negatives":
         return _negatives(options)
     if options.command == "batches":
-        return _batches(options)
+        return _written(batches, options)
+    if options.command == "mining":
+        return _written(mining, options)
     if options.command is None:
         return _bench(options)
     device = Device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -168,14 +172,15 @@ def _negatives(options: argparse.Namespace) -> int:
     return 0
 
 
-def _batches(options: argparse.Namespace) -> int:
+def _written(command: ModuleType, options: argparse.Namespace) -> int:
+    """Rows of a command with a file of its own, as they come and as JSON."""
     try:
-        rows = batches.measure(batches.QUICK if options.quick else batches.FULL, lambda text: print(text, flush=True))
+        rows = command.measure(command.QUICK if options.quick else command.FULL, lambda text: print(text, flush=True))
     except RuntimeError as error:
         print(error)
         return 1
-    path = options.out / "batches.json"
-    batches.write(rows, environment.facts(Device("cpu")), path)
+    path = options.out / f"{options.command}.json"
+    command.write(rows, environment.facts(Device("cpu")), path)
     print(f"results: {path}")
     return 0
 
@@ -213,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile as baseline")
     parser.add_argument("--against", type=_results, metavar="FILE", help="say what changed since this results file")
     commands = parser.add_subparsers(
-        dest="command", metavar="show | smoke | hosts | batches | negatives | proof | speed | tune"
+        dest="command", metavar="show | smoke | hosts | batches | mining | negatives | proof | speed | tune"
     )
     smoke_parser = commands.add_parser("smoke", help="correctness at tiny shapes, under 20 s")
     proof_parser = commands.add_parser("proof", help="real shapes against float64, repeats bit by bit: proof-<i>.jsonl")
@@ -239,8 +244,10 @@ def _parser() -> argparse.ArgumentParser:
     speed_parser.add_argument("--no-compile", dest="compile", action="store_false", default=argparse.SUPPRESS)
     speed_parser.add_argument("--time-limit", type=float, default=argparse.SUPPRESS, metavar="SECONDS")
     large = commands.add_parser("batches", help="gradient cache and ring of processes on this CPU: batches.json")
-    large.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
-    large.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
+    mined = commands.add_parser("mining", help="most similar columns, a product and topk on this CPU: mining.json")
+    for command in (large, mined):
+        command.add_argument("--out", type=Path, default=argparse.SUPPRESS, metavar="DIR")
+        command.add_argument("--quick", action="store_true", default=argparse.SUPPRESS)
     sweep = commands.add_parser(
         "negatives", help="contrastive and supervised loss, both bounds and accuracy against the number of negatives"
     )

@@ -11,6 +11,7 @@ are the truth of the correctness gate (gate.py).
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from .case import Case, Inputs
 from .formulas import Ranks, log_rank_weights, ranks_by_comparison
 from .losses import dense_of
-from .own_losses import OwnLoss
+from .own_losses import SIGMOID_BIAS, OwnLoss
 
 # Logits per block, 16 MiB in fp32. On two cores at N = 8192: 2^22 to 2^24 equal within the noise, smaller is slower.
 CHUNK_ELEMENTS = 2**22
@@ -151,10 +152,11 @@ class ThirdParty:
     loss: str
     layout: str
     mean_loss: Callable[[Case, Inputs], Tensor]
+    needs_gpu: bool = False  # even to be imported
 
-    def computes(self, case: Case) -> bool:
+    def computes(self, case: Case, on_gpu: bool) -> bool:
         """Whether it computes the case and is installed."""
-        wanted = case.loss == self.loss and case.layout == self.layout
+        wanted = case.loss == self.loss and case.layout == self.layout and (on_gpu or not self.needs_gpu)
         return wanted and importlib.util.find_spec(self.package) is not None
 
 
@@ -198,6 +200,14 @@ def _memeff(case, inputs):
     return MemoryEfficientCLIPLoss(temperature=case.temperature, stable=False)(inputs.z1, inputs.z2)
 
 
+def _siglip_kernel(case, inputs):
+    from siglip_kernel import fused_siglip_loss
+
+    u1, u2 = (u.to(z.dtype) for u, z in zip(_unit(case, inputs), inputs.leaves, strict=True))
+    log_scale, bias = (torch.tensor(x, device=u1.device) for x in (-math.log(case.temperature), SIGMOID_BIAS))
+    return fused_siglip_loss(u1, u2, log_scale, bias)
+
+
 THIRD_PARTIES: dict[str, ThirdParty] = {
     "lightly": ThirdParty("lightly", "fused_infonce_loss", "two_view", _lightly_ntxent),
     "lightly DCL": ThirdParty("lightly", "fused_decoupled_loss", "two_view", _lightly_decoupled),
@@ -207,4 +217,5 @@ THIRD_PARTIES: dict[str, ThirdParty] = {
     "open_clip": ThirdParty("open_clip", "fused_infonce_loss", "symmetric", _open_clip),
     "inf_cl": ThirdParty("inf_cl", "fused_infonce_loss", "symmetric", _inf_cl),
     "memeff": ThirdParty("memeff", "fused_infonce_loss", "symmetric", _memeff),
+    "siglip-kernel": ThirdParty("siglip_kernel", "fused_sigmoid_loss", "binary", _siglip_kernel, needs_gpu=True),
 }

@@ -76,8 +76,9 @@ def cuda_cases(quick: bool) -> list[Case]:
     cases += [_case("soft_target", "soft_targets", 1024, 65536, dtype="bfloat16")]
     cases += [
         _case(loss, layout, 16384, dtype="bfloat16")
-        for loss, layout in (("false_negative", "views"), ("supcon", "labelled"))
+        for loss, layout in (("false_negative", "views"), ("supcon", "labelled"), ("labelled_infonce", "classes"))
     ]
+    cases += [_case("sigmoid", "binary", n, dim=512, dtype="bfloat16") for n in (4096, 16384, 65536)]
     cases += [_case("infonce", "symmetric", n, dim=512, dtype="bfloat16") for n in (4096, 16384, 65536)]
     cases += [_case("infonce", "two_view", 65536, dim=dim, dtype="bfloat16") for dim in (256, 512, 768, 1024)]
     cases += [_case("infonce", "symmetric", 65536, dim=768, dtype="bfloat16")]
@@ -115,7 +116,9 @@ def proof_cases() -> list[Case]:
     cases += [
         _case("false_negative", "views", 4096, dtype="bfloat16"),
         _case("supcon", "labelled", 4096, dtype="bfloat16"),
+        _case("labelled_infonce", "classes", 4096, dtype="bfloat16"),
     ]
+    cases += [_case("sigmoid", "binary", 8192, dim=d, dtype=t) for d, t in ((128, "float16"), (768, "bfloat16"))]
     cases += [_case("self_labeling", "self_labels", 1024, 65536, dtype="bfloat16")]
     cases += [_case("soft_target", "soft_targets", 1024, 65536, dtype="bfloat16")]
     return [

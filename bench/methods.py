@@ -115,8 +115,8 @@ def methods_for(case: Case, device: Device) -> list[Method]:
     if case.dtype == "bfloat16" or (device.is_cuda and case.dtype == "float32"):
         methods.append(AUTOCAST)
     if case.peers and (device.is_cuda or case.dtype == "float32"):
-        libraries = {name: library for name, library in baselines.THIRD_PARTIES.items() if library.computes(case)}
-        methods += [Method(name, None, lib.mean_loss, keeps_matrix=True) for name, lib in libraries.items()]
+        libraries = [(n, lib) for n, lib in baselines.THIRD_PARTIES.items() if lib.computes(case, device.is_cuda)]
+        methods += [Method(name, None, library.mean_loss, keeps_matrix=True) for name, library in libraries]
     return methods
 
 

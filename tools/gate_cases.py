@@ -14,6 +14,7 @@ from contrastive_ext.triton_kernels import (
     configs,
     histogram_ranks,
     merge,
+    pair_sums,
     prologue,
     row_losses,
     row_stats_backward,
@@ -40,10 +41,13 @@ MASKED = {  # variants that make a mask for every tile, and its costliest rule
     "sums+guide": "gate",
     "sums+images": "ids",
     "stats": "ids",
+    "softplus+ids": "ids",
+    "rows": "ids",
 }
 IMAGES_ONLY = ("sums+images", "stats")  # their masks are of the images' rule alone, as large as those of ids
 # variants whose forward is that of one set, in its triangle
 TRIANGLES = ("triangle", "hard", "busy", "lists", "guide", "stats")
+SUMS = ("softplus", "softplus+ids")  # variants that are sums over pairs
 RANKED = ("ranked", "ranked+guide", "sums", "sums+guide", "sums+images")  # variants that look weights up in histograms
 # launches without products: Triton's defaults but for the one program that reduces a batch
 ELEMENTWISE = {
@@ -70,13 +74,14 @@ class Case(NamedTuple):
     guide   two exponents, a gate, scale tensor
     stats   two exponents, diagnostics, scale tensor
     ranked  backward of one set with weights from histograms; ranked+guide: and a gate
+    softplus  sums over pairs, scale tensor; softplus+ids: and ids
 
     The direction "merge" is the kernel that adds partial results: plain finishes with everything there is, clip stays
-    a partial result, means adds means. The direction "top_columns" has the longest lists. "prologue" is that of the
-    short road, plain forward, hard backward with the gradient of a scale tensor, rows and rows back without pairs;
-    "row_losses" the formula with the most
-    terms, "small" a batch that one program reduces, "large" that of many. "histogram" has a variant per pass, with ids;
-    sums+guide is the last one with a gate, sums+images without rules.
+    a partial result, means adds means. The direction "top_columns" has the longest lists, rows: and rules of single
+    rows. "prologue" is that of the short road, plain forward, hard backward with the gradient of a scale tensor, rows
+    and rows back without pairs; "row_losses" the formula with the most terms, "small" a batch that one program reduces,
+    "large" that of many. "histogram" has a variant per pass, with ids; sums+guide is the last one with a gate,
+    sums+images without rules.
     """
 
     direction: str
@@ -117,7 +122,12 @@ def cases() -> list[Case]:
     found += [Case("histogram", variant, "16-bit", 128, 90) for variant in ("sums+guide", "sums+images")]
     found += [Case("forward", "stats", "16-bit", features, 90) for features in (128, 1024)]
     found += [Case("backward", v, "16-bit", f, 90) for v in ("ranked", "ranked+guide") for f in (128, 1024)]
+    found += [Case(direction, "softplus", "16-bit", f, a) for direction in configs.DIRECTIONS for f in (128, 1024)
+              for a in (80, 90, 100)]  # fmt: skip
+    found += [Case(direction, "softplus", p, 128, 90) for direction in configs.DIRECTIONS for p in ("tf32", "fp64")]
+    found += [Case(direction, "softplus+ids", "16-bit", 128, 90) for direction in configs.DIRECTIONS]
     found += [Case("top_columns", "plain", "tf32", 128, architecture) for architecture in (80, 86, 90, 100)]
+    found += [Case("top_columns", "rows", "tf32", 128, architecture) for architecture in (80, 90, 100)]
     found += [Case("top_columns", "plain", products, 128, 86) for products in ("ieee", "fp64")]
     found += [Case("merge", variant, "16-bit", 128, a) for variant in ("plain", "clip", "means") for a in (80, 100)]
     prologues = itertools.product(("plain", "hard", "rows", "rows back"), ("bf16", "ieee", "fp64"), (128, 1024))
@@ -136,8 +146,10 @@ def config_of(case: Case) -> configs.Config:
     direction = "forward" if direction == "histogram" else direction
     products = {"bf16": "16-bit"}.get(case.products, "split" if case.products in SPLIT else case.products)
     mask, ranked = MASKED.get(case.variant, "images"), case.variant in RANKED
-    two = case.variant in ("hard", *MASKED) and not ranked
-    return configs.choose(direction, products, case.features, case.architecture, mask, ranked, 2 if two else 1)
+    sums = case.variant in SUMS
+    two = case.variant in ("hard", *MASKED) and not (ranked or sums)
+    exponents = 2 if two else 1
+    return configs.choose(direction, products, case.features, case.architecture, mask, ranked, exponents, sums)
 
 
 def kernel_of(case: Case) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -161,6 +173,8 @@ def top_columns_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of a search for the best columns."""
     types = dict.fromkeys(("p_scorers", "p_features", "p_scores"), POINTER[case.products])
     types |= {"p_col_ids": "*i64", "p_columns": "*i32"}
+    of_rows = {"p_row_ids": "*i64", "p_excluded": "*i64", "p_below": POINTER[case.products]}
+    types |= of_rows if case.variant == "rows" else dict.fromkeys(of_rows)
     return top_columns.top_columns_kernel, types, {"K": top_columns.MAX_LISTED, "TILE": tile_of(case)}
 
 
@@ -237,12 +251,12 @@ def row_losses_arguments(case: Case) -> tuple[Any, dict, dict]:
 def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
     """Kernel, argument types and constants of a case with a tile loop."""
     means, masked, triangle = case.variant == "means", case.variant in MASKED, case.variant in TRIANGLES
-    columns, learned = triangle or case.variant == "clip", case.variant in ("hard", "clip", *MASKED)
+    columns, learned = triangle or case.variant == "clip", case.variant in ("hard", "clip", *SUMS, *MASKED)
     config = config_of(case)
     pointer, accumulator = POINTER[case.products], "*fp64" if case.products == "fp64" else "*fp32"
-    ranked = case.variant in RANKED
-    exponents = (0.5, 1.5) if case.variant in ("hard", *MASKED) and not ranked else (1.0,)
-    shift = "online" if means or ranked else "device" if learned else "plain"
+    ranked, sums = case.variant in RANKED, case.variant in SUMS
+    exponents = (0.5, 1.5) if case.variant in ("hard", *MASKED) and not (ranked or sums) else (1.0,)
+    shift = "online" if means or ranked or sums else "device" if learned else "plain"
     constants: dict[str, Any] = {
         "TILE": tile_of(case), "EXPONENTS": exponents, "LARGEST": max(exponents), "SHIFT": shift,
         "SCALE_IS_TENSOR": learned or case.products == "fp64", "HAS_IMAGES": True,
@@ -264,6 +278,12 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         for name in ("LARGEST", "SHIFT"):
             del constants[name]
         constants |= {"BINS": BINS, "PASS": case.variant.split("+")[0].upper(), "EXPONENTS": triton_ranked.WITH_SQUARES}
+    elif case.direction == "forward" and sums:
+        kernel = pair_sums.pair_sums_kernel
+        types |= dict.fromkeys(("p_offset", "p_rows"), accumulator)
+        for name in ("EXPONENTS", "LARGEST", "SHIFT"):
+            del constants[name]
+        constants["PARTS"] = merge.Parts(2 + masked, False, masked, False)
     elif case.direction == "forward":
         kernel = row_stats_forward.row_stats_forward_kernel
         types |= {"p_rows": accumulator, "p_columns": accumulator if columns else None}
@@ -280,9 +300,12 @@ def sweep_arguments(case: Case) -> tuple[Any, dict, dict]:
         types |= {"p_power": None if case.variant == "plain" or ranked else accumulator}
         stored = pointer if case.features > configs.RESIDENT_FEATURES else accumulator
         types |= {"col_terms": (accumulator, "i32"), "out": (stored, "i32")}
+        if sums:
+            types |= dict.fromkeys(("col_terms", "p_bounds", "p_power"))
         histograms = (accumulator, accumulator)
         types["ranks"] = (histograms, histograms, accumulator) if ranked else None
-        constants |= {"FORWARD": True, "REVERSE": True, "TIMES_SCALE": True, "BINS": BINS if ranked else 0}
+        constants |= {"SIGMOID": sums, "FORWARD": True, "REVERSE": not sums, "TIMES_SCALE": True}
+        constants |= {"BINS": BINS if ranked else 0}
     return kernel, types, constants
 
 

@@ -142,12 +142,21 @@ def usage_call(loss, usage, features: int, operand_dtype: str | None = None):
     torch.autograd.grad(result[0] if few else result, leaves, allow_unused=True)
 
 
+def sums_call(features: int):
+    """Sums over pairs with their gradient, of negatives and of positives by id, scale and bias learned."""
+    z1, z2 = rows.random_pairs(70, features, torch.float16)
+    leaves = [z1.requires_grad_(), z2.requires_grad_(), *(torch.tensor(x, requires_grad=True) for x in (5.0, -2.0))]
+    loss = contrastive_ext.fused_sigmoid_loss(*leaves, ids=torch.arange(70) % 9, backend="triton")
+    torch.autograd.grad(loss, leaves)
+
+
 def calls():
     """(name, function, arguments)"""
     yield from ((case.name, smoke_call, (case,)) for case in cases.smoke_cases())
     for loss, usage, features in itertools.product([*rows.LOSSES, *rows.RANKED], rows.USAGES, (40, 300)):
         if loss.name in ("infonce", "hard") or (loss.name == "bayesian_histogram" and usage in rows.RANKED_USAGES):
             yield f"{loss.name} {usage.name} D={features}", usage_call, (loss, usage, features)
+    yield from ((f"sigmoid ids D={features}", sums_call, (features,)) for features in (40, 300))
     for loss, usage, name in itertools.product(rows.LOSSES, rows.USAGES, SPLIT_PRODUCTS):
         if loss.name in ("infonce", "hard"):
             yield f"{loss.name} {usage.name} {name}", usage_call, (loss, usage, 40, name)

@@ -25,6 +25,7 @@ LARGEST_MASKED = {
     ("backward", "ids"): (128, 32),
     ("backward", "lists"): (64, 32),
     ("backward", "gate"): (64, 16),
+    ("top_columns", "ids"): (64, 32),  # any rule of a single row
 }
 MANY_WARPS = 8
 # a second exponent has exponentials, sums and coefficients of its own
@@ -34,6 +35,8 @@ LARGEST_OF_TWO = {
     ("backward", False): (128, 32),
     ("backward", True): (128, 64),
 }
+# of sums over pairs: beside a logit stand its softplus and its sigmoid, beside a sum its sigmoid
+LARGEST_OF_SUMS = {"forward": (128, 32), "backward": (128, 64)}
 # rows of a masked or ranked backward with 129 to 256 features: their sums alone take half of the registers
 LARGEST_WIDE = {"16-bit": 64, "tf32": 32}
 # features of a chunk of a gate's second product: with the other number its exact products spill
@@ -160,7 +163,7 @@ asked: set[Line] = set()  # since autotune last looked
 
 def choose(
     direction: str, products: str, features: int, architecture: int, mask: str = "images", ranked: bool = False,
-    exponents: int = 1,
+    exponents: int = 1, sums: bool = False,
 ) -> Config:  # fmt: skip
     """The tile for a call.
 
@@ -169,6 +172,7 @@ def choose(
     mask          the costliest rule beside the images': none (images), ids, lists or gate
     ranked        whether weights are looked up in histograms
     exponents     log-sum-exps of a row
+    sums          of softplus over pairs, or their gradient
     """
     group = FEATURES[-1] if features > RESIDENT_FEATURES else next(f for f in FEATURES if features <= f)
     line = Line(direction, products, group, architecture and nearest(architecture))
@@ -176,17 +180,21 @@ def choose(
     config = preferred.get(line) or default(line)
     if architecture == 0:
         return config
-    largest = [LARGEST_MASKED.get((direction, mask), config[:2]), RANKED_TILE if ranked else config[:2]]
+    largest = [config[:2], LARGEST_MASKED.get((direction, mask), config[:2])]
+    if ranked:
+        largest.append(RANKED_TILE)
+    if sums:
+        largest.append(LARGEST_OF_SUMS[direction])
     if exponents > 1 and products == "16-bit":
         largest.append(LARGEST_OF_TWO[direction, config.block_d > 0])
-    rows, columns = (min(sizes) for sizes in zip(config[:2], *largest, strict=True))
+    rows, columns = (min(sizes) for sizes in zip(*largest, strict=True))
     if direction == "backward" and group == RESIDENT_FEATURES and (ranked or mask != "images"):
         rows = min(rows, LARGEST_WIDE.get(products, rows))
     # what is looked up between two products keeps Triton 3.6 from pipelining them: it does not compile
     stages = 1 if ranked and direction == "backward" and group <= RESIDENT_FEATURES else config.num_stages
     # masks and a second set of sums want the registers of more threads
     two = exponents > 1 and direction == "forward" and features > (64 if products == "split" else 128)
-    many = mask != "images" or ranked or two
+    many = mask != "images" or ranked or two or (sums and direction == "forward")
     warps = max(config.num_warps, MANY_WARPS) if many and products in ("16-bit", "split") else config.num_warps
     return config._replace(block_m=rows, block_n=columns, num_warps=warps, num_stages=stages)
 

@@ -4,6 +4,8 @@
                        + c_k,j exp(beta_k s_ij - lse'_k,j))    REVERSE, where i is a negative of j
     du_i = scale sum_j w_ij v_j
 
+Sums over pairs have a sigmoid in place of the exponential, w_ij = a_i sigmoid(s_ij - lse_i), and -lse_i for an offset.
+
 One set: c = a, lse' = lse, and this one sweep is the whole gradient. Two sets: the same kernel with the roles swapped
 makes dv. Every row is summed by one program (per split of the columns), in column order: no atomics.
 
@@ -23,6 +25,7 @@ from .histogram_ranks import rank_weights
 from .online_lse import exponentials
 from .pairs import SIZES, Sizes, first_masked, keep_images, keep_tile, load_anchors
 from .scores import LOG2E, add_product, load_operand, load_scale, round_to, scores_by_chunks, scores_of
+from .softplus import sigmoid
 
 # One exponential may serve both terms, e_ij (a_i e^-lse_i + c_j e^-lse'_j), while each factor stays in float32's normal
 # range: exponents up to 64 leave 2^62 for upstream gradients and 2^-62 for batches and means. Where upstream gradients
@@ -144,9 +147,16 @@ def where_kept(m_keep, b_value):
 
 
 @triton.jit
+def share(b_x, b_lse, SIGMOID: tl.constexpr):
+    """What a logit weighs for anchors of these lse, or offsets -lse; both in units of log 2."""
+    return sigmoid(b_x - b_lse) if SIGMOID else tl.exp2(b_x - b_lse)
+
+
+@triton.jit
 def weight_tile(
     b_x, row_term, col_term, b_row_omega, b_col_omega, m_keep, m_reverse,
-    EXPONENTS: tl.constexpr, FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
+    EXPONENTS: tl.constexpr, SIGMOID: tl.constexpr, FACTORED: tl.constexpr, FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
     """w_ij of a tile of logits in units of log 2; an omega of None is 1, FACTORED has none."""
     b_weight = tl.zeros_like(b_x)
@@ -158,11 +168,11 @@ def weight_tile(
             b_weight += b_exp[k] * (where_kept(m_keep, b_rows) + where_kept(m_reverse, b_columns))
         else:
             if FORWARD:
-                b_exp = tl.exp2(b_x * EXPONENTS[k] - row_term[0][k][:, None])
+                b_exp = share(b_x * EXPONENTS[k], row_term[0][k][:, None], SIGMOID)
                 b_exp = b_exp if b_row_omega is None else weighted(b_exp, b_row_omega)
                 b_weight += where_kept(m_keep, b_exp * row_term[1][k][:, None])
             if REVERSE:
-                b_exp = tl.exp2(b_x * EXPONENTS[k] - col_term[0][k][None, :])
+                b_exp = share(b_x * EXPONENTS[k], col_term[0][k][None, :], SIGMOID)
                 b_exp = b_exp if b_col_omega is None else weighted(b_exp, b_col_omega)
                 b_weight += where_kept(m_reverse, b_exp * col_term[1][k][None, :])
     return b_weight
@@ -191,8 +201,9 @@ def fp16_factor(
 @triton.jit
 def sweep(
     u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules,
-    EXPONENTS: tl.constexpr, FACTORED: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, BINS: tl.constexpr,
-    TIMES_SCALE: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TILE: tl.constexpr,
+    EXPONENTS: tl.constexpr, SIGMOID: tl.constexpr, FACTORED: tl.constexpr, FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr, BINS: tl.constexpr, TIMES_SCALE: tl.constexpr, HAS_IMAGES: tl.constexpr,
+    RULES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The tile loop of the backward."""
     num_rows, num_columns = sizes.num_rows, sizes.num_columns
@@ -240,10 +251,10 @@ def sweep(
             m_keep, m_reverse, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, sizes, rules, anchors, BLOCK_M, BLOCK_N,
                                                    HAS_IMAGES, RULES)  # fmt: skip
             b_weight = weight_tile(b_x, b_row_term, b_col_term, b_row_omega, b_col_omega, m_keep, m_reverse, EXPONENTS,
-                                   FACTORED, FORWARD, REVERSE)  # fmt: skip
+                                   SIGMOID, FACTORED, FORWARD, REVERSE)  # fmt: skip
         else:
             b_weight = weight_tile(b_x, b_row_term, b_col_term, b_row_omega, b_col_omega, None, None, EXPONENTS,
-                                   FACTORED, FORWARD, REVERSE)  # fmt: skip
+                                   SIGMOID, FACTORED, FORWARD, REVERSE)  # fmt: skip
             if j0 >= j_masked:
                 m_keep = keep_images(o_i, o_j, sizes, HAS_IMAGES)
                 b_weight = tl.where(m_keep, b_weight, 0.0)
@@ -281,9 +292,9 @@ def row_stats_backward_kernel(
     u, d_u, v, d_v, scale, p_lse, p_grad, col_terms, p_bounds, p_power, ranks, out, p_factor,
     num_rows, num_columns, row_begin, col_begin, col_end, span,
     rules, list_groups, scorer_groups, num_scorers, num_images, shard, first_row, first_column,
-    EXPONENTS: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr, SCALE_IS_TENSOR: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSE: tl.constexpr, BINS: tl.constexpr, TIMES_SCALE: tl.constexpr,
-    HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TILE: tl.constexpr,
+    EXPONENTS: tl.constexpr, SIGMOID: tl.constexpr, LARGEST: tl.constexpr, SHIFT: tl.constexpr,
+    SCALE_IS_TENSOR: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, BINS: tl.constexpr,
+    TIMES_SCALE: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): rows from row_begin + i * BLOCK_M, columns from col_begin + split * span, before col_end.
 
@@ -299,6 +310,7 @@ def row_stats_backward_kernel(
     sizes and rules        see pairs.py
 
     SHIFT: "plain" one exponential for both terms, "online" two, "device" decided by the scale tensor.
+    SIGMOID: sums over pairs, SHIFT "online".
     """
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     scale = load_scale(scale, SCALE_IS_TENSOR)
@@ -313,11 +325,11 @@ def row_stats_backward_kernel(
     where = (i0, row_begin, col_begin, j_begin, tl.minimum(j_begin + span, col_end))
     if SHIFT == "device":
         if is_factored(scale, LARGEST, SHIFT):
-            sweep(u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules, EXPONENTS, True,
-                  FORWARD, REVERSE, BINS, TIMES_SCALE, HAS_IMAGES, RULES, TILE)  # fmt: skip
+            sweep(u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules, EXPONENTS, SIGMOID,
+                  True, FORWARD, REVERSE, BINS, TIMES_SCALE, HAS_IMAGES, RULES, TILE)  # fmt: skip
         else:
-            sweep(u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules, EXPONENTS, False,
-                  FORWARD, REVERSE, BINS, TIMES_SCALE, HAS_IMAGES, RULES, TILE)  # fmt: skip
+            sweep(u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules, EXPONENTS, SIGMOID,
+                  False, FORWARD, REVERSE, BINS, TIMES_SCALE, HAS_IMAGES, RULES, TILE)  # fmt: skip
     else:
-        sweep(u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules, EXPONENTS,
+        sweep(u, d_u, v, d_v, scale, row_term, col_term, ranks, outputs, where, sizes, rules, EXPONENTS, SIGMOID,
               SHIFT == "plain", FORWARD, REVERSE, BINS, TIMES_SCALE, HAS_IMAGES, RULES, TILE)  # fmt: skip

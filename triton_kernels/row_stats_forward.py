@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import online_lse
+from . import online_lse, softplus
 from .merge import pack, store_parts
 from .pairs import SIZES, Sizes, first_masked, keep_images, keep_tile, load_anchors
 from .scores import LOG2E, add_product, load_operand, load_scale, scores_by_chunks, scores_of
@@ -33,11 +33,11 @@ def tally(counts, b_x, m_keep, AXIS: tl.constexpr):
 
 @triton.jit
 def sweep(
-    u, d_u, v, d_v, log2_scale, outputs, where, sizes, rules,
+    u, d_u, v, d_v, log2_scale, p_offset, outputs, where, sizes, rules,
     EXPONENTS: tl.constexpr, ONLINE: tl.constexpr, PARTS: tl.constexpr, HAS_IMAGES: tl.constexpr, RULES: tl.constexpr,
     COLUMNS: tl.constexpr, TRIANGLE: tl.constexpr, MEANS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The tile loop of the forward."""
+    """The tile loop of the forward; p_offset [rows] makes it that of pair_sums.py, None: of row statistics."""
     num_rows, num_columns = sizes.num_rows, sizes.num_columns
     p_rows, p_columns, p_mean = outputs
     i0, j_begin, j_end = where
@@ -55,6 +55,8 @@ def sweep(
     if RESIDENT:
         b_u = load_operand(u, d_u, i0, num_rows, D, BLOCK_M, BLOCK_D, PRECISION)
     state = online_lse.init(len(EXPONENTS), BLOCK_M, DTYPE, ONLINE)
+    if p_offset is not None:
+        b_offset = tl.load(p_offset + o_i, mask=o_i < num_rows, other=float("-inf")) * LOG2E
     b_nothing = tl.zeros((BLOCK_M,), DTYPE)
     counts = b_nothing, b_nothing + float("-inf"), b_nothing
     if MEANS:
@@ -69,6 +71,8 @@ def sweep(
         else:
             b_s = scores_by_chunks(u, d_u, v, d_v, i0, j0, num_rows, num_columns, TILE)
         b_x = b_s * log2_scale
+        if p_offset is not None:
+            b_x += b_offset[:, None]
         b_reverse = b_x
         if MASKED:
             m_keep, m_reverse, anchors = keep_tile(o_i, o_j, j0 + BLOCK_N, sizes, rules, anchors, BLOCK_M, BLOCK_N,
@@ -82,7 +86,10 @@ def sweep(
                 b_x = tl.where(m_keep, b_x, float("-inf"))
                 j_masked = first_masked(i0, j0 + BLOCK_N, sizes, BLOCK_M, BLOCK_N, HAS_IMAGES, COLUMNS)
             b_reverse = b_x
-        state, b_exp, b_rescale = online_lse.update(state, b_x, EXPONENTS, 1, ONLINE)
+        if p_offset is not None:
+            state = softplus.update(state, b_x)
+        else:
+            state, b_exp, b_rescale = online_lse.update(state, b_x, EXPONENTS, 1, ONLINE)
         if MEANS:
             b_weight = b_exp[0] * FP16_RANGE if b_v[0].dtype == tl.float16 else b_exp[0]
             b_mean = add_product(b_mean * b_rescale[0][:, None], b_weight, b_v, PRECISION, DTYPE)
@@ -132,11 +139,11 @@ def row_stats_forward_kernel(
     where = (i0, tl.maximum(j_begin, i0) if TRIANGLE else j_begin, tl.minimum(j_begin + span, num_columns))
     if SHIFT == "device":
         if log2_scale * LARGEST <= online_lse.MAX_PLAIN:
-            sweep(u, d_u, v, d_v, log2_scale, outputs, where, sizes, rules, EXPONENTS, False, PARTS, HAS_IMAGES, RULES,
-                  COLUMNS, TRIANGLE, MEANS, TILE)  # fmt: skip
+            sweep(u, d_u, v, d_v, log2_scale, None, outputs, where, sizes, rules, EXPONENTS, False, PARTS, HAS_IMAGES,
+                  RULES, COLUMNS, TRIANGLE, MEANS, TILE)  # fmt: skip
         else:
-            sweep(u, d_u, v, d_v, log2_scale, outputs, where, sizes, rules, EXPONENTS, True, PARTS, HAS_IMAGES, RULES,
-                  COLUMNS, TRIANGLE, MEANS, TILE)  # fmt: skip
+            sweep(u, d_u, v, d_v, log2_scale, None, outputs, where, sizes, rules, EXPONENTS, True, PARTS, HAS_IMAGES,
+                  RULES, COLUMNS, TRIANGLE, MEANS, TILE)  # fmt: skip
     else:
-        sweep(u, d_u, v, d_v, log2_scale, outputs, where, sizes, rules, EXPONENTS, SHIFT == "online", PARTS, HAS_IMAGES,
-              RULES, COLUMNS, TRIANGLE, MEANS, TILE)  # fmt: skip
+        sweep(u, d_u, v, d_v, log2_scale, None, outputs, where, sizes, rules, EXPONENTS, SHIFT == "online", PARTS,
+              HAS_IMAGES, RULES, COLUMNS, TRIANGLE, MEANS, TILE)  # fmt: skip

@@ -18,10 +18,13 @@ MAX_LISTED = 128  # a list is held in registers
 
 @triton.jit(do_not_specialize=["groups", "num_columns", "num_images", "num_scorers", "span"])
 def top_columns_kernel(
-    p_scorers, p_features, p_col_ids, p_scores, p_columns, groups, num_columns, num_images, num_scorers, span,
+    p_scorers, p_features, p_col_ids, p_row_ids, p_excluded, p_below, p_scores, p_columns, groups, num_columns,
+    num_images, num_scorers, span,
     K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): tile i of the images, columns split * span up to the next split.
+
+    p_col_ids to p_below  which columns are candidates, `problem.pairs.Candidates`, each may be None
 
     Writes scores and columns [splits, groups, K] in no order; where there are fewer, -inf and no column's number.
     """
@@ -42,7 +45,16 @@ def top_columns_kernel(
         if num_images > 0:
             m_candidate = m_candidate & (o_g[:, None] != (o_j % num_images)[None, :])
         if p_col_ids is not None:
-            m_candidate = m_candidate & (load_ids(p_col_ids, o_j, num_columns) != UNFILLED)[None, :]
+            b_col_ids = load_ids(p_col_ids, o_j, num_columns)
+            m_candidate = m_candidate & (b_col_ids != UNFILLED)[None, :]
+            if p_row_ids is not None:
+                m_candidate = m_candidate & (load_ids(p_row_ids, o_g, groups)[:, None] != b_col_ids[None, :])
+        if p_excluded is not None:
+            b_excluded = tl.load(p_excluded + o_g, mask=o_g < groups, other=-1)
+            m_candidate = m_candidate & (b_excluded[:, None] != o_j[None, :])
+        if p_below is not None:
+            b_below = tl.load(p_below + o_g, mask=o_g < groups, other=0.0)
+            m_candidate = m_candidate & (b_s < b_below[:, None])
         b_s = tl.where(m_candidate, b_s, float("-inf"))
         b_best, b_at = tl.max(b_s, 1, return_indices=True)
         while tl.max((b_best > b_lowest).to(tl.int32), 0) > 0:

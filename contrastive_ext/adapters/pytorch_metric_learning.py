@@ -123,7 +123,7 @@ class NTXentLoss(_RowLosses, losses.NTXentLoss):
 
     def _of_rows(self, z: Tensor, labels: Tensor, columns: Tensor, ref_labels: Tensor, own: bool, unit: bool) -> Tensor:
         among = {
-            "v": columns, "row_ids": labels, "col_ids": ref_labels, "num_images": z.shape[0] if own else 0,
+            "v": columns, "row_ids": labels, "ids": ref_labels, "num_images": z.shape[0] if own else 0,
             "scale": 1 / self.temperature, "unit": unit,
         }  # fmt: skip
         return sums_over_positives(z, [among])[0]

@@ -55,9 +55,9 @@ class AllRanks:
     group     a process group in place of the default one; with it, it is copied and pickled as that group is
     exchange  "gather": a rank holds the columns of all W ranks and their gradient, O(W B D). "ring": it holds those of
               one other rank at a time, O(B D), and makes two turns per set of columns, forward and backward (losses
-              over pairs and SupCon; not for backend="reference" and exact ranks, which need all columns at once). Same
-              values and gradients up to the order of sums; every call of a rank repeats bit for bit. Steps are as
-              many as ranks: for batches that a gather cannot hold, of at least some thousand rows per rank
+              over pairs or labelled rows; not for backend="reference" and exact ranks, which need all columns at
+              once). Same values and gradients up to the order of sums; every call of a rank repeats bit for bit. Steps
+              are as many as ranks: for batches that a gather cannot hold, of at least some thousand rows per rank
     uneven    ranks may have other numbers of rows, as in the last batch of an epoch. A rank's "mean" is then multiplied
               by W n_r / n, W ranks, n_r rows that enter its mean, n those of all ranks: the ranks' values average to
               the mean over all rows, and their gradients to its gradient. "sum" and "none" are as ever. Every set of

@@ -17,9 +17,18 @@ from torch import Tensor
 
 from ..operators.problem_call import ProblemCall, of_saved
 from ..operators.registration import once_differentiable
-from ..operators.row_stats import checked_call, union
+from ..operators.row_stats import checked_call, row_stats, union
 from ..problem.problem import Statistics
 from .ring import Homeward, Ring
+
+
+def stats_of_all(
+    u: Tensor, v: Tensor | None = None, *, ids: Tensor | None = None, ring: Ring | None = None, **options
+) -> Statistics:
+    """`row_stats` of u over v (None: u itself) with their ids and, round a ring, over those of other ranks too."""
+    if ring is None:
+        return row_stats(u, v, col_ids=None if v is None else ids, **options)
+    return ring_stats(ring, u, v, ids=ids, **options)
 
 
 def ring_stats(

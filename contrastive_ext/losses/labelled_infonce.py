@@ -22,9 +22,10 @@ from ..batch import distributed
 from ..batch.call import Call
 from ..batch.columns import Columns
 from ..batch.queue import NegativeQueue
+from ..batch.ring import Ring
+from ..batch.ring_stats import stats_of_all
+from ..batch.ring_sums import sums_of_all
 from ..numerics import logsumexp_pair, softplus
-from ..operators.pair_sums import pair_sums
-from ..operators.row_stats import row_stats
 from ..problem.pairs import UNFILLED
 from .overloads import returns_stats
 from .stats import Record
@@ -71,7 +72,7 @@ def fused_labelled_infonce_loss(
     reduction    "mean" over all pairs, "sum" over them, or "none": [N] ([V, B]), the sum over every row's positives
     return_stats also return a `LabelledStats`
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
-    group        `AllRanks()` or a process group as in `fused_row_loss`: columns of all its ranks, which are gathered.
+    group        `AllRanks()` or a process group as in `fused_row_loss`: columns of all its ranks.
                  "mean" divides by the average over ranks of the number of pairs: the ranks' means average to that of
                  the whole batch, in value and gradient
     Returns      float32 (float64 for float64 inputs), nats; 0 for a row without a positive or without a negative
@@ -86,17 +87,19 @@ def fused_labelled_infonce_loss(
     call.check_values()
     labels = check_labelled(features, labels)
     keys = labelled_keys(queue, features, normalize)
-    distributed.check_gathers(group, "sums over pairs have no sweep of one shard at a time.")
     with numerics.without_autocast(features):
         scale = call.scale(features)
         ranks = call.agree(group, features)
         z = numerics.operand(features, normalize).flatten(0, -2)
         row_labels = labels.repeat(z.shape[0] // labels.shape[0])
-        columns, column_labels, own = z, row_labels, slice(0, z.shape[0])
+        columns, column_labels, own, ring = z, row_labels, slice(0, z.shape[0]), None
         if ranks is not None:
             everyone = ranks.rows(z)
-            columns, column_labels = everyone.gather(z, features.dtype), everyone.gather(row_labels)
-            own = everyone.own
+            if ranks.exchange == "ring":
+                ring = Ring(everyone, features.dtype, z.device)
+            else:
+                columns, column_labels = everyone.gather(z, features.dtype), everyone.gather(row_labels)
+                own = everyone.own
         held = None if keys is None else keys.as_set(features.dtype)
         if call.is_dense:
             if held is not None and held.ids is not None:
@@ -110,12 +113,12 @@ def fused_labelled_infonce_loss(
                 "backend": backend,
             }
             sets: list[dict[str, Any]] = [{
-                "v": columns, "col_ids": column_labels, "num_images": z.shape[0], "positive_offset": own.start,
-                "unit": normalize, **how,
+                "v": columns, "ids": column_labels, "num_images": z.shape[0], "positive_offset": own.start,
+                "unit": normalize, "ring": ring, **how,
             }]  # fmt: skip
             if held is not None and held.ids is not None:
                 # a queue may be overwritten before the backward, which recomputes
-                sets.append({"v": held.keys.clone(), "col_ids": held.ids.clone(), "unit": False, **how})
+                sets.append({"v": held.keys.clone(), "ids": held.ids.clone(), "unit": False, **how})
             losses, number = sums_over_positives(z, sets)
         losses = losses + 0.0 * z.sum(1)  # NaN where the row holds one
         if held is not None:
@@ -129,13 +132,12 @@ def fused_labelled_infonce_loss(
 def sums_over_positives(z: Tensor, sets: list[dict]) -> tuple[Tensor, Tensor]:
     """[N] sum over the positives of every row of softplus(lse_i - s_ip), and how many they are.
 
-    sets   arguments of `row_stats` for each set of columns, labels as ids
+    sets   arguments of `stats_of_all` for each set of columns, labels as ids
     """
-    one_set: dict[str, Any] = {"v": None, "col_ids": None}  # rows against themselves: half the work
-    how = [columns | one_set if columns["v"] is z else columns for columns in sets]
-    lse = reduce(logsumexp_pair, (row_stats(z, **columns).lse[0] for columns in how))
+    how = [columns | {"v": None} if columns["v"] is z else columns for columns in sets]  # one set: half the work
+    lse = reduce(logsumexp_pair, (stats_of_all(z, **columns).lse[0] for columns in how))
     plain = [{name: x for name, x in columns.items() if name != "unit"} for columns in sets]
-    parts = [pair_sums(z, **columns, offset=lse, sign=-1, only_equal_ids=True) for columns in plain]
+    parts = [sums_of_all(z, **columns, offset=lse, sign=-1, only_equal_ids=True) for columns in plain]
     return torch.stack([p.sum for p in parts]).sum(0), torch.stack([p.number for p in parts]).sum(0)
 
 

@@ -18,9 +18,10 @@ from .. import numerics
 from ..batch import distributed
 from ..batch.call import Call
 from ..batch.request import check_pairs
+from ..batch.ring import Ring
+from ..batch.ring_sums import sums_of_all
 from ..checks import can_read, check_number, describe
 from ..numerics import softplus
-from ..operators.pair_sums import pair_sums
 from ..problem.pairs import integers
 from .overloads import returns_stats
 from .stats import Record
@@ -74,7 +75,7 @@ def fused_sigmoid_loss(
     return_stats also return a `SigmoidStats`
     backend      "auto", or a name from `available_backends()`; "reference" is dense and twice differentiable
     operand_dtype  as in `fused_row_loss`
-    group        `AllRanks()` or a process group as in `fused_row_loss`: columns of all its ranks, which are gathered
+    group        `AllRanks()` or a process group as in `fused_row_loss`: columns of all its ranks
     Returns      float32 (float64 for float64 inputs), nats
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
     Memory       O((B + M) D); time O(B M D), with ids twice; once differentiable
@@ -89,7 +90,6 @@ def fused_sigmoid_loss(
     if isinstance(operand_dtype, str):
         raise ValueError(f"operand_dtype={operand_dtype!r} is one of losses of log-sum-exps: give a dtype or None.")
     operands = numerics.resolve_operand_dtype(z1.dtype, operand_dtype)
-    distributed.check_gathers(group, "sums over pairs have no sweep of one shard at a time.")
     rows = z1.shape[0]
     if ids is not None:
         ids = integers("ids", ids, z2.shape[0], z1.device)
@@ -99,23 +99,26 @@ def fused_sigmoid_loss(
         ranks = call.agree(group, z1, operands)
         u1, u2 = (numerics.operand(z, normalize, operands) for z in (z1, z2))
         pair = scale * (u1 * u2[:rows]).sum(1) + bias
-        columns, column_ids, own = u2, ids, 0
+        columns, column_ids, own, ring = u2, ids, 0, None
         if ranks is not None:
             everyone = ranks.rows(u2)
-            columns, own = everyone.gather(u2, operands), everyone.own.start
-            column_ids = None if ids is None else everyone.gather(ids)
+            if ranks.exchange == "ring":
+                ring = Ring(everyone, operands, u2.device)
+            else:
+                columns, own = everyone.gather(u2, operands), everyone.own.start
+                column_ids = None if ids is None else everyone.gather(ids)
         row_ids = None if ids is None else ids[:rows]
         if call.is_dense:
             others = _dense(scale * numerics.product(u1, columns.T) + bias, own, row_ids, column_ids)
         else:
             how: dict[str, Any] = {
-                "scale": scale, "num_images": rows, "positive_offset": own, "row_ids": row_ids, "col_ids": column_ids,
-                "operand_dtype": operands, "backend": backend,
+                "scale": scale, "num_images": rows, "positive_offset": own, "row_ids": row_ids, "ids": column_ids,
+                "operand_dtype": operands, "backend": backend, "ring": ring,
             }  # fmt: skip
             offset = bias.expand(rows)
-            others = [pair_sums(u1, columns, offset=offset, **how)]
+            others = [sums_of_all(u1, columns, offset=offset, **how)]
             if ids is not None:
-                others.append(pair_sums(u1, columns, offset=-offset, sign=-1, only_equal_ids=True, **how))
+                others.append(sums_of_all(u1, columns, offset=-offset, sign=-1, only_equal_ids=True, **how))
         losses = softplus(-pair)
         for part in others:
             losses = losses + part[0]

@@ -26,13 +26,11 @@ from ..batch.call import Call
 from ..batch.columns import Columns, keys_alone
 from ..batch.queue import NegativeQueue
 from ..batch.ring import Ring
-from ..batch.ring_stats import ring_stats
+from ..batch.ring_stats import stats_of_all
 from ..checks import check_choice, describe
 from ..numerics import logsumexp_pair, softplus
-from ..operators.row_stats import row_stats
 from ..operators.unit_rows import operand
 from ..problem.pairs import UNFILLED, integers
-from ..problem.problem import Statistics
 from .overloads import returns_stats
 from .stats import Record
 
@@ -139,8 +137,8 @@ def fused_supcon_loss(
             if ring is not None:
                 batch |= {"ring": ring, "ids": row_ids}
             elif ranks is not None:
-                batch |= {"v": columns, "col_ids": of_batch, "positive_offset": own.start}
-            sets = [batch] if held is None else [batch, {"v": held.keys, "col_ids": of_keys, **how}]
+                batch |= {"v": columns, "ids": of_batch, "positive_offset": own.start}
+            sets = [batch] if held is None else [batch, {"v": held.keys, "ids": of_keys, **how}]
             losses = _out(z, pos, number, sets) if positives == "out" else _in(z, sets)
         if held is not None:
             losses = numerics.spoil(losses, held.keys)
@@ -224,7 +222,7 @@ def out_against(
         mean, number, row_ids, ids = _means_among(z, labels, columns, column_labels)
     pos = scale * (z * mean).sum(1)
     how = {
-        "v": columns, "num_images": rows if own else 0, "row_ids": row_ids, "col_ids": ids, "scale": scale,
+        "v": columns, "num_images": rows if own else 0, "row_ids": row_ids, "ids": ids, "scale": scale,
         "unit": unit, "backend": backend,
     }  # fmt: skip
     return torch.where(number > 0, _out(z, pos, number, [how]), 0.0 * z.sum(1)), number
@@ -309,13 +307,9 @@ def _in(z: Tensor, sets: list[dict]) -> Tensor:
 
 
 def _log_sum(z: Tensor, sets: list[dict], **rule) -> tuple[Tensor, Tensor]:
-    """[N] log-sum-exp over the candidates of all sets, arguments of `row_stats` or `ring_stats`, and their number."""
-    swept = [_swept(z, **columns, **rule) for columns in sets]
+    """[N] log-sum-exp over the candidates of all sets, arguments of `stats_of_all`, and their number."""
+    swept = [stats_of_all(z, **columns, **rule) for columns in sets]
     return reduce(logsumexp_pair, (s.lse[0] for s in swept)), torch.stack([s.aux[0] for s in swept]).sum(0)
-
-
-def _swept(z: Tensor, *, ring: Ring | None = None, **how) -> Statistics:
-    return row_stats(z, **how) if ring is None else ring_stats(ring, z, **how)
 
 
 def _dense(

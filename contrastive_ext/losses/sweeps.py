@@ -18,9 +18,9 @@ from .. import numerics
 from ..batch.arrangement import Arrangement
 from ..batch.columns import ColumnSet, OwnColumns
 from ..batch.ring_ranked import RankedColumns, ring_ranked_stats
-from ..batch.ring_stats import ring_stats
+from ..batch.ring_stats import stats_of_all
 from ..operators.ranked_stats import ranked_stats
-from ..operators.row_stats import row_stats, union
+from ..operators.row_stats import union
 from ..problem.pairs import NO_COLUMN_ID, Gate
 from ..problem.ranking import Ranking
 from .prior import prior_of_rows
@@ -86,10 +86,7 @@ def _over_columns(
         "gate": columns.gate, "unit": unit, "operand_dtype": batch.operand_dtype, "diagnostics": diagnostics,
         "backend": backend,
     }  # fmt: skip
-    if columns.ring is not None:
-        swept = ring_stats(columns.ring, u, v, ids=columns.ids, **options)
-        return swept.lse, swept.aux
-    swept = row_stats(u, v, col_ids=None if v is None else columns.ids, columns=batch.symmetric, **options)
+    swept = stats_of_all(u, v, ids=columns.ids, ring=columns.ring, columns=batch.symmetric, **options)
     if not batch.symmetric:
         return swept.lse, swept.aux
     return torch.cat([swept.lse, swept.col_lse], 1), torch.cat([swept.aux, swept.col_aux], 1)

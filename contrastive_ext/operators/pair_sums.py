@@ -16,7 +16,7 @@ from ..checks import describe
 from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.problem import PairSums
-from .problem_call import SIZE, of_arguments, of_saved
+from .problem_call import SIZE, ProblemCall, of_arguments, of_saved
 from .registration import register, register_autograd
 from .row_stats import backward_shapes, checked_call
 
@@ -35,7 +35,7 @@ def pair_sums(
     only_equal_ids: bool = False,
     ignored: Tensor | None = None,
     gate: Gate | None = None,
-    operand_dtype: torch.dtype | None = None,
+    operand_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
 ) -> PairSums:
     """Sum of softplus(sign s_ij + offset_i) over the selected columns of every row, in O((N + M) D) memory.
@@ -48,15 +48,22 @@ def pair_sums(
     Raises   ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run the call
     Cost     2 N M D flops forward, 6 backward
     """
-    call = checked_call(
-        u, v, scale=scale, num_images=num_images, positive_offset=positive_offset, row_ids=row_ids, col_ids=col_ids,
-        only_equal_ids=only_equal_ids, ignored=ignored, gate=gate, operand_dtype=operand_dtype, backend=backend,
+    call = checked_sums(
+        u, v, offset, sign, scale=scale, num_images=num_images, positive_offset=positive_offset, row_ids=row_ids,
+        col_ids=col_ids, only_equal_ids=only_equal_ids, ignored=ignored, gate=gate, operand_dtype=operand_dtype,
+        backend=backend,
     )  # fmt: skip
+    return PairSums(*torch.ops.contrastive_ext.pair_sums.default(*call, offset, float(sign)))
+
+
+def checked_sums(u: Tensor, v: Tensor, offset: Tensor, sign: int, **options) -> ProblemCall:
+    """The first arguments of the operator; raises as `pair_sums` does."""
+    call = checked_call(u, v, **options)
     if offset.shape != u.shape[:1] or offset.dtype != u.dtype or offset.device != u.device:
         raise ValueError(f"offset must be {u.dtype} [{u.shape[0]}] on {u.device}; got {describe(offset)}.")
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1 or -1; got {sign!r}.")
-    return PairSums(*torch.ops.contrastive_ext.pair_sums.default(*call, offset, float(sign)))
+    return call
 
 
 def _forward(*args) -> tuple[Tensor, ...]:

@@ -82,6 +82,10 @@ MISTAKES: dict[str, tuple[Callable[[int], object], str]] = {
         lambda r: ce.fused_false_negative_loss(VIEWS, group=RING),
         "false negatives are detected among the columns of all ranks",
     ),
+    "sigmoid's reference": (
+        lambda r: ce.fused_sigmoid_loss(Z, Z, backend="reference", group=RING),
+        "backend='reference' forms the matrix",
+    ),
     "supcon's reference": (
         lambda r: ce.fused_supcon_loss(Z, torch.arange(6), backend="reference", group=RING),
         "backend='reference' forms the matrix",
@@ -158,6 +162,86 @@ def supervised(rank: int, world: int):
         found = _averaged([ours.detach(), *torch.autograd.grad(ours, [x, t])], world)
         for name, *compared in zip(("loss", "gradient", "gradient of temperature"), found, expected, strict=True):
             yield f"{backend} {positives}, {views} views: {name}", *compared
+
+
+def _sums(rank: int, world: int, function, leaves: dict, local: Callable[[], dict]):
+    """Loss of every row, gradients under a random upstream, mean; `local` makes this rank's arguments of leaves."""
+    for backend in BACKENDS:
+        how = {"backend": backend}
+        whole = function(**leaves, **how, reduction="none")
+        weight, mine = torch.randn_like(whole), _mine(rank, world)
+        expected = torch.autograd.grad((whole * weight).sum(), list(leaves.values()))
+        ours = function(**local(), **how, reduction="none", group=_group(world))
+        found = torch.autograd.grad((ours * weight[..., mine]).sum(), list(leaves.values()))
+        yield f"{backend}: rows", ours.detach(), whole[..., mine].detach()
+        summed = [world * gradient for gradient in _averaged(found, world)]
+        yield from zip([f"{backend}: gradient of {name}" for name in leaves], summed, expected, strict=True)
+        mean = function(**local(), **how, group=_group(world)).detach()
+        yield f"{backend}: mean", *_averaged([mean], world), function(**leaves, **how).detach()
+
+
+@check
+def sigmoid(rank: int, world: int):
+    """Pairs of equal id on several ranks are positives of one another; further rows of z2 are negatives of all."""
+    z1, z2 = random_pairs(PAIRS, FEATURES, torch.float64)
+    z2 = torch.cat([z2, torch.randn(4, FEATURES, dtype=torch.float64)])
+    scale, bias = (torch.tensor(x, dtype=torch.float64) for x in (5.0, -2.0))
+    leaves = {"z1": z1, "z2": z2, "logit_scale": scale, "logit_bias": bias}
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    mine, of_columns = _mine(rank, world), _mine(rank, world, len(z2))
+
+    def local() -> dict:
+        return leaves | {"z1": z1[mine], "z2": z2[of_columns]}
+
+    yield from _sums(rank, world, ce.fused_sigmoid_loss, leaves, local)
+    ids = torch.cat([LABELS, torch.tensor([0, 3, 4, 6])])
+
+    def with_ids(group=None, **options):
+        return ce.fused_sigmoid_loss(ids=ids if group is None else ids[of_columns], group=group, **options)
+
+    for name, a, b in _sums(rank, world, with_ids, leaves, local):
+        yield f"ids, {name}", a, b
+
+
+@check
+def labelled_infonce(rank: int, world: int):
+    mine = _mine(rank, world)
+    held = ce.Columns(torch.randn(5, FEATURES, dtype=torch.float64), ids=torch.tensor([0, 3, -2, 9, 77]))
+    for queue in (None, held):
+        x = torch.randn(2, PAIRS, FEATURES, dtype=torch.float64)
+        leaves = {"features": x, "temperature": torch.tensor(0.3, dtype=torch.float64)}
+        leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+
+        def local(leaves=leaves) -> dict:
+            return leaves | {"features": leaves["features"][:, mine]}
+
+        def function(group=None, queue=queue, **options):
+            labels = LABELS if group is None else LABELS[mine]
+            return ce.fused_labelled_infonce_loss(labels=labels, queue=queue, group=group, **options)
+
+        for name, a, b in _sums(rank, world, function, leaves, local):
+            yield f"{'queue' if queue else 'batch'}, {name}", a, b
+
+
+@check
+def sums_with_one_side_without_gradient(rank: int, world: int):
+    for frozen in ("z1", "z2"):
+        z = dict(zip(("z1", "z2"), random_pairs(PAIRS, FEATURES, torch.float64), strict=True))
+        learned = z["z1" if frozen == "z2" else "z2"].requires_grad_()
+        local = {name: x[_mine(rank, world)] for name, x in z.items()}
+        losses = [ce.fused_sigmoid_loss(**z), ce.fused_sigmoid_loss(**local, group=_group(world))]
+        (expected,), (found,) = (torch.autograd.grad(x, [learned]) for x in losses)
+        yield f"{frozen} frozen", *_averaged([found], world), expected
+
+
+@check
+def sums_whose_ranks_ask_for_other_gradients(rank: int, world: int):
+    """What travels is what the forwards knew to need a gradient; one way to the same bits."""
+    z1, z2 = (z[_mine(rank, world)].requires_grad_() for z in random_pairs(PAIRS, FEATURES, torch.float64))
+    values = [ce.fused_sigmoid_loss(z1, z2, group=_group(world)) for _ in "ab"]
+    both, one = (torch.autograd.grad(x, w) for x, w in zip(values, ([z1, z2], [z1, z2] if rank else [z1]), strict=True))
+    same = [torch.equal(*values), *map(torch.equal, both, one)]
+    yield "bits", torch.tensor(same).double(), torch.ones(len(same), dtype=torch.float64)
 
 
 @check
@@ -269,13 +353,20 @@ def _second_derivative(rank: int) -> object:
     return first.sum().backward()
 
 
+def _second_derivative_of_sums(rank: int) -> object:
+    z = Z.clone().requires_grad_()
+    (first,) = torch.autograd.grad(ce.fused_sigmoid_loss(z, z, group=RING), [z], create_graph=True)
+    return first.sum().backward()
+
+
 def _run_everything(rank: int) -> dict:
     GROUPS[1] = [dist.new_group([r]) for r in range(WORLD)][rank]
     for world in UNEVEN:  # the first rank of a group is another of the default one
         GROUPS[world] = dist.new_group(range(WORLD - world, WORLD))
     results = {w: _run_world(dist.get_rank(group), w) for w, group in GROUPS.items() if w > 1 and rank >= WORLD - w}
     mistakes = {name: _said(call, rank % 2) for name, (call, _) in MISTAKES.items()}
-    return results | {"said": mistakes, "second derivative": _said(_second_derivative, rank)}
+    second = [_said(function, rank) for function in (_second_derivative, _second_derivative_of_sums)]
+    return results | {"said": mistakes, "second derivatives": second}
 
 
 def _run_world(rank: int, world: int) -> dict:
@@ -336,8 +427,8 @@ def test_what_a_ring_cannot_do_raises_on_every_rank(everyone, name):
 
 
 def test_a_second_derivative_raises(everyone):
-    for rank in everyone:
-        assert re.search("RuntimeError: .* once differentiable", rank["second derivative"])
+    for said in itertools.chain(*(rank["second derivatives"] for rank in everyone)):
+        assert re.search("RuntimeError: .* once differentiable", said)
 
 
 def test_exchange_is_a_name():

@@ -80,3 +80,10 @@ def test_sixteen_bits_are_compared_with_sixteen_bits():
     gpu = Device("cuda")
     assert methods.compiled_for(CASE, gpu) == [methods.COMPILED, methods.COMPILED_AUTOCAST]
     assert methods.compiled_for(replace(CASE, dtype="float32"), gpu) == [methods.COMPILED]
+
+
+def test_a_peer_that_needs_a_gpu_is_left_out_without_one(monkeypatch):
+    monkeypatch.setattr(methods.baselines.importlib.util, "find_spec", lambda name: object())  # everything is installed
+    case = Case("fused_sigmoid_loss", "binary", 64, 64, 8, "float32", peers=True)
+    assert "siglip-kernel" not in [method.name for method in methods.methods_for(case, CPU)]
+    assert methods.baselines.THIRD_PARTIES["siglip-kernel"].computes(case, on_gpu=True)

@@ -68,13 +68,14 @@ def test_sums_and_gradients_are_the_definition(run, rule, sign, monkeypatch):
 
 def test_gradcheck(run):
     backend, device = run
-    rules = _rules("other ids", device)
+    rules = {name: x[:9] for name, x in _rules("other ids", device).items()}
 
     def total(u, v, offset, scale):
         return pair_sums(u, v, scale=scale, offset=offset, sign=-1, backend=backend, **rules).sum
 
+    few = [x.detach()[:9].clone().requires_grad_() for x in _inputs(device)]
     scale = torch.tensor(2.0, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(total, (*_inputs(device), scale), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(total, (*few, scale), eps=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("scale", [0.1, 10.0, 100.0])

@@ -27,6 +27,8 @@ FEW = [
     gate.Case("forward", "stats", "16-bit", 128, 90),
     gate.Case("histogram", "sums+images", "16-bit", 128, 90),
     gate.Case("top_columns", "plain", "tf32", 128, 80),
+    gate.Case("forward", "softplus", "16-bit", 128, 80),
+    gate.Case("backward", "softplus+ids", "16-bit", 128, 90),
 ]
 
 

@@ -173,6 +173,26 @@ def test_best_columns_over_splits_and_chunks(dtype, k):
     assert torch.equal(ours.columns, theirs.columns)
 
 
+@pytest.mark.parametrize("rules", [("row_ids", "col_ids"), ("excluded",), ("below",), ("row_ids", "excluded", "below")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_best_columns_by_rules_of_single_rows(dtype, rules):
+    """Some rows have fewer candidates than the list is long; ids of rows alone say nothing."""
+    scorers = torch.randint(-1, 2, (1, 40, 20), device=DEVICE).to(dtype)
+    features = torch.randint(-1, 2, (200, 20), device=DEVICE).to(dtype)
+    columns = torch.arange(200)
+    everything = {
+        "row_ids": torch.arange(40) % 3, "col_ids": torch.where(columns % 7 == 0, UNFILLED, columns % 3),
+        "excluded": torch.where(torch.arange(40) % 5 == 0, NO_COLUMN, (scorers[0] @ features.T).argmax(1).cpu()),
+        "below": torch.arange(-21, 19).to(dtype),
+    }  # fmt: skip
+    how = {name: everything[name].to(DEVICE) for name in rules}
+    ours, theirs = (top_columns(scorers, features, 20, **how, backend=name) for name in ("triton", "torch"))
+    assert torch.equal(ours.scores, theirs.scores)
+    assert torch.equal(ours.columns, theirs.columns)
+    if "below" in rules:
+        assert ours.columns[0].eq(NO_COLUMN).all() and not ours.columns[-1].eq(NO_COLUMN).any()
+
+
 @pytest.mark.parametrize("exponents", [(1.0,), (0.5, 1.5)], ids=["fused", "by_weights"])
 @pytest.mark.parametrize("features", [20, 300])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -1,15 +1,14 @@
 """The `triton` backend, the door to triton_kernels/: launches, grids, workspaces.
 
 In reading order: launch (kernels, tiles, the shape of a grid), pairs (pair rules as arguments), gradient and forward
-(the sweeps of one problem), then one file per operator: row_stats, ranked_stats, top_columns, unit_rows, whole_loss.
-Sums over pairs have no kernel yet: blocks of plain PyTorch make them.
+(the sweeps of one problem), then one file per operator: row_stats, ranked_stats, pair_sums, top_columns, unit_rows,
+whole_loss.
 """
 
 from __future__ import annotations
 
 from ..backend import Backend
-from ..torch import pair_sums
-from . import ranked_stats, row_stats, top_columns, unit_rows, whole_loss
+from . import pair_sums, ranked_stats, row_stats, top_columns, unit_rows, whole_loss
 
 BACKEND = Backend(
     name="triton",

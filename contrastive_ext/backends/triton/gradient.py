@@ -27,6 +27,7 @@ class Term(NamedTuple):
 
     columns  what a tile reads of these anchors as columns, [2 K, padded], where it is made already
     bounds   and for fp16 their largest coefficients, [K]
+    sigmoid  of sums over pairs: sigmoid(s - lse) in place of the exponential
     """
 
     lse: Tensor
@@ -34,6 +35,7 @@ class Term(NamedTuple):
     ranks: Ranks | None = None
     columns: Tensor | None = None
     bounds: Tensor | None = None
+    sigmoid: bool = False
 
 
 class Ranks(NamedTuple):
@@ -89,12 +91,13 @@ class Weights:
         term = row_term or col_term
         ranks = term.ranks if term else None
         mask = triton_pairs.costliest_rule(problem.pairs)
+        self.found = [term for term in (row_term, col_term) if term is not None]
+        sigmoid = any(term.sigmoid for term in self.found)
         self.config = launch.config_of(
-            "backward", rows.x, mask, ranks is not None, len(self.exponents), problem.products
+            "backward", rows.x, mask, ranks is not None, len(self.exponents), problem.products, sigmoid
         )
         # omega differs by direction: nothing to factor
         shift = shift_of_weights(problem, self.exponents, row_term is not None and col_term is not None and not ranks)
-        self.found = [term for term in (row_term, col_term) if term is not None]
         forward, reverse = row_term is not None, col_term is not None
         self.scale, self.scale_is_tensor = launch.scale_argument(problem)
         self.operands = (*launch.operand_arguments(self.config, rows.x, cols.x, problem.products), self.scale)
@@ -109,7 +112,7 @@ class Weights:
             **triton_pairs.arguments(problem.pairs, rows, cols, row_anchors=forward, col_anchors=reverse),
             **{"EXPONENTS": self.exponents, "LARGEST": max(self.exponents), "SHIFT": shift},
             **{"SCALE_IS_TENSOR": self.scale_is_tensor, "FORWARD": forward, "REVERSE": reverse},
-            **{"BINS": 0 if ranks is None else ranks.bins},
+            **{"BINS": 0 if ranks is None else ranks.bins, "SIGMOID": sigmoid},
             **launch.tile_arguments(self.config, rows.x, problem.products),
         }
 

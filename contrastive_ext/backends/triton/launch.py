@@ -96,10 +96,14 @@ def kind_of_products(operand: Tensor, products: str = "") -> str:
     return "tf32" if allowed == "tf32" and operand.is_cuda else "ieee"
 
 
-def config_of(direction: str, operand: Tensor, mask: str, ranked: bool = False, exponents: int = 1, products: str = ""):
+def config_of(
+    direction: str, operand: Tensor, mask: str, ranked: bool = False, exponents: int = 1, products: str = "",
+    sums: bool = False,
+):  # fmt: skip
     """The tile of a call, triton_kernels/configs.py."""
     kind, chip = kind_of_products(operand, products), architecture(operand.device)
-    return kernels().configs.choose(direction, kind, features_of(operand, products), chip, mask, ranked, exponents)
+    features = features_of(operand, products)
+    return kernels().configs.choose(direction, kind, features, chip, mask, ranked, exponents, sums)
 
 
 def descriptor(x: Tensor, rows: int, features: int, products: str = ""):
@@ -216,6 +220,7 @@ def kernels():
         histogram_ranks,
         merge,
         online_lse,
+        pair_sums,
         pairs,
         prologue,
         row_losses,

@@ -54,9 +54,16 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     col_term = None
     if upstream.col_lse is not None and upstream.grad_col_lse is not None:
         col_term = Term(upstream.col_lse.contiguous(), upstream.grad_col_lse.contiguous())
+    return gradients_of(problem, row_term, col_term, upstream.need_u, upstream.need_v)
+
+
+def gradients_of(
+    problem: Problem, row_term: Term, col_term: Term | None, need_u: bool, need_v: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient that these weights make, an empty tensor where not needed."""
     with launch.on_device(problem.u.device):
         whole, *factors = prepared(problem)
-        found = gradients(whole, row_term, col_term, upstream.need_u, upstream.need_v)
+        found = gradients(whole, row_term, col_term, need_u, need_v)
         du, dv = (problem.u.new_empty(0) if x is None else total(x) for x in found)
     if whole is not problem:
         du, dv = (x if x.numel() == 0 else of_original(x, problem, by) for x, by in zip((du, dv), factors, strict=True))

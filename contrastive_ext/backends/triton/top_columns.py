@@ -13,16 +13,14 @@ from . import launch, replay
 def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
     """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py.
 
-    Lists longer than triton_kernels.top_columns.MAX_LISTED do not fit a program, and the kernel knows no rule of a
-    single row: the `torch` backend makes them.
+    Lists longer than triton_kernels.top_columns.MAX_LISTED do not fit a program: the `torch` backend makes them.
     """
-    of_rows = any(x is not None for x in (which.row_ids, which.excluded, which.below))
-    if of_rows or k > launch.kernels().top_columns.MAX_LISTED:
+    if k > launch.kernels().top_columns.MAX_LISTED:
         return torch_blocks.top_columns(scorers, features, k, which)
-    num_images, col_ids = which.num_images, which.col_ids
     scorers, features = launch.rounded(scorers), launch.rounded(features)
     num_scorers, groups, _ = scorers.shape
-    config = launch.config_of("top_columns", features, "images")
+    of_rows = any(x is not None for x in (which.row_ids, which.excluded, which.below))
+    config = launch.config_of("top_columns", features, "ids" if of_rows else "images")
     tiles = launch.cdiv(groups, config.block_m)
     splits, span = launch.split(tiles, len(features), config.block_n, 2 * launch.processors(scorers.device))
     length = max(2, 1 << (k - 1).bit_length())
@@ -31,7 +29,8 @@ def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) ->
     with launch.on_device(scorers.device):
         replay.start(
             launch.kernels().top_columns.top_columns_kernel, (tiles, splits),
-            scorers, features, col_ids, scores, columns, groups, len(features), num_images, num_scorers, span, K=length,
+            scorers, features, which.col_ids, which.row_ids, which.excluded, which.below, scores, columns,
+            groups, len(features), which.num_images, num_scorers, span, K=length,
             **launch.tile_arguments(config, features),
         )  # fmt: skip
     # every split's list, side by side: columns ascending, then scores descending, which keeps the order of equals
