@@ -24,6 +24,7 @@ from .. import numerics
 from ..batch.call import check_call
 from ..losses.labelled_infonce import sums_over_positives
 from ..losses.supcon import out_against
+from ..operators.unit_rows import operand
 from ..problem.pairs import integers
 from .hosts import missing, rows_first
 
@@ -88,8 +89,8 @@ class _RowLosses:
             return None  # as the host: nothing to tell apart
         unit = self.distance.normalize_embeddings
         with numerics.without_autocast(embeddings):
-            z = numerics.operand(embeddings, unit)
-            columns = z if same_set else numerics.operand(ref_emb.to(embeddings.dtype), unit)
+            z = operand(embeddings, unit, backend="auto")
+            columns = z if same_set else operand(ref_emb.to(embeddings.dtype), unit, backend="auto")
             if own is not None and not same_set:
                 columns, ref_labels = (rows_first(x, own) for x in (columns, ref_labels))
             rows = self._of_rows(z, labels, columns, ref_labels, own is not None, unit)

@@ -11,6 +11,7 @@ from .. import numerics
 from ..batch.request import check_pairs
 from ..checks import check_positive, check_tensor, describe
 from ..operators.row_stats import row_stats
+from ..operators.unit_rows import operand
 
 
 def alignment(z1: Tensor, z2: Tensor, alpha: float = 2.0) -> Tensor:
@@ -46,7 +47,7 @@ def uniformity(z: Tensor, t: float = 2.0, *, backend: str = "auto") -> Tensor:
         raise ValueError(f"z must be floating-point [N, D] with N >= 2; got {describe(z)}.")
     check_positive("t", t, numerics.stats_dtype(z.dtype))
     with numerics.without_autocast(z):
-        u = numerics.operand(z, True)
+        u = operand(z, True, backend=backend)
         n = u.shape[0]
         lse = row_stats(u, scale=2.0 * t, num_images=n, unit=True, operand_dtype=z.dtype, backend=backend).lse[0]
         # |u - v|^2 = 2 - 2 <u, v>, of rows that a 16-bit dtype has rounded nearly

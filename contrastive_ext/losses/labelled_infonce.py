@@ -26,6 +26,7 @@ from ..batch.ring import Ring
 from ..batch.ring_stats import stats_of_all
 from ..batch.ring_sums import sums_of_all
 from ..numerics import logsumexp_pair, softplus
+from ..operators.unit_rows import operand
 from ..problem.pairs import UNFILLED
 from .overloads import returns_stats
 from .stats import Record
@@ -90,7 +91,7 @@ def fused_labelled_infonce_loss(
     with numerics.without_autocast(features):
         scale = call.scale(features)
         ranks = call.agree(group, features)
-        z = numerics.operand(features, normalize).flatten(0, -2)
+        z = operand(features, normalize, backend=backend).flatten(0, -2)
         row_labels = labels.repeat(z.shape[0] // labels.shape[0])
         columns, column_labels, own, ring = z, row_labels, slice(0, z.shape[0]), None
         if ranks is not None:

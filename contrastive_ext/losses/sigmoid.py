@@ -22,6 +22,7 @@ from ..batch.ring import Ring
 from ..batch.ring_sums import sums_of_all
 from ..checks import can_read, check_number, describe
 from ..numerics import softplus
+from ..operators.unit_rows import operand
 from ..problem.pairs import integers
 from .overloads import returns_stats
 from .stats import Record
@@ -97,7 +98,7 @@ def fused_sigmoid_loss(
         dtype = numerics.stats_dtype(z1.dtype)
         scale, bias = call.scale(z1), _bias(logit_bias, z1.device, dtype)
         ranks = call.agree(group, z1, operands)
-        u1, u2 = (numerics.operand(z, normalize, operands) for z in (z1, z2))
+        u1, u2 = (operand(z, normalize, operands, backend=backend) for z in (z1, z2))
         pair = scale * (u1 * u2[:rows]).sum(1) + bias
         columns, column_ids, own, ring = u2, ids, 0, None
         if ranks is not None:
