@@ -39,12 +39,12 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& u, std::optional<Tensor> v
                                         std::optional<Tensor> col_ids, bool unit, int64_t stream) {
   constexpr int64_t kMostRows = int64_t{1} << 30;  // coordinates of TMA are 32-bit
   const int device = u.is_cuda() ? u.get_device_index() : -1;
-  STD_TORCH_CHECK(u.dim() == 2 && (!v || v->dim() == 2), "u and v must be matrices [N, 128] and [M, 128].");
+  STD_TORCH_CHECK(u.dim() == 2 && (!v || v->dim() == 2), "u and v must be matrices [N, D] and [M, D].");
   const ScalarType dtype = u.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "u must be float16 or bfloat16.");
-  const int64_t n = u.size(0), m = v ? v->size(0) : n;
-  check_tensor(u, "u", dtype, device, n, hopper::kFeatures);
-  if (v) check_tensor(*v, "v", dtype, device, m, hopper::kFeatures);
+  const int64_t n = u.size(0), m = v ? v->size(0) : n, features = u.size(1);
+  check_tensor(u, "u", dtype, device, n, features);
+  if (v) check_tensor(*v, "v", dtype, device, m, features);
   if (row_ids) check_tensor(*row_ids, "row_ids", ScalarType::Long, device, n, 0);
   if (col_ids) check_tensor(*col_ids, "col_ids", ScalarType::Long, device, m, 0);
   if (scale)
@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& u, std::optional<Tensor> v
   arguments.scale_tensor = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
   arguments.unit = unit, arguments.partials = data(partials);
   const void* columns = v ? v->const_data_ptr() : u.const_data_ptr();
-  const char* error = hopper::row_stats_forward(u.const_data_ptr(), columns, dtype == ScalarType::BFloat16, arguments,
-                                                splits, data(lse), data(count), reinterpret_cast<cudaStream_t>(stream));
+  const char* error = hopper::row_stats_forward(u.const_data_ptr(), columns, static_cast<int>(features),
+                                                dtype == ScalarType::BFloat16, arguments, splits, data(lse), data(count), reinterpret_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(!error, "row_stats_forward_cuda: ", error);
   return {lse, count};
 }

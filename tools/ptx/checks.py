@@ -95,7 +95,7 @@ def runner(program: str) -> tuple[str, Callable[[str, Schedule], bool]]:
     """(text of a program that is right, a function of a text and a schedule: whether every bit of its result is)."""
     if program == "forward":
         call = Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2)
-        text = kernels.only_entry(kernels.forward_ptx(), "OperandE0EEE")
+        text = kernels.only_entry(kernels.forward_ptx(), "OperandE0ELi128E")
         return text, lambda text, schedule: call.is_exact(call.sweep(schedule, text))
     if program == "ring":
         from . import sample_ring

@@ -35,7 +35,7 @@ FEW, MANY = 4, 6  # column tiles of 128
 
 def forward_counts() -> Counter[str]:
     """Of the CUDA forward."""
-    code = program(kernels.forward_ptx(), "row_stats_forward_kernel.*OperandE0EEE").code
+    code = program(kernels.forward_ptx(), "row_stats_forward_kernel.*OperandE0ELi128E").code
 
     def run(tiles: int) -> Counter[str]:
         report = kernels.Forward(unit_rows(128), unit_rows(tiles * 128, 1), scale=10.0).sweep(Schedule()).report

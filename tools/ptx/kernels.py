@@ -20,9 +20,6 @@ from .schedules import Schedule
 
 FEATURES, TILE, BOX = 128, 128, 64
 THREADS = 288
-TILE_BYTES = TILE * FEATURES * 2
-STAGES = 4
-SHARED_BYTES = (1 + STAGES) * TILE_BYTES + (1 + 2 * STAGES) * 8 + 1024  # tiles, mbarriers, room to align the first tile
 UNFILLED = np.iinfo(np.int64).min  # an id of padding
 PARTS = 3  # of a partial result: shift, sum, count
 
@@ -34,14 +31,28 @@ def forward_ptx() -> str:
     if nvcc is None:
         raise RuntimeError("nvcc was not found (CUDA_HOME, PATH).")
     flags = ["-std=c++17", "-O3", "-lineinfo", "-ptx", "-gencode=arch=compute_90a,code=compute_90a"]
-    done = subprocess.run([nvcc, *flags, str(cuda_gate.SOURCE), "-o", "-"], capture_output=True, text=True)
+    done = subprocess.run([nvcc, *flags, str(cuda_gate.SOURCES[0]), "-o", "-"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout
 
 
+def shared_bytes(features: int, columns: int, vectors: int) -> int:
+    """Of a block: csrc/cuda/shape.h once more."""
+    tile = columns * features * 2
+    stages = 4 if 4 * tile <= 128 << 10 else 2
+    numbers = stages * max(1, vectors) * columns * 4
+    barriers = -(-(1 + 2 * stages) * 8 // 16) * 16
+    return TILE * features * 2 + stages * tile + numbers + barriers + 1024  # room to align the first tile
+
+
+def matrix_map(address: int, rows: int, features: int, box_rows: int) -> TensorMap:
+    """What TMA is told of 16-bit rows: csrc/cuda/tensor_map.h once more."""
+    return TensorMap(address, 2, (features, rows), (features * 2,), (BOX, box_rows), 128)
+
+
 class Forward(NamedTuple):
-    """A call of row_stats_forward; u and v are bits of 16-bit numbers [rows, 128], v None for one set."""
+    """A call of row_stats_forward; u and v are bits of 16-bit numbers [rows, features], v None for one set."""
 
     u: np.ndarray
     v: np.ndarray | None = None
@@ -75,18 +86,16 @@ class Forward(NamedTuple):
         if self.v is None:
             at["col_ids"] = at["row_ids"]
         at["scale"] = memory.place(np.array(self.scale, np.float32), "scale") if self.scale_on_device else 0
-        maps = [
-            TensorMap(at[name], 2, (FEATURES, rows), (FEATURES * 2,), (BOX, TILE), 128)
-            for name, rows in (("u", n), ("v", m))
-        ]
+        features = self.u.shape[1]
+        maps = [matrix_map(at["u"], n, features, TILE), matrix_map(at["v"], m, features, TILE)]
         arguments = struct.pack(
-            "<qqqQQqqffQ?7xQ", n, self.num_images, self.positive_offset, at["row_ids"], at["col_ids"], n, m, self.beta,
-            -1.0 if self.scale_on_device else self.scale, at["scale"], self.unit, at["partials"],
+            "<qqqqQQqqffQ?7xQ", n, self.num_images, self.positive_offset, 0, at["row_ids"], at["col_ids"], n, m,
+            self.beta, -1.0 if self.scale_on_device else self.scale, at["scale"], self.unit, at["partials"],
         )  # fmt: skip
-        sweep = program(ptx or forward_ptx(), f"row_stats_forward_kernel.*OperandE{int(self.bfloat16)}EEE")
+        sweep = program(ptx or forward_ptx(), f"row_stats_forward_kernel.*OperandE{int(self.bfloat16)}ELi{features}E")
         report = sweep.launch(
-            (-(-n // TILE), self.splits), THREADS, [arguments, *maps], memory, shared=SHARED_BYTES, schedule=schedule,
-            shared_base=shared_base, counts_banks=True,
+            (-(-n // TILE), self.splits), THREADS, [arguments, *maps], memory,
+            shared=shared_bytes(features, TILE, 0), schedule=schedule, shared_base=shared_base, counts_banks=True,
         )  # fmt: skip
         return Result(memory, at["partials"], report)
 

@@ -176,8 +176,8 @@ MUTATIONS = [
     ),
     Mutation("sm_90 TMA", "no proxy fence before the bulk store", dropped(r"fence\.proxy\.async[^;]*;", -1), "proxy"),
     # ---- the CUDA forward
-    Mutation("forward", "the consumers do not wait for columns", not_waited(2, 4), "race|uninitialised"),
-    Mutation("forward", "the consumers flip their parity", flipped(2, 4), "race|uninitialised|deadlock"),
+    Mutation("forward", "the consumers do not wait for columns", not_waited(2, 3), "race|uninitialised"),
+    Mutation("forward", "the consumers flip their parity", flipped(2, 3), "race|uninitialised|deadlock"),
     Mutation("forward", "the producer does not wait for an empty stage", not_waited(0), "race|barrier"),
     Mutation("forward", "the producer flips its parity", flipped(0), "deadlock"),
     Mutation("forward", "the consumers do not arrive", dropped(ARRIVE), "deadlock"),
@@ -201,7 +201,7 @@ MUTATIONS = [
     ),
     Mutation("forward", "no turn is given", dropped(r"bar\.arrive[^;]*;"), "deadlock"),
     Mutation(
-        "forward", "a turn takes 288 threads", replaced(r"(bar\.sync\s+%r\d+), 256;", r"\1, 288;"), "barrier|deadlock"
+        "forward", "a turn takes 288 threads", replaced(r"(bar\.sync\s+[12]), 256;", r"\1, 288;"), "barrier|deadlock"
     ),
     Mutation("forward", "turns are given twice", replaced(r"bar\.arrive[^;]*;", r"\g<0>\n\g<0>"), "deadlock"),
     Mutation("forward", "products are not waited for", dropped(GROUP_WAIT), "in flight"),

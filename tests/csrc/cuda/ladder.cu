@@ -17,6 +17,7 @@
 
 #include "cuda/mbarrier.cuh"
 #include "cuda/row_stats_forward.h"
+#include "cuda/shape.h"
 #include "cuda/shared_layout.h"
 #include "cuda/tensor_map.h"
 #include "cuda/tma.cuh"
@@ -27,7 +28,8 @@ using namespace contrastive_ext::hopper;
 
 namespace {
 
-constexpr int kRows = 128, kTileBytes = kRows * kFeatures * 2;
+constexpr int kFeatures = 128, kTileBytes = kRows * kFeatures * 2;
+constexpr int kLogits = kRows / 2;  // of a thread and tile [64, 128]
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -115,9 +117,11 @@ __global__ void one_tile(const __grid_constant__ CUtensorMap a_map, const __grid
   __syncthreads();
   wait(full, 0);
   for (int k = threadIdx.x; k < 2 * kTileBytes; k += blockDim.x) bytes[k] = a[k];
-  float s[kFragment];
-  issue_products<operand<T>, kFeatures, kRows, kRows>(s, matrix_descriptor(shared_address(a) + first * 128),
-                                                      matrix_descriptor(shared_address(b)));
+  float s[kLogits];
+  begin_products();
+  multiply_features<operand<T>, kFeatures, kRows>(s, k_major(shared_address(a) + first * 128),
+                                                  k_major(shared_address(b)));
+  end_products();
   wait_for_products(s);
   const Fragment own(threadIdx.x);
   for (int g = 0; g < 16; ++g)
@@ -178,8 +182,8 @@ void climb_forward(const char* rung, int64_t n, int64_t m, int splits, float sca
   std::vector<float> first;
   for (int run = 0; run < 3; ++run) {
     check(cudaMemset(partials.data, 0xFF, partials.size * sizeof(float)), "poison");  // NaN
-    const char* error = row_stats_forward(u_data.data, v_data.data, operand<T> == Operand::kBfloat16, arguments, splits,
-                                          lse.data, count.data, nullptr);
+    const char* error = row_stats_forward(u_data.data, v_data.data, kFeatures, operand<T> == Operand::kBfloat16,
+                                          arguments, splits, lse.data, count.data, nullptr);
     if (error) std::printf("FAILED %s: %s\n", rung, error), std::exit(1);
     const std::vector<float> got = lse.host(rung), counted = count.host(rung);
     if (run > 0) {
