@@ -24,7 +24,8 @@ from typing import NamedTuple
 import sass
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("row_stats_forward",)]
+FOLDER = ROOT / "csrc" / "cuda"
+SOURCES = [FOLDER / f"{name}.cu" for name in ("row_stats_forward", "row_stats_backward")]
 ARCHITECTURE = "90a"
 # 288 threads are nine warps, three of them on one of the four partitions: 16,384 registers / 96, in steps of 8
 MOST_REGISTERS = 168

@@ -109,5 +109,15 @@ __device__ __forceinline__ int warpgroup_of_thread() {
   return __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x) / kConsumerThreads, 0);
 }
 
+// Whole warpgroups hand registers over: the kernel is compiled for as many a thread as all would have alike.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 }  // namespace hopper
 }  // namespace contrastive_ext

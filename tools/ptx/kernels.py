@@ -1,4 +1,4 @@
-"""This project's CUDA kernels on the machine: compiled by nvcc, launched as csrc/cuda/row_stats_forward.cu does."""
+"""The CUDA forward on the machine: compiled by nvcc, launched as csrc/cuda/row_stats_forward.cu does."""
 
 from __future__ import annotations
 
@@ -25,16 +25,22 @@ PARTS = 3  # of a partial result: shift, sum, count
 
 
 @lru_cache
-def forward_ptx() -> str:
-    """The forward for sm_90a; source lines are kept."""
+def ptx_of(name: str) -> str:
+    """csrc/cuda/<name>.cu for sm_90a; source lines are kept."""
     nvcc = cuda_gate.find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc was not found (CUDA_HOME, PATH).")
     flags = ["-std=c++17", "-O3", "-lineinfo", "-ptx", "-gencode=arch=compute_90a,code=compute_90a"]
-    done = subprocess.run([nvcc, *flags, str(cuda_gate.SOURCES[0]), "-o", "-"], capture_output=True, text=True)
+    source = cuda_gate.FOLDER / f"{name}.cu"
+    done = subprocess.run([nvcc, *flags, str(source), "-o", "-"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout
+
+
+def forward_ptx() -> str:
+    """The forward."""
+    return ptx_of("row_stats_forward")
 
 
 def shared_bytes(features: int, columns: int, vectors: int) -> int:
@@ -110,8 +116,8 @@ class Forward(NamedTuple):
 
     # ---- what is right
 
-    def negatives(self) -> np.ndarray:
-        """[n, m], whether a pair counts: csrc/pairs.h and csrc/cuda/tile_mask.h once more, in numpy."""
+    def negatives(self, reverse: bool = False) -> np.ndarray:
+        """[n, m], whether column j is a negative of row i, or row i one of column j: csrc/pairs.h once more."""
         n, m = self.shape
         keep = np.ones((n, m), bool)
         i, shown = np.arange(n)[:, None], np.arange(m)[None] - self.positive_offset
@@ -120,15 +126,21 @@ class Forward(NamedTuple):
         columns = self.row_ids if self.v is None else self.col_ids
         if self.row_ids is not None and columns is not None:
             keep &= self.row_ids[:, None] != columns[None]
-        if columns is not None:
+        if reverse and self.row_ids is not None:
+            keep &= self.row_ids[:, None] != UNFILLED
+        if not reverse and columns is not None:
             keep &= columns[None] != UNFILLED
         return keep
 
-    def logits(self) -> np.ndarray:
-        """[n, m] in float64, -inf where a pair does not count."""
+    def operands(self) -> tuple[np.ndarray, np.ndarray]:
+        """u and v in float64."""
         as_float = (lambda x: floats.from_bf16(x)) if self.bfloat16 else (lambda x: x)
         u = as_float(self.u).astype(np.float64)
-        v = u if self.v is None else as_float(self.v).astype(np.float64)
+        return u, u if self.v is None else as_float(self.v).astype(np.float64)
+
+    def logits(self) -> np.ndarray:
+        """[n, m] in float64, -inf where a pair does not count."""
+        u, v = self.operands()
         return np.where(self.negatives(), (u @ v.T) * self.beta * self.scale, -np.inf)
 
     def truth(self) -> tuple[np.ndarray, np.ndarray]:
