@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "shape.h"
@@ -23,9 +24,20 @@ inline const char* launch_error() {
 // Launch<operand, features>::run(arguments ...) for one of the sizes there are.
 template <template <Operand, int> class Launch, class... Arguments>
 const char* launch_instance(int features, bool bfloat16, Arguments&&... arguments) {
-  if (features != 128) return "there are kernels for 128 features only.";
-  if (bfloat16) return Launch<Operand::kBfloat16, 128>::run(std::forward<Arguments>(arguments)...);
-  return Launch<Operand::kHalf, 128>::run(std::forward<Arguments>(arguments)...);
+  const auto run = [&](auto size) {
+    if (bfloat16) return Launch<Operand::kBfloat16, size.value>::run(std::forward<Arguments>(arguments)...);
+    return Launch<Operand::kHalf, size.value>::run(std::forward<Arguments>(arguments)...);
+  };
+  switch (features) {
+    case 64:
+      return run(std::integral_constant<int, 64>{});
+    case 128:
+      return run(std::integral_constant<int, 128>{});
+    case 256:
+      return run(std::integral_constant<int, 256>{});
+    default:
+      return "there are kernels for 64, 128 and 256 features.";
+  }
 }
 
 // kernel<<<...>>>(arguments, tensor map of u [n, features], tensor map of v [m, features]). Null or what went wrong.

@@ -73,10 +73,12 @@ class Backward(NamedTuple):
         )  # fmt: skip
         text = kernels.ptx_of("row_stats_backward")
         if columns[3] is not None:
-            program(text, "largest_kernel").launch((2,), 512, [arguments], memory, schedule=schedule)
-            program(text, "column_terms_kernel").launch((tiles,), width, [arguments], memory, schedule=schedule)
+            for kernel, blocks, threads in (("largest_kernel", 2, 512), ("column_terms_kernel", tiles, width)):
+                made = program(kernels.only_entry(text, kernel))
+                made.launch((blocks,), threads, [arguments], memory, schedule=schedule)
         maps = [kernels.matrix_map(at[0][0], n, features, TILE), kernels.matrix_map(at[1][0], m, features, width)]
-        sweep = program(ptx or text, entry_of(features, call.bfloat16, self.terms))
+        entry = entry_of(features, call.bfloat16, self.terms)
+        sweep = program(ptx or kernels.only_entry(text, entry), entry)
         report = sweep.launch(
             (-(-n // TILE), call.splits), THREADS, [arguments, *maps], memory,
             shared=kernels.shared_bytes(features, width, VECTORS if self.terms else 0), schedule=schedule,
@@ -84,7 +86,7 @@ class Backward(NamedTuple):
         )  # fmt: skip
         if call.splits > 1:
             size = n * features // 4
-            add = program(text, "add_splits_kernel")
+            add = program(kernels.only_entry(text, "add_splits_kernel"))
             sums = [workspace + 4 * begin, size, call.splits, gradient]
             add.launch((-(-size // 256),), 256, sums, memory, schedule=schedule)
         return memory.array("gradient"), report

@@ -64,7 +64,21 @@ def forwards() -> dict[str, Forward]:
             scale=10.0,
         ),
         "256 x 384": Forward(unit_rows(256), unit_rows(384, 1), scale=10.0, splits=2),
+        **{f"{features} features, {name}": call for features in (64, 256) for name, call in _other_sizes(features)},
     }  # fmt: skip
+
+
+def _other_sizes(features: int) -> list[tuple[str, Forward]]:
+    """Calls of another number of features than 128; in bf16 and of one set with ids where rows are whole."""
+    whole, bf16 = whole_rows(130, 5, features), in_bf16(whole_rows(130, 5, features))
+    u, v = unit_rows(70, 0, features), unit_rows(333, 1, features)
+    return [
+        ("two views, ragged", Forward(whole, num_images=65, scale=LN2)),
+        ("bf16, ids", Forward(bf16, bfloat16=True, num_images=65, row_ids=some_ids(130, 2, 0.1), scale=LN2)),
+        ("stages filled again", Forward(whole[:128], whole_rows(643, 1, features), scale=LN2)),
+        ("random", Forward(u, v, num_images=70, positive_offset=100, scale=14.0)),
+        ("random, at a low temperature", Forward(u, num_images=35, scale=120.0)),
+    ]
 
 
 def check_forward(call: Forward, schedule: Schedule) -> None:
@@ -153,7 +167,26 @@ def backwards() -> dict[str, Backward]:
         "random, two sets by rows": gradient(random, "rows"),
         "random, two sets by columns": gradient(random, "rows", by_columns=True),
         "random, two sets, both as anchors": gradient(random, "both"),
+        **{f"{features} features, {name}": sweep for features in (64, 256) for name, sweep in _other_sweeps(features)},
     }  # fmt: skip
+
+
+def _other_sweeps(features: int) -> list[tuple[str, Backward]]:
+    """Every kernel of another number of features than 128."""
+    calls = dict(_other_sizes(features))
+    whole = calls["two views, ragged"]
+    sets = calls["stages filled again"]
+    return [
+        ("two views, ragged", whole_gradient(whole, "both")),
+        ("two views, ragged, not factored", whole_gradient(whole._replace(unit=False), "both")),
+        ("bf16, ids", whole_gradient(calls["bf16, ids"], "both")),
+        ("two sets by rows", whole_gradient(sets, "rows")),
+        ("two sets by columns", whole_gradient(sets, "rows", by_columns=True)),
+        ("columns as anchors, two splits", whole_gradient(sets._replace(splits=2), "columns")),
+        ("random", gradient(calls["random"], "rows")),
+        ("random, by columns", gradient(calls["random"], "rows", by_columns=True)),
+        ("random, at a low temperature", gradient(calls["random, at a low temperature"], "both")),
+    ]
 
 
 def check_backward(sweep: Backward, schedule: Schedule) -> None:
@@ -172,7 +205,7 @@ def check_backward(sweep: Backward, schedule: Schedule) -> None:
 
 def why_not(program: str) -> str | None:
     """Why a program cannot be had here."""
-    if program == "forward":
+    if program in ("forward", "backward"):
         return None if kernels.cuda_gate.find_nvcc() else "nvcc was not found (CUDA_HOME, PATH)."
     release = tuple(map(int, version("triton").split(".")[:2]))
     if program == "ring" and release < (3, 9):
@@ -189,6 +222,10 @@ def runner(program: str) -> tuple[str, Callable[[str, Schedule], bool]]:
         call = Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2)
         text = kernels.only_entry(kernels.forward_ptx(), "OperandE0ELi128E")
         return text, lambda text, schedule: call.is_exact(call.sweep(schedule, text))
+    if program == "backward":
+        sweep = whole_gradient(Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2), "both")
+        text = kernels.only_entry(kernels.ptx_of("row_stats_backward"), backward.entry_of(128, False, 2))
+        return text, lambda text, schedule: bool((sweep.sweep(schedule, text)[0] == sweep.exact()).all())
     if program == "ring":
         from . import sample_ring
 

@@ -98,7 +98,8 @@ class Forward(NamedTuple):
             "<qqqqQQqqffQ?7xQ", n, self.num_images, self.positive_offset, 0, at["row_ids"], at["col_ids"], n, m,
             self.beta, -1.0 if self.scale_on_device else self.scale, at["scale"], self.unit, at["partials"],
         )  # fmt: skip
-        sweep = program(ptx or forward_ptx(), f"row_stats_forward_kernel.*OperandE{int(self.bfloat16)}ELi{features}E")
+        entry = f"row_stats_forward_kernel.*OperandE{int(self.bfloat16)}ELi{features}E"
+        sweep = program(ptx or only_entry(forward_ptx(), entry), entry)
         report = sweep.launch(
             (-(-n // TILE), self.splits), THREADS, [arguments, *maps], memory,
             shared=shared_bytes(features, TILE, 0), schedule=schedule, shared_base=shared_base, counts_banks=True,
@@ -110,7 +111,7 @@ class Forward(NamedTuple):
         swept, n = self.sweep(schedule, shared_base=shared_base), self.shape[0]
         nan = np.full(n, np.float32(np.nan))
         outputs = [swept.memory.place(nan, name) for name in ("lse", "count")]
-        merge = program(forward_ptx(), "merge_kernel")
+        merge = program(only_entry(forward_ptx(), "merge_kernel"))
         merge.launch((-(-n // 128),), 128, [swept.partials, n, self.splits, *outputs], swept.memory, schedule=schedule)
         return swept.memory.array("lse"), swept.memory.array("count"), swept
 
@@ -166,6 +167,7 @@ class Result(NamedTuple):
     report: Report
 
 
+@lru_cache
 def only_entry(ptx: str, pattern: str) -> str:
     """The text with one of its kernels: edits meet no other, and it is read faster."""
     head, *entries = re.split(r"(?=^(?:\.visible )?\.entry )", ptx, flags=re.MULTILINE)

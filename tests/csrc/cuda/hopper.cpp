@@ -23,7 +23,9 @@
 #include "cuda/ring.h"
 #include "cuda/shape.h"
 #include "cuda/shared_layout.h"
+#include "cuda/terms.h"
 #include "cuda/thread_rows.h"
+#include "cuda/thread_weights.h"
 #include "cuda/tile_mask.h"
 #include "cuda/work.h"
 #include "exponent_range.h"
@@ -142,6 +144,63 @@ std::vector<std::pair<float, float>> play_blocks(const py::array_t<float, py::ar
     out.emplace_back(total.lse.lse(), total.count);
   }
   return out;
+}
+
+// The weights [n, m] that all threads of the backward make, each row's power of two undone: what is left are loads,
+// WGMMA and the rounding to 16 bits. Also the largest scaled one.
+template <int kLogits, Terms kTerms, bool kFactored>
+std::pair<py::array_t<double>, double> play_weights(const py::array_t<float, py::array::c_style>& s,
+                                                    const DevicePairs& pairs, float beta, float scale,
+                                                    const std::vector<float>& row_lse, const std::vector<float>& row_grad,
+                                                    const std::vector<float>& col_lse,
+                                                    const std::vector<float>& col_grad) {
+  constexpr int kColumns = 2 * kLogits;
+  const int n = static_cast<int>(s.shape(0)), m = static_cast<int>(s.shape(1));
+  const auto largest_of = [](const std::vector<float>& grad) {
+    float largest = 0;
+    for (float x : grad) largest = std::max(largest, std::fabs(x));
+    return largest;
+  };
+  const bool rows_weigh = has_rows(kTerms), columns_weigh = has_columns(kTerms);
+  const float largest = columns_weigh ? largest_of(col_grad) : 0;
+  const float bound = std::max(largest, rows_weigh ? largest_of(row_grad) : 0);
+  const float factor = beta * scale * kLog2E;
+  py::array_t<double> out({n, m});
+  double largest_scaled = 0;
+  for (int i0 = 0; i0 < n; i0 += 64)
+    for (int thread = 0; thread < 128; ++thread) {
+      const Fragment own(thread);
+      const auto term = [&](int row) {
+        return RowTerm(rows_weigh ? row_lse[row] : 0, rows_weigh ? row_grad[row] : 0, beta, largest, bound, kFactored);
+      };
+      const int row[2] = {std::min(i0 + own.row, n - 1), std::min(i0 + own.row + 8, n - 1)};
+      const ThreadWeights<kLogits, kTerms, kFactored> weights{{row[0], row[1]}, {term(row[0]), term(row[1])}};
+      MaskedTiles masked(pairs, i0, std::min(i0 + 64, n), m, kColumns, 0);
+      for (int tile = 0; tile < (m + kColumns - 1) / kColumns; ++tile) {
+        const int j0 = tile * kColumns;
+        alignas(8) float vectors[2][kColumns];
+        for (int c = 0; c < kColumns; ++c) {
+          ColumnTerm column{0, INFINITY};
+          if (columns_weigh && j0 + c < m)
+            column = ColumnTerm::of(col_lse[j0 + c], col_grad[j0 + c], beta, bound, kFactored);
+          vectors[0][c] = column.coefficient, vectors[1][c] = column.lse;
+        }
+        float w[kLogits];
+        const auto column_of = [&](int k) { return j0 + own.column + k / 4 * 8 + k % 2; };
+        for (int k = 0; k < kLogits; ++k) w[k] = column_of(k) < m ? s.at(row[k / 2 % 2], column_of(k)) : 0;
+        if (masked.meets(pairs, tile))
+          weights.weigh_masked(w, factor, *vectors, own.column, j0, pairs, m);
+        else
+          weights.weigh(w, factor, *vectors, own.column);
+        for (int k = 0; k < kLogits; ++k) {
+          const int h = k / 2 % 2, i = i0 + own.row + 8 * h;
+          if (i >= n || column_of(k) >= m) continue;
+          out.mutable_at(i, column_of(k)) = std::ldexp(double{w[k]}, -weights.term[h].exponent);
+          largest_scaled = std::max(largest_scaled, std::fabs(double{w[k]}));
+        }
+      }
+    }
+  return {out, largest_scaled};
 }
 
 // ---- the ring, played by threads
@@ -313,6 +372,22 @@ PYBIND11_MODULE(hopper_headers, m) {
   m.def("choose_splits", choose_splits);
   m.def("merge", merge);
   m.def("fits_without_shift", fits_without_shift);
+  m.def("fits_factored", fits_factored);
+  m.def("exponent_to_largest", exponent_to_largest);
+  m.def("power_of_two", power_of_two);
+  m.def("play_weights", [](py::array_t<float, py::array::c_style> s, int64_t num_images, int64_t positive_offset, Ids row_ids,
+                           Ids col_ids, float beta, float scale, std::vector<float> row_lse, std::vector<float> row_grad,
+                           std::vector<float> col_lse, std::vector<float> col_grad, bool factored, bool narrow) {
+    const DevicePairs pairs = make_rules(s.shape(0), num_images, positive_offset, row_ids, col_ids);
+    const auto play = [&](auto weights) { return weights(s, pairs, beta, scale, row_lse, row_grad, col_lse, col_grad); };
+    if (col_grad.empty())
+      return narrow ? play(play_weights<32, Terms::kRows, false>) : play(play_weights<64, Terms::kRows, false>);
+    if (row_grad.empty())
+      return narrow ? play(play_weights<32, Terms::kColumns, false>) : play(play_weights<64, Terms::kColumns, false>);
+    if (factored)
+      return narrow ? play(play_weights<32, Terms::kBoth, true>) : play(play_weights<64, Terms::kBoth, true>);
+    return narrow ? play(play_weights<32, Terms::kBoth, false>) : play(play_weights<64, Terms::kBoth, false>);
+  });
   m.def("play_blocks", [](py::array_t<float, py::array::c_style> u, py::array_t<float, py::array::c_style> v,
                           int64_t num_images, int64_t positive_offset, Ids row_ids, Ids col_ids, float factor,
                           bool online, int splits) {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -268,6 +269,71 @@ def test_blocks_add_up_to_the_definition(
     np.testing.assert_array_equal(got[:, 1], kept.sum(1))
     # a few ulps of the largest logit and of the result
     np.testing.assert_allclose(got[:, 0], exact, rtol=0, atol=4 * np.finfo(np.float32).eps * (scale + 10))
+
+
+# ---- weights
+
+
+def test_powers_of_two_bring_a_bound_to_2_to_the_14(hopper: ModuleType) -> None:
+    for x in [1.0, 1.0000001, 1.9999999, 2.0, 3e-20, 7e20, 2.0**-80, *np.random.default_rng(0).exponential(1, 100)]:
+        x = float(np.float32(x))
+        exponent = hopper.exponent_to_largest(x)
+        assert 2.0**13 < x * 2.0**exponent <= 2.0**14 and hopper.power_of_two(exponent) == 2.0**exponent
+    assert hopper.exponent_to_largest(0.0) == 100 and hopper.exponent_to_largest(math.inf) == -100
+    assert hopper.exponent_to_largest(math.nan) == -100
+
+
+def test_one_exponential_serves_both_terms_up_to_a_reach_of_2_to_the_64(hopper: ModuleType) -> None:
+    assert hopper.fits_factored(True, 64.0) and not hopper.fits_factored(True, 64.01)
+    assert not hopper.fits_factored(False, 1.0) and not hopper.fits_factored(True, math.nan)
+
+
+WEIGHTS = [("both", True, False), ("both", True, True), ("both", False, True), ("rows", False, False), ("columns", False, True)]
+
+
+@lru_cache
+def kept_pairs(n: int, m: int, images: int, offset: int, has_ids: bool, unfilled: int):
+    """(ids, kept in both directions)"""
+    rng = np.random.default_rng(n)
+    ids = np.where(rng.random(n) < 0.2, unfilled, rng.integers(0, 9, n)) if has_ids else None
+    return ids, PairProblem(n, m, images, offset, row_ids=ids, col_ids=ids).expected(unfilled)
+
+
+@pytest.mark.parametrize("terms, factored, narrow", WEIGHTS)
+@pytest.mark.parametrize(
+    "n, m, images, offset, has_ids, size, reason",
+    [(*p[:5], 1.0, p[-1]) for p in PROBLEMS] + [(*PROBLEMS[-1][:5], x, f"2^{math.log2(x):.0f}") for x in (2.0**-70, 2.0**70)],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_weights_are_the_definition(
+    hopper: ModuleType, n, m, images, offset, has_ids, size: float, reason, terms: str, factored, narrow
+) -> None:
+    """Of every pair, in both directions, whatever the size of the coefficients; scaled they fit fp16."""
+    rng = np.random.default_rng(n)
+    u, v = rng.standard_normal((n, 8)), rng.standard_normal((m, 8))
+    v = u if n == m else v
+    u, v = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (u, v))
+    cosines = (u @ v.T).astype(np.float32)
+    ids, keep = kept_pairs(n, m, images, offset, has_ids, hopper.UNFILLED)
+    beta, scale = 0.5, 60.0
+    logits = beta * scale * cosines.astype(float)
+    expected, magnitude, sides = np.zeros((n, m)), np.zeros((n, m)), []
+    for axis, kept, wanted in ((1, keep[0], terms != "columns"), (0, keep[1], terms != "rows")):
+        with np.errstate(divide="ignore"):
+            lse = np.log((np.exp(logits) * kept).sum(axis)).astype(np.float32)
+        grad = (size * rng.standard_normal(len(lse))).astype(np.float32)
+        sides += [lse.tolist(), grad.tolist()] if wanted else [[], []]
+        if wanted:
+            x = logits - np.where(np.isneginf(lse), np.inf, lse.astype(float)).reshape((-1, 1) if axis else (1, -1))
+            term = beta * np.where(kept, grad.astype(float).reshape((-1, 1) if axis else (1, -1)) * np.exp(x), 0)
+            expected, magnitude = expected + term, magnitude + np.abs(term)
+    got, largest = hopper.play_weights(cosines, images, offset, ids, ids, beta, scale, *sides, factored, narrow)
+    # an exponent and lse of up to 2 beta scale log2(e) in all are rounded to float32, which is the relative error
+    allowed = 8 * np.finfo(np.float32).eps * beta * scale * magnitude
+    worst = np.unravel_index(np.argmax(np.abs(got - expected) - allowed), got.shape)
+    assert (np.abs(got - expected) <= allowed).all(), (worst, got[worst], expected[worst], allowed[worst])
+    assert (got[~(keep[0] | keep[1])] == 0).all()
+    assert largest <= 2.0**14 * 1.001
 
 
 # ---- the ring

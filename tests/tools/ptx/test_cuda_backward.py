@@ -1,0 +1,34 @@
+"""The CUDA backward on the machine; `make ptx ARGS=--all` runs every sweep under every schedule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ptx import checks
+from ptx.schedules import schedules
+
+pytestmark = pytest.mark.skipif(checks.why_not("backward") is not None, reason=checks.why_not("backward") or "")
+SWEEPS = checks.backwards()
+
+
+@pytest.mark.parametrize("turn, name", list(enumerate(SWEEPS)), ids=list(SWEEPS))
+def test_gradients_are_right(turn, name):
+    """In every bit where rows are whole, otherwise within the error of rounded weights; the three schedules in turn."""
+    checks.check_backward(SWEEPS[name], schedules(1)[turn % 3])
+
+
+def test_a_second_run_has_the_same_bits():
+    sweep = SWEEPS["random, two sets, both as anchors"]
+    (first, _), (second, _) = (sweep.sweep(schedule) for schedule in schedules(9)[::9])
+    assert first.tobytes() == second.tobytes()
+
+
+def test_a_bad_coefficient_reaches_its_row_and_the_rows_it_weighs():
+    """NaN of one anchor: its own gradient, and that of every row that is a negative of it."""
+    sweep = SWEEPS["random, two views"]
+    grad = sweep.row_grad.copy()
+    grad[3] = np.nan
+    got, _ = sweep._replace(row_grad=grad, col_grad=grad).sweep(schedules(0)[0])
+    assert np.isnan(got[3]).all()
+    positive = 3 + sweep.call.num_images
+    assert np.isfinite(got[positive]).all() and np.isnan(np.delete(got, positive, 0)).all()
