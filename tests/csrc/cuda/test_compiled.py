@@ -18,7 +18,7 @@ def test_kernels_use_wgmma_and_tma_and_spill_nothing():
     kernels, faults = cuda_gate.examine(NVCC, CUOBJDUMP)
     assert faults == []
     swept = {k.name for k in kernels if k.has_tiles}
-    assert swept == {f"{name} {operand}" for name in cuda_gate.LIMITS for operand in ("fp16", "bf16")}
+    assert swept == {f"{name} {operand}" for name in cuda_gate.LOOPS for operand in ("fp16", "bf16")}
 
 
 @needs_nvcc
@@ -32,14 +32,15 @@ def test_the_ladder_for_the_first_run_on_hardware_compiles(tmp_path):
     [
         ({"stack": 8}, "8 bytes of stack"),
         ({"spills": 4}, "4 of spills"),
-        ({"registers": 176}, "176 registers > 168"),
-        ({"counts": {"HGMMA": 0, "UTMALDG": 4, "STL": 0, "LDL": 0}}, "0 HGMMA"),
-        ({"loops": [290, 531]}, "531] instructions"),
-        ({"loops": [290]}, "loops of [290]"),
+        ({"registers": 241}, "241 registers > 240"),
+        ({"producer": 25}, "25 > 24 of a producer"),
+        ({"counts": {"HGMMA": 0, "UTMALDG": 4, "UBLKCP": 1, "STL": 0, "LDL": 0}}, "0 HGMMA, meant are 48"),
+        ({"loops": [600, 431]}, "431] instructions"),
+        ({"loops": [600]}, "loops of [600]"),
     ],
 )
 def test_gate_sees_what_must_not_pass(flaw, says):
-    counts = {"HGMMA": 16, "UTMALDG": 4, "STL": 0, "LDL": 0}
-    good = cuda_gate.Kernel("row_stats_forward 128 fp16", 168, 0, 0, counts, [289, 530])
+    counts = {"HGMMA": 48, "UTMALDG": 4, "UBLKCP": 1, "STL": 0, "LDL": 0}
+    good = cuda_gate.Kernel("row_stats_backward 128 both fp16", 240, 0, 0, counts, [645, 430], 24)
     assert good.faults() == []
     assert any(says in fault for fault in good._replace(**flaw).faults())
