@@ -43,9 +43,9 @@ LOOPS = {
     "row_stats_backward 128 rows": (365,),
     "row_stats_backward 128 columns": (385,),
     "row_stats_backward 128 both": (645, 430),
-    "row_stats_backward 256 rows": (265,),
+    "row_stats_backward 256 rows": (270,),
     "row_stats_backward 256 columns": (285,),
-    "row_stats_backward 256 both": (410, 310),
+    "row_stats_backward 256 both": (415, 310),
 }
 
 

@@ -1,8 +1,10 @@
 // The loop of every sweep over rows that stay in shared memory.
 //
 // One warp has TMA fill a ring of column tiles; warps 0-3 and 4-7 are two consumer warpgroups with 64 rows each, which
-// take turns (ping-pong): while one has its tile multiplied, the other makes exponentials of its logits. What a thread
-// does with its logits of a tile is a functor:
+// take turns (ping-pong): while one has its tile multiplied, the other makes exponentials of its logits. A turn is given
+// on when its last products begin: products of both that wait in the tensor cores at once would be over at once, and
+// the exponentials of both would come after them (docs/measurements.md). What a thread does with its logits of a tile
+// is a functor:
 //
 //   functor(s, tile, vectors)   s are the thread's logits of column tile `tile`, before the scale (see Fragment);
 //                               `vectors` [kVectors][kColumns] in shared memory came with the tile
@@ -66,6 +68,7 @@ __device__ __forceinline__ void consume(Shared<Shape>& shared, const PlainGrid& 
   const auto release = [&](int stage) {
     if (threadIdx.x % 32 == 0) arrive(shared.empty[stage]);
   };
+  constexpr int kSteps = Shape::kFeatures / kStep, kLastSteps = 128 / Shape::kColumns;  // 64 cycles of products
   float s[Shape::kLogits];
   RingPosition<Shape::kStages> at;
   int behind = 0;  // the stage that was multiplied by weights last
@@ -76,8 +79,12 @@ __device__ __forceinline__ void consume(Shared<Shape>& shared, const PlainGrid& 
   wait_for_turn(consumer);
   while (true) {
     begin_products();
-    multiply_features<kOperand, Shape::kFeatures, kRows>(s, u, k_major(tiles) + stage_offset(at.stage));
+    const uint32_t v = k_major(tiles) + stage_offset(at.stage);
+    multiply_features<kOperand, kRows, 0, kSteps - kLastSteps>(s, u, v);
     end_products();
+    multiply_features<kOperand, kRows, kSteps - kLastSteps, kSteps>(s, u, v);
+    end_products();
+    wait_for_earlier_products();
     if (gives_turn(consumer, tile + 1 == work.columns.end)) give_turn(1 - consumer);
     if constexpr (Functor::kMultiplies) {
       wait_for_products(s, functor.o, functor.w);

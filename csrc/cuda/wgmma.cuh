@@ -89,15 +89,19 @@ __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.syn
 
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Issues s = u v^T: `u` is k_major rows in a tile of kRowsOfU, `v` a whole tile, k_major.
-template <Operand kOperand, int kFeatures, int kRowsOfU, int kLogits>
+// Issues steps [kBegin, kEnd) of 16 features of s = u v^T: `u` is k_major rows in a tile of kRowsOfU, `v` a whole tile,
+// k_major.
+template <Operand kOperand, int kRowsOfU, int kBegin, int kEnd, int kLogits>
 __device__ __forceinline__ void multiply_features(float (&s)[kLogits], uint32_t u, uint32_t v) {
-  constexpr int kColumns = 2 * kLogits;
-  first_scores<kOperand>(s, matrix_descriptor(u), matrix_descriptor(v));
 #pragma unroll
-  for (int step = 1; step < kFeatures / kStep; ++step)
-    more_scores<kOperand>(s, matrix_descriptor(u + descriptor_offset(step_offset(kRowsOfU, step))),
-                          matrix_descriptor(v + descriptor_offset(step_offset(kColumns, step))));
+  for (int step = kBegin; step < kEnd; ++step) {
+    const uint64_t a = matrix_descriptor(u + descriptor_offset(step_offset(kRowsOfU, step)));
+    const uint64_t b = matrix_descriptor(v + descriptor_offset(step_offset(/*rows=*/2 * kLogits, step)));
+    if (step == 0)
+      first_scores<kOperand>(s, a, b);
+    else
+      more_scores<kOperand>(s, a, b);
+  }
 }
 
 // Issues o += w v: `w` as pack leaves it, `v` a whole tile, mn_major.
@@ -138,6 +142,11 @@ template <int kCount>
 __device__ __forceinline__ void touch(uint32_t (&x)[kCount]) {
 #pragma unroll
   for (int k = 0; k < kCount; ++k) asm volatile("" : "+r"(x[k])::"memory");
+}
+
+// Until all groups of products but the last one are over.
+__device__ __forceinline__ void wait_for_earlier_products() {
+  asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 }
 
 // Until all products are over; takes the registers of all of them, also the weights they read.

@@ -62,7 +62,10 @@ class Backward(NamedTuple):
         def place(array, name):
             return 0 if array is None else memory.place(array, name)
 
-        at = [place(x, f"row {k}") for k, x in enumerate(rows)], [place(x, f"column {k}") for k, x in enumerate(columns)]
+        at = (
+            [place(x, f"row {k}") for k, x in enumerate(rows)],
+            [place(x, f"column {k}") for k, x in enumerate(columns)],
+        )
         workspace = memory.place(np.full(begin + partials, nan), "workspace")
         gradient = memory.place(np.full((n, features), nan), "gradient")
         scale = memory.place(np.array(call.scale, np.float32), "scale") if call.scale_on_device else 0

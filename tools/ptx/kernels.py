@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import struct
 import subprocess
@@ -26,16 +28,24 @@ PARTS = 3  # of a partial result: shift, sum, count
 
 @lru_cache
 def ptx_of(name: str) -> str:
-    """csrc/cuda/<name>.cu for sm_90a; source lines are kept."""
+    """csrc/cuda/<name>.cu for sm_90a with its source lines; kept in build/ptx for the next process."""
     nvcc = cuda_gate.find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc was not found (CUDA_HOME, PATH).")
-    flags = ["-std=c++17", "-O3", "-lineinfo", "-ptx", "-gencode=arch=compute_90a,code=compute_90a"]
-    source = cuda_gate.FOLDER / f"{name}.cu"
-    done = subprocess.run([nvcc, *flags, str(source), "-o", "-"], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return done.stdout
+    sources = sorted(p for p in cuda_gate.FOLDER.parent.rglob("*") if p.suffix in (".h", ".cuh", ".cu"))
+    state = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + nvcc.encode()).hexdigest()[:16]
+    kept = cuda_gate.ROOT / "build" / "ptx" / f"{name}-{state}.ptx"
+    if not kept.is_file():
+        flags = ["-std=c++17", "-O3", "-lineinfo", "-ptx", "-gencode=arch=compute_90a,code=compute_90a"]
+        source = cuda_gate.FOLDER / f"{name}.cu"
+        done = subprocess.run([nvcc, *flags, str(source), "-o", "-"], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        made = kept.with_suffix(f".{os.getpid()}")
+        made.write_text(done.stdout)
+        made.replace(kept)  # several processes may have compiled it
+    return kept.read_text()
 
 
 def forward_ptx() -> str:

@@ -122,8 +122,8 @@ __global__ void one_tile(const __grid_constant__ CUtensorMap a_map, const __grid
   for (int k = threadIdx.x; k < 2 * kTileBytes; k += blockDim.x) bytes[k] = a[k];
   float s[kLogits];
   begin_products();
-  multiply_features<operand<T>, kFeatures, kRows>(s, k_major(shared_address(a) + first * 128),
-                                                  k_major(shared_address(b)));
+  multiply_features<operand<T>, kRows, 0, kFeatures / kStep>(s, k_major(shared_address(a) + first * 128),
+                                                             k_major(shared_address(b)));
   end_products();
   wait_for_products(s);
   const Fragment own(threadIdx.x);

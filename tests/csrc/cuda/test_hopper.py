@@ -288,7 +288,13 @@ def test_one_exponential_serves_both_terms_up_to_a_reach_of_2_to_the_64(hopper: 
     assert not hopper.fits_factored(False, 1.0) and not hopper.fits_factored(True, math.nan)
 
 
-WEIGHTS = [("both", True, False), ("both", True, True), ("both", False, True), ("rows", False, False), ("columns", False, True)]
+WEIGHTS = [
+    ("both", True, False),
+    ("both", True, True),
+    ("both", False, True),
+    ("rows", False, False),
+    ("columns", False, True),
+]
 
 
 @lru_cache
@@ -302,7 +308,8 @@ def kept_pairs(n: int, m: int, images: int, offset: int, has_ids: bool, unfilled
 @pytest.mark.parametrize("terms, factored, narrow", WEIGHTS)
 @pytest.mark.parametrize(
     "n, m, images, offset, has_ids, size, reason",
-    [(*p[:5], 1.0, p[-1]) for p in PROBLEMS] + [(*PROBLEMS[-1][:5], x, f"2^{math.log2(x):.0f}") for x in (2.0**-70, 2.0**70)],
+    [(*p[:5], 1.0, p[-1]) for p in PROBLEMS]
+    + [(*PROBLEMS[-1][:5], x, f"2^{math.log2(x):.0f}") for x in (2.0**-70, 2.0**70)],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_weights_are_the_definition(
