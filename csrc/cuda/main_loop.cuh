@@ -1,10 +1,10 @@
 // The loop of every sweep over rows that stay in shared memory.
 //
 // One warp has TMA fill a ring of column tiles; warps 0-3 and 4-7 are two consumer warpgroups with 64 rows each, which
-// take turns (ping-pong): while one has its tile multiplied, the other makes exponentials of its logits. A turn is given
-// on when its last products begin: products of both that wait in the tensor cores at once would be over at once, and
-// the exponentials of both would come after them (docs/measurements.md). What a thread does with its logits of a tile
-// is a functor:
+// take turns (ping-pong): while one has its tile multiplied, the other makes exponentials of its logits. A turn is
+// given on when its last products begin: products of both that wait in the tensor cores at once would be over at once,
+// and the exponentials of both would come after them (docs/measurements.md). What a thread does with its logits of a
+// tile is a functor:
 //
 //   functor(s, tile, vectors)   s are the thread's logits of column tile `tile`, before the scale (see Fragment);
 //                               `vectors` [kVectors][kColumns] in shared memory came with the tile

@@ -1,7 +1,7 @@
-// The operators of the Hopper kernels: checks, allocation; their schemas are in csrc/operators.cpp. Compiled by nvcc, so
-// they exist exactly where the kernels do. The stream comes as a number from Python: the stable ABI has no call for it
-// before torch 2.13, and the one of libtorch_cuda is out of sight for a library that must also load beside a CPU build
-// of torch.
+// The operators of the Hopper kernels: checks, allocation; their schemas are in csrc/operators.cpp. Compiled by nvcc,
+// so they exist exactly where the kernels do. The stream comes as a number from Python: the stable ABI has no call for
+// it before torch 2.13, and the one of libtorch_cuda is out of sight for a library that must also load beside a CPU
+// build of torch.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -73,7 +73,8 @@ struct Call {
     STD_TORCH_CHECK(v || !col_ids, "one set takes row_ids only; they serve both sides.");
     STD_TORCH_CHECK(scale || scale_value > 0.0, "scale must be positive; got ", scale_value, ".");
     STD_TORCH_CHECK(exponent > 0.0, "the exponent must be positive; got ", exponent, ".");
-    STD_TORCH_CHECK(n() <= kMostRows && m() <= kMostRows, "at most 2^30 rows and columns; got ", n(), " and ", m(), ".");
+    STD_TORCH_CHECK(n() <= kMostRows && m() <= kMostRows, "at most 2^30 rows and columns; got ", n(), " and ", m(),
+                    ".");
     STD_TORCH_CHECK(num_images >= 0 && positive_offset >= 0 && (num_images == 0 || positive_offset + n() <= m()),
                     "num_images and positive_offset must not be negative, positive_offset + N at most M.");
   }

@@ -3,8 +3,8 @@
 // are added in their order.
 //
 // At 128 features a turn is 1024 cycles of tensor cores for two products and 512 of exponentials under the other
-// warpgroup's products. The sums take 64 registers a thread, logits 64, weights 32, more than the 168 of a thread if all
-// had the same: the producer's warpgroup gives up what it does not need.
+// warpgroup's products. The sums take 64 registers a thread, logits 64, weights 32, more than the 168 of a thread if
+// all had the same: the producer's warpgroup gives up what it does not need.
 #include "row_stats_backward.h"
 
 #include "launch.cuh"
@@ -19,8 +19,10 @@ constexpr int kThreads = (kConsumers + 1) * kConsumerThreads;
 // 128 (24 + 2 * 240) = 64,512 of 65,536 registers, as many as 384 threads of 168 begin with
 [[maybe_unused]] constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-constexpr CE_HOST_DEVICE int columns_of_tile(int features) { return features > 128 ? 64 : 128; }  // 128 sums and 64 logits would spill
-constexpr int kVectors = 2;                                                        // coefficient and lse of a column
+constexpr CE_HOST_DEVICE int columns_of_tile(int features) {
+  return features > 128 ? 64 : 128;
+}                            // 128 sums and 64 logits would spill
+constexpr int kVectors = 2;  // coefficient and lse of a column
 
 // The workspace: largest |a| and |c|, terms of the columns, partial sums [splits, n, features].
 constexpr int kHead = 4;
@@ -52,7 +54,8 @@ struct MakeWeights {
   float o[Shape::kFeatures / 2] = {};
   uint32_t w[Shape::kLogits / 2];
 
-  __device__ __forceinline__ void operator()(float (&s)[Shape::kLogits], int tile, const float (*vectors)[Shape::kColumns]) {
+  __device__ __forceinline__ void operator()(float (&s)[Shape::kLogits], int tile,
+                                             const float (*vectors)[Shape::kColumns]) {
     if (masked.meets(arguments.pairs, tile))
       rows.weigh_masked(s, factor, *vectors, column, int64_t{tile} * Shape::kColumns, arguments.pairs, arguments.m);
     else
@@ -76,11 +79,14 @@ __device__ __forceinline__ void sum_weighted(Shared<Shape>& shared, const Backwa
     return RowTerm(lse, a, arguments.beta, largest, bound, kFactored);
   };
   MakeWeights<kOperand, Shape, kTerms, kFactored> functor{
-      arguments, own.column, factor,
+      arguments,
+      own.column,
+      factor,
       MaskedTiles(arguments.pairs, i0, min(i0 + kConsumerRows, n), m, Shape::kColumns, work.columns.begin),
       {{rows[0], rows[1]}, {term(rows[0]), term(rows[1])}}};
   consume<kOperand>(shared, work, consumer, functor);
-  float* partial = gridDim.y == 1 ? arguments.gradient : arguments.workspace + partials_begin(arguments.m, Shape::kFeatures);
+  float* partial =
+      gridDim.y == 1 ? arguments.gradient : arguments.workspace + partials_begin(arguments.m, Shape::kFeatures);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = i0 + own.row + 8 * h;
@@ -167,8 +173,8 @@ struct Launch {
   static const char* sweep(const void* u, const void* v, const BackwardArguments& arguments, int splits,
                            cudaStream_t stream) {
     return launch_sweep<BackwardShape<kFeatures, kTerms>, kOperand>(
-        row_stats_backward_kernel<kOperand, kFeatures, kTerms>, kThreads, u, arguments.n, v, arguments.m, splits, stream,
-        arguments);
+        row_stats_backward_kernel<kOperand, kFeatures, kTerms>, kThreads, u, arguments.n, v, arguments.m, splits,
+        stream, arguments);
   }
   static const char* run(const void* u, const void* v, const BackwardArguments& arguments, int splits,
                          cudaStream_t stream) {

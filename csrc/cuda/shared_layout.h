@@ -28,8 +28,8 @@
 namespace contrastive_ext {
 namespace hopper {
 
-constexpr int kBoxFeatures = 64;   // of 2 bytes: the 128 bytes of the swizzle
-constexpr int kAtomBytes = 1024;   // 8 rows of a box
+constexpr int kBoxFeatures = 64;  // of 2 bytes: the 128 bytes of the swizzle
+constexpr int kAtomBytes = 1024;  // 8 rows of a box
 constexpr int kStep = 16;         // features or rows that one WGMMA sums over
 
 // Byte offset of feature `feature` of row `row` in a tile of `rows` rows.

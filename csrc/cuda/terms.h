@@ -1,5 +1,5 @@
-// What the backward has to know of an anchor: its lse and the coefficient a = dL/d lse, brought to a form of which every
-// pair takes one number or two. Plain arithmetic, for kernels and for a host that plays them (tests/csrc/cuda).
+// What the backward has to know of an anchor: its lse and the coefficient a = dL/d lse, brought to a form of which
+// every pair takes one number or two. Plain arithmetic, for kernels and for a host that plays them (tests/csrc/cuda).
 //
 //   w_ij = beta (a_i exp(beta s_ij - lse_i)       where column j is a negative of row i
 //              + c_j exp(beta s_ij - lse'_j))     where row i is a negative of column j

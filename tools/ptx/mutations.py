@@ -210,7 +210,10 @@ MUTATIONS = [
     Mutation("forward", "turns are given twice", replaced(r"bar\.arrive[^;]*;", r"\g<0>\n\g<0>"), "deadlock"),
     Mutation("forward", "products are not waited for", dropped(LAST_WAIT), "in flight"),
     Mutation(
-        "forward", "the last products are not waited for", replaced(LAST_WAIT, "wgmma.wait_group.sync.aligned 1;"), "in flight"
+        "forward",
+        "the last products are not waited for",
+        replaced(LAST_WAIT, "wgmma.wait_group.sync.aligned 1;"),
+        "in flight",
     ),
     Mutation("forward", "half the bytes of a tile are expected", replaced(EXPECT, r"\1, 16384;", -1), "barrier|race"),
     Mutation("forward", "a box is never asked for", dropped(r"cp\.async\.bulk\.tensor[^;]*;", -1), "deadlock"),
@@ -222,7 +225,8 @@ MUTATIONS = [
     Mutation("backward", "the consumers do not arrive", dropped(ARRIVE), "deadlock"),
     Mutation("backward", "they arrive twice", replaced(ARRIVE, r"\g<0>\n\g<0>"), "race|barrier|deadlock"),
     Mutation(
-        "backward", "they arrive for the first tile before its weights are multiplied",
+        "backward",
+        "they arrive for the first tile before its weights are multiplied",
         replaced(r"or\.pred\s+(%p\d+), (%p\d+), %p\d+;(?=\s*@\1 bra[^;]*;[^@]*?mbarrier\.arrive)", r"mov.pred \1, \2;"),
         "race|deadlock",
     ),
@@ -231,7 +235,9 @@ MUTATIONS = [
     Mutation("backward", "the last product is not waited for", dropped(LAST_WAIT, 1), "in flight"),
     Mutation("backward", "no wgmma.fence behind the weights", dropped(r"wgmma\.fence[^;]*;"), "in flight"),
     Mutation(
-        "backward", "the bytes of the columns' terms are not expected", replaced(EXPECT, r"\1, 32768;", -1),
+        "backward",
+        "the bytes of the columns' terms are not expected",
+        replaced(EXPECT, r"\1, 32768;", -1),
         "barrier|race|deadlock",
     ),
     Mutation("backward", "the columns' terms are never asked for", dropped(LINE), "deadlock"),
@@ -239,8 +245,10 @@ MUTATIONS = [
     Mutation("backward", "the leading offset of the tile by rows", descriptor(PRODUCT_BY_ROWS, 0x0600 << 16), "result"),
     Mutation("backward", "the tile by rows begins 16 rows further", descriptor(PRODUCT_BY_ROWS, 128, 0), "result"),
     Mutation(
-        "backward", "the tile by rows is read by features", replaced(r"(wgmma\.mma_async[^;]*), 1, 1, 1;", r"\1, 1, 1, 0;"),
+        "backward",
+        "the tile by rows is read by features",
+        replaced(r"(wgmma\.mma_async[^;]*), 1, 1, 1;", r"\1, 1, 1, 0;"),
         "result|race|bounds|uninitialised",
     ),
     Mutation("backward", "weights of two columns are exchanged", replaced(PACK, r"\1\3, \2;"), "result"),
-]  # fmt: skip
+]

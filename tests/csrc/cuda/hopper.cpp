@@ -151,7 +151,8 @@ std::vector<std::pair<float, float>> play_blocks(const py::array_t<float, py::ar
 template <int kLogits, Terms kTerms, bool kFactored>
 std::pair<py::array_t<double>, double> play_weights(const py::array_t<float, py::array::c_style>& s,
                                                     const DevicePairs& pairs, float beta, float scale,
-                                                    const std::vector<float>& row_lse, const std::vector<float>& row_grad,
+                                                    const std::vector<float>& row_lse,
+                                                    const std::vector<float>& row_grad,
                                                     const std::vector<float>& col_lse,
                                                     const std::vector<float>& col_grad) {
   constexpr int kColumns = 2 * kLogits;
@@ -375,11 +376,14 @@ PYBIND11_MODULE(hopper_headers, m) {
   m.def("fits_factored", fits_factored);
   m.def("exponent_to_largest", exponent_to_largest);
   m.def("power_of_two", power_of_two);
-  m.def("play_weights", [](py::array_t<float, py::array::c_style> s, int64_t num_images, int64_t positive_offset, Ids row_ids,
-                           Ids col_ids, float beta, float scale, std::vector<float> row_lse, std::vector<float> row_grad,
-                           std::vector<float> col_lse, std::vector<float> col_grad, bool factored, bool narrow) {
+  m.def("play_weights", [](py::array_t<float, py::array::c_style> s, int64_t num_images, int64_t positive_offset,
+                           Ids row_ids, Ids col_ids, float beta, float scale, std::vector<float> row_lse,
+                           std::vector<float> row_grad, std::vector<float> col_lse, std::vector<float> col_grad,
+                           bool factored, bool narrow) {
     const DevicePairs pairs = make_rules(s.shape(0), num_images, positive_offset, row_ids, col_ids);
-    const auto play = [&](auto weights) { return weights(s, pairs, beta, scale, row_lse, row_grad, col_lse, col_grad); };
+    const auto play = [&](auto weights) {
+      return weights(s, pairs, beta, scale, row_lse, row_grad, col_lse, col_grad);
+    };
     if (col_grad.empty())
       return narrow ? play(play_weights<32, Terms::kRows, false>) : play(play_weights<64, Terms::kRows, false>);
     if (row_grad.empty())

@@ -333,7 +333,8 @@ void climb_backward(const char* rung, int features, int64_t n, int64_t m, int sp
         if (!(here <= worst)) worst = here;
       }
     }
-    std::printf("%s: %ld x %ld, D = %d, %d splits\n", rung, static_cast<long>(n), static_cast<long>(m), features, splits);
+    std::printf("%s: %ld x %ld, D = %d, %d splits\n", rung, static_cast<long>(n), static_cast<long>(m), features,
+                splits);
     verdict("  gradient, of what rounded weights allow", worst, 1);
   }
 }

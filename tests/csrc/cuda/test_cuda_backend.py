@@ -96,12 +96,12 @@ def test_statistics_and_gradients_are_those_of_the_torch_backend(on_the_machine,
     exact, expected = results("torch", torch.float64)
     torch.testing.assert_close(ours.aux.double(), exact.aux, rtol=0, atol=0)
     torch.testing.assert_close(ours.lse.double(), exact.lse, rtol=0, atol=4 * 2**-23 * (scale.item() + 10))
-    # weights are rounded to 16 bits; largest sums of their magnitudes are a few times the largest gradient
+    # weights are rounded to 16 bits; of rows at random a sum and its error grow with the square root of their number
     rounding = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
     for got, truth in zip(gradients, expected, strict=True):
         assert (got.double() - truth).abs().max() <= 4 * rounding * truth.abs().max()
 
 
 def test_what_is_not_made_names_who_takes_over(on_the_machine):
-    with pytest.raises(RuntimeError, match="no second exponent yet. Use backend='triton' or 'auto'"):
+    with pytest.raises(RuntimeError, match=r"no second exponent yet\. Use backend='triton' or 'auto'"):
         row_stats(torch.eye(8, 64), scale=2.0, exponents=(1.0, 2.0), operand_dtype=torch.float16, backend="cuda")
