@@ -4,9 +4,9 @@
     python tools/cuda_gate.py ladder   build build/ladder and run it: needs a Hopper GPU
     python tools/cuda_gate.py build-ladder PROGRAM
 
-Fails unless every kernel spills nothing and uses no stack, every sweep has the products (WGMMA) and loads (TMA) that are
-meant, fits the registers that its warps may have and keeps to LOOPS, and the compiler has not serialised asynchronous
-products. Prints the table of docs/measurements.md.
+Fails unless every kernel spills nothing and uses no stack, every sweep has the products (WGMMA) and loads (TMA) that
+are meant, fits the registers that its warps may have and keeps to LOOPS, and the compiler has not serialised
+asynchronous products. Prints the table of docs/measurements.md.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ constexpr int kThreads = (kConsumers + 1) * kConsumerThreads;
 // 128 (24 + 2 * 240) = 64,512 of 65,536 registers, as many as 384 threads of 168 begin with
 [[maybe_unused]] constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
-constexpr CE_HOST_DEVICE int columns_of_tile(int features) {
-  return features > 128 ? 64 : 128;
-}                            // 128 sums and 64 logits would spill
+// At 256 features 128 sums leave no room for 64 logits.
+constexpr CE_HOST_DEVICE int columns_of_tile(int features) { return features > 128 ? 64 : 128; }
 constexpr int kVectors = 2;  // coefficient and lse of a column
 
 // The workspace: largest |a| and |c|, terms of the columns, partial sums [splits, n, features].
