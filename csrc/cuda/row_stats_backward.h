@@ -23,7 +23,8 @@ struct BackwardArguments {
   float* gradient;   // [n, features]
 };
 
-// Number of partial sums of a gradient, and the floats they and the columns' terms need.
+// Number of partial sums of a gradient, at most that of the column tiles, and the floats they and the columns' terms
+// need.
 int backward_splits(int64_t n, int64_t m, int features, int processors);
 int64_t backward_workspace(int64_t n, int64_t m, int features, int splits);
 

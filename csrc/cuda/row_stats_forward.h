@@ -21,7 +21,7 @@ struct ForwardArguments {
   float* partials;            // [splits, 3, n]
 };
 
-// Number of partial results per row, hence the size of `partials`.
+// Number of partial results per row, hence the size of `partials`: at most that of the column tiles.
 int forward_splits(int64_t n, int64_t m, int processors);
 
 // u [n, features], v [m, features] contiguous fp16 or bf16, 16-byte aligned (v == u: one set); lse and count [n] float.
