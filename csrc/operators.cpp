@@ -39,6 +39,10 @@ const std::string kProblem =
     "Tensor u, Tensor? v, float scale, float[] exponents, int num_images, int positive_offset, bool only_equal_ids, "
     "Tensor? row_ids, Tensor? col_ids, Tensor? ignored, Tensor? gate_scorers, Tensor? gate_features, "
     "Tensor? gate_row_limit, Tensor? gate_col_limit, bool unit";
+// The problem of the Hopper kernels; a scale tensor is read on the device.
+[[maybe_unused]] const std::string kCudaProblem =
+    "Tensor u, Tensor? v, Tensor? scale, float scale_value, float exponent, int num_images, int positive_offset, "
+    "Tensor? row_ids, Tensor? col_ids, bool unit";
 // The call of a whole loss.
 const std::string kCall = "Tensor z1, Tensor z2, Tensor? scale, float scale_value, str layout, bool normalize";
 
@@ -73,9 +77,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
          ", float[] exponents, str reduction, Tensor operands, Tensor norm, Tensor lse, Tensor coefficients, "
          "Tensor grad_loss, bool need_scale) -> (Tensor dz1, Tensor dz2, Tensor dscale)");
 #if defined(CONTRASTIVE_EXT_CUDA_ARCHS)
-  define(
-      "row_stats_forward_cuda(Tensor u, Tensor? v, Tensor? scale, float scale_value, float exponent, int num_images, "
-      "int positive_offset, Tensor? row_ids, Tensor? col_ids, bool unit, int stream) -> (Tensor lse, Tensor count)");
+  define("row_stats_forward_cuda(" + kCudaProblem + ", int stream) -> (Tensor lse, Tensor count)");
+  define("row_stats_backward_cuda(" + kCudaProblem +
+         ", Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, bool need_u, bool need_v, int stream)"
+         " -> (Tensor du, Tensor dv)");
 #endif
   define("native_build_info() -> str");
 }

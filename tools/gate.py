@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import sass
 import triton
 from contrastive_ext.triton_kernels import configs
 from gate_cases import ELEMENTWISE, SPLIT, Case, cases, config_of, kernel_of
@@ -44,7 +45,6 @@ MOST_INSTRUCTIONS = {
     ("backward", "plain", "16-bit", 256): 900,
 }
 WGMMA_ROWS = 64  # of the smallest product
-MASKS_FROM = 60  # instructions that a branch must skip to count as the block of masks
 TENSOR_CORES = ("16-bit", "bf16", "tf32", *SPLIT)  # "16-bit" stands for fp16, which scales its weights
 ROOT = Path(__file__).resolve().parents[1]
 COMPILED = ROOT / "docs" / "compiled"  # the table of every Triton it was written for: what an update changes is a diff
@@ -140,23 +140,8 @@ def cuobjdump(option: str, cubin: bytes) -> str:
 
 
 def instructions_of_loop(cubin: bytes) -> int:
-    """Instructions of the first loop with products; what a branch forwards skips, the masks, is left out."""
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", cuobjdump("-sass", cubin))]
-    place = {at: i for i, (at, _) in enumerate(code)}
-    targets = [(i, place.get(int(to, 16), i)) for i, (_, text) in enumerate(code) for to in _branch_target(text)]
-    for end, start in targets:
-        if start < end and any("HGMMA" in text for _, text in code[start:end]):
-            inside = [(i, to) for i, to in targets if start <= i < to <= end and to - i > MASKS_FROM]
-            skipped, last = 0, start
-            for i, to in inside:
-                if i >= last:
-                    skipped, last = skipped + to - i - 1, to
-            return end - start + 1 - skipped
-    return 0
-
-
-def _branch_target(text: str) -> list[str]:
-    return re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+    """Instructions of the first loop with products, masks left out."""
+    return next(iter(sass.loops(cuobjdump("-sass", cubin))), 0)
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:

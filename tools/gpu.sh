@@ -164,7 +164,7 @@ if [[ $DEVICE == cuda ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torc
   exit 1
 fi
 step import 200 bash -c import_library
-step ladder 30 bash -c ladder
+step ladder 60 bash -c ladder
 # what fails the ladder may hang: nothing else may meet it
 without=()
 [[ $(tail -n 1 "$OUT/summary.txt") == "ladder "*FAILED* ]] && without=(--without cuda)

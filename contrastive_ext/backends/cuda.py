@@ -1,12 +1,12 @@
-"""The `cuda` backend: hand-written Hopper kernels (csrc/cuda/), 128 features, 16-bit operands. Taken by name only.
+"""The `cuda` backend: hand-written Hopper kernels (csrc/cuda/), 64, 128 or 256 features, 16-bit operands. By name only.
 
-Correct on an H200 (tests/csrc/cuda, `python -m bench proof`), slower than the Triton triangle, which does half the
-work (docs/measurements.md).
+The log-sum-exps of rows at one exponent and their counts, and the gradient of it. What the forward does not make yet (a
+second exponent, column statistics, the mean of frozen columns, diagnostics, cancelled pairs other than by ids) raises
+with that reason: Triton takes over where `auto` chooses. `auto` must not take this backend before it makes all of it,
+whatever VERIFIED says about a part: a test holds VERIFIED to that.
 
-Forward only: lse at one exponent and the counts of the rows. The gradient is computed by the Triton kernels, from these
-statistics; `explain` and `doctor` say so. What the forward does not make yet (a second exponent, column statistics, the
-mean of frozen columns, diagnostics, cancelled pairs other than by ids) raises with that reason. `auto` must not take
-this backend before it makes all of it, whatever VERIFIED says about a part: a test holds VERIFIED to that.
+The forward at 128 features was correct on an H200, slower than the Triton triangle, which does half the work
+(docs/measurements.md); everything since then is proven by the interpreter of PTX and has yet to run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from ..problem.problem import PairSums, Problem, Statistics, Upstream
 from ..problem.ranking import RankedStatistics, Ranking
 from . import native
 from .backend import Backend
-from .triton import row_stats as triton
 
 NAME = "cuda"
-NOTE = "forward only, gradient by the Triton kernels; by name only"
+NOTE = "log-sum-exps of rows at one exponent and their gradient; by name only"
 IS_COMPLETE = False  # whether it computes every call that why_not lets through
 
-FEATURES = 128
+FEATURES = (64, 128, 256)
 ARCHITECTURE = "9.0a"  # TMA and WGMMA exist on Hopper alone
 
 
@@ -43,10 +42,11 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
         return f"it needs compute capability 9.0 (Hopper); {device} is {torch.cuda.get_device_name(device)}."
     if operand_dtype not in (torch.float16, torch.bfloat16):
         return f"its products take float16 or bfloat16 operands, not {str(operand_dtype).removeprefix('torch.')}."
-    if dim != FEATURES:
-        return f"its kernels are for D = {FEATURES}, not {dim}."
-    reason = triton.why_not(device, dtype, operand_dtype, dim)
-    return None if reason is None else f"the Triton kernels compute its gradient: {reason}"
+    if dtype == torch.float64:
+        return "its statistics are float32 and the inputs float64."
+    if dim not in FEATURES:
+        return f"its kernels are for D = {', '.join(map(str, FEATURES))}, not {dim}."
+    return None
 
 
 def why_not_call(problem: Problem, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> str | None:
@@ -73,28 +73,40 @@ def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, 
     reason = why_not_call(problem, columns, means, diagnostics, maximum)
     if reason is not None:
         raise RuntimeError(f"backend {NAME!r} cannot run this call: {reason}")
+    stream = torch.cuda.current_stream(problem.u.device).cuda_stream
+    lse, count = torch.ops.contrastive_ext.row_stats_forward_cuda(*_arguments(problem), stream)
+    nothing = [problem.u.new_empty(0) for _ in range(3)]  # an operator's results must not share memory
+    return Statistics(lse, count, *nothing)
+
+
+def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
+    """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
+    terms = (upstream.lse, upstream.grad_lse, upstream.col_lse, upstream.grad_col_lse)
+    return torch.ops.contrastive_ext.row_stats_backward_cuda(
+        *_arguments(problem),
+        *(None if x is None else x.contiguous() for x in terms),
+        upstream.need_u,
+        upstream.need_v and not problem.one_set,
+        torch.cuda.current_stream(problem.u.device).cuda_stream,
+    )
+
+
+def _arguments(problem: Problem) -> tuple:
+    """What both operators are told of a problem: u to unit."""
     pairs, scale = problem.pairs, problem.scale
-    scale_tensor = scale if isinstance(scale, Tensor) else None
-    lse, count = torch.ops.contrastive_ext.row_stats_forward_cuda(
-        problem.u.to(problem.operand_dtype),
-        None if problem.v is None else problem.v.to(problem.operand_dtype),
-        scale_tensor,
-        0.0 if scale_tensor is not None else float(scale),
+    is_tensor = isinstance(scale, Tensor)
+    return (
+        problem.u.to(problem.operand_dtype).contiguous(),
+        None if problem.v is None else problem.v.to(problem.operand_dtype).contiguous(),
+        scale if is_tensor else None,
+        0.0 if is_tensor else float(scale),
         problem.exponents[0],
         pairs.num_images,
         pairs.positive_offset,
         pairs.row_ids,
         None if problem.one_set else pairs.col_ids,
         problem.unit,
-        torch.cuda.current_stream(problem.u.device).cuda_stream,
     )
-    nothing = [problem.u.new_empty(0) for _ in range(3)]  # an operator's results must not share memory
-    return Statistics(lse, count, *nothing)
-
-
-def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
-    """The gradient, by the Triton kernels (NOTE says so where users look)."""
-    return triton.backward(problem, upstream)
 
 
 def ranked_forward(problem: Problem, ranking: Ranking, *, diagnostics: bool) -> RankedStatistics:

@@ -46,9 +46,14 @@ OPERATORS = {
     "whole_loss_forward_cpu": FORWARD_SCHEMA,
     "whole_loss_backward_cpu": BACKWARD_SCHEMA,
 }
+_CUDA_PROBLEM = (
+    "Tensor u, Tensor? v, Tensor? scale, float scale_value, float exponent, int num_images, int positive_offset, "
+    "Tensor? row_ids, Tensor? col_ids, bool unit"
+)
 CUDA_OPERATORS = {
-    "row_stats_forward_cuda": "(Tensor u, Tensor? v, Tensor? scale, float scale_value, float exponent, int num_images, "
-    "int positive_offset, Tensor? row_ids, Tensor? col_ids, bool unit, int stream) -> (Tensor lse, Tensor count)"
+    "row_stats_forward_cuda": f"({_CUDA_PROBLEM}, int stream) -> (Tensor lse, Tensor count)",
+    "row_stats_backward_cuda": f"({_CUDA_PROBLEM}, Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, "
+    "bool need_u, bool need_v, int stream) -> (Tensor du, Tensor dv)",
 }
 
 

@@ -48,13 +48,29 @@ __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) {
   } while (!done);
 }
 
+// Barriers by number, a constant: a register would claim all sixteen. Number 0 belongs to __syncthreads.
+template <int kNumber, int kThreads>
+__device__ __forceinline__ void sync_at() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
+}
+template <int kNumber, int kThreads>
+__device__ __forceinline__ void arrive_at() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
+}
+
 // Turns of two warpgroups: one arrives on the other's barrier, which takes both its arrivals and the other's wait, 256
-// threads. Number 0 belongs to __syncthreads. They order nothing in memory, only who issues its products first.
+// threads. They order nothing in memory, only who issues its products first.
 __device__ __forceinline__ void wait_for_turn(int warpgroup) {
-  asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory");
+  if (warpgroup == 0)
+    sync_at<1, 256>();
+  else
+    sync_at<2, 256>();
 }
 __device__ __forceinline__ void give_turn(int warpgroup) {
-  asm volatile("bar.arrive %0, 256;" ::"r"(1 + warpgroup) : "memory");
+  if (warpgroup == 0)
+    arrive_at<1, 256>();
+  else
+    arrive_at<2, 256>();
 }
 
 }  // namespace hopper

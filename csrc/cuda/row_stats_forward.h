@@ -11,8 +11,6 @@
 namespace contrastive_ext {
 namespace hopper {
 
-constexpr int kFeatures = 128;
-
 struct ForwardArguments {
   DevicePairs pairs;  // pointers on the device
   int64_t n, m;       // rows and columns, below 2^31
@@ -23,13 +21,14 @@ struct ForwardArguments {
   float* partials;            // [splits, 3, n]
 };
 
-// Number of partial results per row, hence the size of `partials`.
+// Number of partial results per row, hence the size of `partials`: at most that of the column tiles.
 int forward_splits(int64_t n, int64_t m, int processors);
 
-// u [n, 128], v [m, 128] contiguous fp16 or bf16, 16-byte aligned (v == u: one set); lse and count [n] float.
+// u [n, features], v [m, features] contiguous fp16 or bf16, 16-byte aligned (v == u: one set); lse and count [n] float.
 // Returns null or what went wrong.
-const char* row_stats_forward(const void* u, const void* v, bool bfloat16, const ForwardArguments& arguments,
-                              int splits, float* lse, float* count, cudaStream_t stream);
+const char* row_stats_forward(const void* u, const void* v, int features, bool bfloat16,
+                              const ForwardArguments& arguments, int splits, float* lse, float* count,
+                              cudaStream_t stream);
 
 }  // namespace hopper
 }  // namespace contrastive_ext

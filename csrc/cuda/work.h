@@ -1,8 +1,4 @@
-// Who computes what: a block owns one tile of rows and one split of the column tiles.
-//
-// A plain grid (row tile, split), not a persistent one: all blocks of a launch have the same work to within one tile,
-// so a queue of work would only re-create this order. (A sweep of the upper triangle will need one: there work
-// differs.)
+// Who computes what.
 #pragma once
 
 #include <cstdint>
@@ -21,17 +17,33 @@ constexpr CE_HOST_DEVICE TileSpan span_of_split(int tiles, int splits, int split
   return {static_cast<int>(int64_t{tiles} * split / splits), static_cast<int>(int64_t{tiles} * (split + 1) / splits)};
 }
 
-// How many splits finish first: waves of blocks, each as long as its column tiles plus what a block costs anyway (its
-// start, the load of its rows, the first tile's latency: about three tiles of 1024 cycles). The smallest such number,
-// so that there are few partial results to merge.
-inline int choose_splits(int row_tiles, int column_tiles, int processors) {
-  constexpr int64_t kStart = 3;
+// A block owns one tile of rows and one split of the column tiles. A plain grid, not a persistent one: all blocks of a
+// launch have the same work to within one tile, so a queue of work would only re-create this order.
+struct PlainGrid {
+  int row_tile, split;
+  TileSpan columns;
+
+#if defined(__CUDACC__)
+  __device__ explicit PlainGrid(int column_tiles)
+      : row_tile(blockIdx.x), split(blockIdx.y), columns(span_of_split(column_tiles, gridDim.y, blockIdx.y)) {}
+  static dim3 of(int row_tiles, int splits) { return dim3(row_tiles, splits); }
+#endif
+};
+
+constexpr CE_HOST_DEVICE int number_of_tiles(int64_t rows, int size) {
+  return static_cast<int>((rows + size - 1) / size);
+}
+
+// How many splits finish first: waves of blocks, each as long as its column tiles plus what a block costs anyway, in
+// tiles: its start, the load of its rows, the first tile's latency, its part of a merge. The smallest such number of at
+// most `most`, so that there are few partial results to merge.
+inline int choose_splits(int row_tiles, int column_tiles, int processors, int start, int most) {
   int best = 1;
   int64_t best_time = INT64_MAX;
-  const int most = column_tiles < processors ? column_tiles : processors;
+  if (most > column_tiles) most = column_tiles;
   for (int splits = 1; splits <= most; ++splits) {
     const int64_t waves = (int64_t{row_tiles} * splits + processors - 1) / processors;
-    const int64_t time = waves * ((column_tiles + splits - 1) / splits + kStart);
+    const int64_t time = waves * ((column_tiles + splits - 1) / splits + start);
     if (time < best_time) best_time = time, best = splits;
   }
   return best;

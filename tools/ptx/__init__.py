@@ -19,7 +19,7 @@ proves. In reading order:
     schedules.py    orders of events
     warp.py, block.py, machine.py    the machine
     report.py       counts
-    kernels.py      this project's kernels on it
+    kernels.py, backward.py          this project's CUDA kernels on it
     triton_kernels.py, calls.py      what Triton compiles, and whole losses by its launches
     sample_*.py, mutations.py, checks.py    programs known to be right, faults in them, what is run
     counts.py       what a tile costs

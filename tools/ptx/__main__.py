@@ -1,4 +1,4 @@
-"""Runs programs on the machine: what is known to be right, faults in it, the CUDA forward, whole losses by Triton.
+"""Runs programs on the machine: what is known to be right, faults in it, the CUDA kernels, whole losses by Triton.
 
     make ptx                                a part of everything, about a minute
     make ptx ARGS=--all                     every fault, call and problem under every schedule: many minutes
@@ -6,7 +6,7 @@
     make ptx ARGS=--counts                  the table of docs/measurements.md
 
 A line is green if the machine found nothing and the numbers are right; of a fault, if it was noticed by what the table
-of mutations.py says. Needs nvcc for the forward, Triton for the rest.
+of mutations.py says. Needs nvcc for the CUDA kernels, Triton for the rest.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def lines(everything: bool) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for name, call in checks.forwards().items():
         for schedule in schedules(seeds) if everything or name == "256 x 384" else schedules(0)[1:]:
             yield f"forward {name}, {schedule}", "forward", lambda c=call, s=schedule: checks.check_forward(c, s)
+    for turn, (name, sweep) in enumerate(checks.backwards().items()):
+        for schedule in schedules(seeds) if everything else [schedules(1)[turn % 3]]:
+            yield f"backward {name}, {schedule}", "backward", lambda b=sweep, s=schedule: checks.check_backward(b, s)
     for turn, mutation in enumerate(MUTATIONS):
         for schedule in schedules(seeds) if everything else [schedules(1)[turn % 3]]:
             name = f"faults {mutation.program}: {mutation.fault}, {schedule}"

@@ -1,4 +1,4 @@
-"""Copies that happen on their own: tensors by TMA (cp.async.bulk.tensor), and cp.async.
+"""Copies that happen on their own: tensors and lines by TMA (cp.async.bulk), and cp.async.
 
 Whether a copy may start is decided when it is issued, from clocks; the bytes move when the schedule says so.
 """
@@ -68,13 +68,10 @@ class TensorMap:
 
 
 class BulkLoad:
-    """A box on its way to shared memory; the mbarrier counts all its bytes, those outside the matrix too."""
+    """Bytes on their way to shared memory, which an mbarrier counts; `data` says what they are when they come."""
 
-    def __init__(self, block, tensor: TensorMap, coordinates: tuple[int, ...], to: int, barrier, thread: int):
-        if to % 128:
-            raise PtxError("alignment", f"a box must start at a multiple of 128 bytes of shared memory; got {to}")
-        self.block, self.tensor, self.coordinates, self.barrier = block, tensor, coordinates, barrier
-        self.places = tensor.shared_places(to)
+    def __init__(self, block, places: np.ndarray, barrier, thread: int):
+        self.block, self.places, self.barrier = block, places, barrier
         self.phase = barrier.phase
         barrier.check(np.array([thread]))
         barrier.copies += 1
@@ -83,16 +80,47 @@ class BulkLoad:
         block.shared.not_barriers(flat)
         block.ledger.async_write(thread, flat, barrier.actor, self.phase + 1)
 
+    def data(self) -> np.ndarray:
+        raise NotImplementedError
+
     def happen(self) -> None:
-        tensor, memory = self.tensor, self.block.memory
+        self.block.shared.bytes[self.places] = self.data().reshape(self.places.shape)
+        self.block.report.add("shared bytes by TMA", self.places.size)
+        self.barrier.complete(self.places.size, self.phase)
+
+
+class BoxLoad(BulkLoad):
+    """A box of a tensor; the mbarrier counts all its bytes, those outside the matrix too."""
+
+    def __init__(self, block, tensor: TensorMap, coordinates: tuple[int, ...], to: int, barrier, thread: int):
+        if to % 128:
+            raise PtxError("alignment", f"a box must start at a multiple of 128 bytes of shared memory; got {to}")
+        self.tensor, self.coordinates = tensor, coordinates
+        super().__init__(block, tensor.shared_places(to), barrier, thread)
+
+    def data(self) -> np.ndarray:
+        tensor, block = self.tensor, self.block
         addresses, inside = tensor.global_addresses(self.coordinates)
         data = np.zeros((*addresses.shape, tensor.element), np.uint8)
         if inside.any():
-            data[inside] = memory.read(self.block.number, addresses[inside], tensor.element)
-        self.block.shared.bytes[self.places] = data.reshape(self.places.shape)
-        self.block.report.add("L2 bytes by TMA", int(inside.sum()) * tensor.element)
-        self.block.report.add("shared bytes by TMA", tensor.box_bytes)
-        self.barrier.complete(tensor.box_bytes, self.phase)
+            data[inside] = block.memory.read(block.number, addresses[inside], tensor.element)
+        block.report.add("L2 bytes by TMA", int(inside.sum()) * tensor.element)
+        return data
+
+
+class LineLoad(BulkLoad):
+    """Bytes behind one another."""
+
+    def __init__(self, block, source: int, to: int, size: int, barrier, thread: int):
+        if to % 16 or source % 16 or size % 16 or size <= 0:
+            raise PtxError("alignment", f"{size} bytes from {source} to {to}: all must be multiples of 16")
+        self.source = source
+        super().__init__(block, to + np.arange(size), barrier, thread)
+
+    def data(self) -> np.ndarray:
+        size = self.places.size
+        self.block.report.add("L2 bytes by TMA", size)
+        return self.block.memory.read(self.block.number, self.source + np.arange(0, size, 16), 16)
 
 
 class BulkStore:
@@ -173,6 +201,8 @@ def copy(ins, pool):
         return wait_stores
     if ins.op.startswith("cp.async.bulk.tensor"):
         return _tensor(ins, pool)
+    if ins.op == "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes":
+        return _line(ins, pool)
     if ins.op.startswith(("cp.async.ca.shared", "cp.async.cg.shared")):
         return _copy(ins, pool)
     raise PtxError("instruction", f"{ins.op} is not modelled")
@@ -197,14 +227,33 @@ def _tensor(ins, pool):
             if not loads:
                 w.start_store(BulkStore(w, tensor, coordinates, at, int(lane)))
                 continue
-            barrier = block.mbarriers.get(int(counted(w)[lane]))
-            if barrier is None:
-                raise PtxError("barrier", f"there is no mbarrier at shared address {int(counted(w)[lane])}")
-            load = BulkLoad(block, tensor, coordinates, at, barrier, w.first + int(lane))
+            load = BoxLoad(block, tensor, coordinates, at, _barrier(block, counted(w)[lane]), w.first + int(lane))
             block.start(load, load.places)
 
     run.visible = True
     return run
+
+
+def _line(ins, pool):
+    """to, source, bytes, mbarrier"""
+    to, source = address_of(pool, ins.operands[0], "u32"), address_of(pool, ins.operands[1], "u64")
+    size, counted = pool.row(ins.operands[2], "u32"), address_of(pool, ins.operands[3], "u32")
+
+    def run(w):
+        for lane in w.lanes:
+            numbers = int(source(w)[lane]), int(to(w)[lane]), int(w.rows["u32"][size][lane])
+            load = LineLoad(w.block, *numbers, _barrier(w.block, counted(w)[lane]), w.first + int(lane))
+            w.block.start(load, load.places)
+
+    run.visible = True
+    return run
+
+
+def _barrier(block, address):
+    barrier = block.mbarriers.get(int(address))
+    if barrier is None:
+        raise PtxError("barrier", f"there is no mbarrier at shared address {int(address)}")
+    return barrier
 
 
 def _copy(ins, pool):

@@ -14,8 +14,10 @@ import contrastive_ext
 from contrastive_ext.backends.triton import launch as triton_launch
 
 from . import calls, kernels
-from .checks import unit_rows
+from .backward import entry_of
+from .checks import gradient, unit_rows
 from .machine import program
+from .parser import Instruction
 from .report import Report
 from .schedules import Schedule
 from .triton_kernels import launcher
@@ -33,15 +35,30 @@ ISSUE, EXPONENTIALS, FLOPS, L2, SHARED = 4, 16, 4096, 30, 128
 FEW, MANY = 4, 6  # column tiles of 128
 
 
-def forward_counts() -> Counter[str]:
+def forward_counts(features: int) -> Counter[str]:
     """Of the CUDA forward."""
-    code = program(kernels.forward_ptx(), "row_stats_forward_kernel.*OperandE0EEE").code
 
     def run(tiles: int) -> Counter[str]:
-        report = kernels.Forward(unit_rows(128), unit_rows(tiles * 128, 1), scale=10.0).sweep(Schedule()).report
-        return report.classes(code) + report.sums
+        u, v = unit_rows(128, 0, features), unit_rows(tiles * 128, 1, features)
+        report = kernels.Forward(u, v, scale=10.0).sweep(Schedule()).report
+        return report.classes(_code("row_stats_forward", f"OperandE0ELi{features}E")) + report.sums
 
     return _per_pairs(run, 128)
+
+
+def backward_counts(features: int) -> Counter[str]:
+    """Of the CUDA backward of one set: both directions of a pair, factored."""
+
+    def run(tiles: int) -> Counter[str]:
+        u, v = unit_rows(128, 0, features), unit_rows(tiles * 128, 1, features)
+        report = gradient(kernels.Forward(u, v, scale=10.0), "both").sweep(Schedule())[1]
+        return report.classes(_code("row_stats_backward", entry_of(features, False, 2))) + report.sums
+
+    return _per_pairs(run, 128)
+
+
+def _code(name: str, pattern: str) -> list[Instruction]:
+    return program(kernels.only_entry(kernels.ptx_of(name), pattern)).code
 
 
 def triton_counts(kernel: str, features: int, rows: int) -> Counter[str]:
@@ -51,7 +68,7 @@ def triton_counts(kernel: str, features: int, rows: int) -> Counter[str]:
         reports: list[tuple[str, object, Report]] = []
         call = calls.Call(None, None, 90, True)  # type: ignore[arg-type]
         calls.pretend(call._replace(processors=1), launcher(Schedule, reports, counts_banks=True))
-        triton_launch.programs_at_once = lambda config, operand: 1  # a gradient in one piece
+        triton_launch.programs_at_once = lambda *_: 1  # a gradient in one piece
         torch.manual_seed(0)
         z1 = torch.randn(rows, features).half().requires_grad_()
         z2 = torch.randn(tiles * 128, features).half().requires_grad_()
@@ -86,7 +103,10 @@ def clocks(counts: Counter[str]) -> dict[str, int]:
 
 def table() -> str:
     """Markdown, a column per kernel."""
-    kinds = {"CUDA forward": forward_counts()}
+    kinds = {}
+    for features in (64, 128, 256):
+        kinds[f"CUDA forward, D = {features}"] = forward_counts(features)
+        kinds[f"CUDA backward, D = {features}"] = backward_counts(features)
     for features in (128, 256):
         kinds[f"Triton forward, D = {features}"] = triton_counts("row_stats_forward_kernel", features, 256)
         kinds[f"Triton backward, D = {features}"] = triton_counts("row_stats_backward_kernel", features, 256)

@@ -19,7 +19,7 @@ PRODUCT_BY_ROWS = r"(wgmma\.mma_async[^;]*\}, )(%rd\d+)(, [^;]*, 1, 1, 1;)"  # b
 class Mutation(NamedTuple):
     """An edit of a program's text."""
 
-    program: str  # ring, sm_80, sm_90, sm_90 TMA, forward
+    program: str  # ring, sm_80, sm_90, sm_90 TMA, forward, backward
     fault: str
     edit: Edit
     caught: str | tuple[str, str, str]
@@ -81,6 +81,10 @@ def read_early(text: str) -> str:
 ARRIVE = r"(@%p\d+ )?mbarrier\.arrive\.(release\.cta\.)?shared[^;]*;"
 EXPECT = r"(mbarrier\.arrive\.expect_tx[^;]*), (\d+|%r\d+);"
 GROUP_WAIT = r"wgmma\.wait_group[^;]*;"
+LINE = r"cp\.async\.bulk\.shared::cluster\.global[^;]*;"
+LINE_TO = r"(cp\.async\.bulk\.shared::cluster\.global\S* \[%r\d+)(\][^;]*;)"
+PACK = r"(cvt\.rn\.f16x2\.f32\s+%r\d+, )(%f\d+), (%f\d+);"
+LAST_WAIT = r"wgmma\.wait_group\.sync\.aligned 0;"  # of the CUDA kernels, which wait for all but one group before
 FIRST_STAGE = 2  # of the forward's mbarriers: rows, then full and empty of each stage
 
 MUTATIONS = [
@@ -176,15 +180,15 @@ MUTATIONS = [
     ),
     Mutation("sm_90 TMA", "no proxy fence before the bulk store", dropped(r"fence\.proxy\.async[^;]*;", -1), "proxy"),
     # ---- the CUDA forward
-    Mutation("forward", "the consumers do not wait for columns", not_waited(2, 4), "race|uninitialised"),
-    Mutation("forward", "the consumers flip their parity", flipped(2, 4), "race|uninitialised|deadlock"),
+    Mutation("forward", "the consumers do not wait for columns", not_waited(5, 6), "race|uninitialised"),
+    Mutation("forward", "the consumers flip their parity", flipped(5, 6), "race|uninitialised|deadlock"),
     Mutation("forward", "the producer does not wait for an empty stage", not_waited(0), "race|barrier"),
     Mutation("forward", "the producer flips its parity", flipped(0), "deadlock"),
     Mutation("forward", "the consumers do not arrive", dropped(ARRIVE), "deadlock"),
     Mutation(
         "forward",
         "they arrive before their products are over",
-        moved_behind(GROUP_WAIT, r"mbarrier\.arrive\.release[^;]*;.*?\n\$L\w+:"),
+        moved_behind(LAST_WAIT, r"mbarrier\.arrive\.release[^;]*;.*?\n\$L\w+:"),
         "race",
     ),
     Mutation(
@@ -201,11 +205,50 @@ MUTATIONS = [
     ),
     Mutation("forward", "no turn is given", dropped(r"bar\.arrive[^;]*;"), "deadlock"),
     Mutation(
-        "forward", "a turn takes 288 threads", replaced(r"(bar\.sync\s+%r\d+), 256;", r"\1, 288;"), "barrier|deadlock"
+        "forward", "a turn takes 288 threads", replaced(r"(bar\.sync\s+[12]), 256;", r"\1, 288;"), "barrier|deadlock"
     ),
     Mutation("forward", "turns are given twice", replaced(r"bar\.arrive[^;]*;", r"\g<0>\n\g<0>"), "deadlock"),
-    Mutation("forward", "products are not waited for", dropped(GROUP_WAIT), "in flight"),
+    Mutation("forward", "products are not waited for", dropped(LAST_WAIT), "in flight"),
+    Mutation(
+        "forward",
+        "the last products are not waited for",
+        replaced(LAST_WAIT, "wgmma.wait_group.sync.aligned 1;"),
+        "in flight",
+    ),
     Mutation("forward", "half the bytes of a tile are expected", replaced(EXPECT, r"\1, 16384;", -1), "barrier|race"),
     Mutation("forward", "a box is never asked for", dropped(r"cp\.async\.bulk\.tensor[^;]*;", -1), "deadlock"),
     Mutation("forward", "a descriptor without swizzle", descriptor(PRODUCT, 1 << 62), "result|uninitialised|race"),
+    # ---- the CUDA backward
+    Mutation("backward", "the consumers do not wait for columns", not_waited(2, 3), "race|uninitialised"),
+    Mutation("backward", "the consumers flip their parity", flipped(2, 3), "race|uninitialised|deadlock"),
+    Mutation("backward", "the producer does not wait for an empty stage", not_waited(0), "race|barrier"),
+    Mutation("backward", "the consumers do not arrive", dropped(ARRIVE), "deadlock"),
+    Mutation("backward", "they arrive twice", replaced(ARRIVE, r"\g<0>\n\g<0>"), "race|barrier|deadlock"),
+    Mutation(
+        "backward",
+        "they arrive for the first tile before its weights are multiplied",
+        replaced(r"or\.pred\s+(%p\d+), (%p\d+), %p\d+;(?=\s*@\1 bra[^;]*;[^@]*?mbarrier\.arrive)", r"mov.pred \1, \2;"),
+        "race|deadlock",
+    ),
+    Mutation("backward", "no turn is given", dropped(r"bar\.arrive[^;]*;"), "deadlock"),
+    Mutation("backward", "products are not waited for", dropped(LAST_WAIT, 0), "in flight"),
+    Mutation("backward", "the last product is not waited for", dropped(LAST_WAIT, 1), "in flight"),
+    Mutation("backward", "no wgmma.fence behind the weights", dropped(r"wgmma\.fence[^;]*;"), "in flight"),
+    Mutation(
+        "backward",
+        "the bytes of the columns' terms are not expected",
+        replaced(EXPECT, r"\1, 32768;", -1),
+        "barrier|race|deadlock",
+    ),
+    Mutation("backward", "the columns' terms are never asked for", dropped(LINE), "deadlock"),
+    Mutation("backward", "the columns' terms go 16 bytes further", replaced(LINE_TO, r"\1+16\2"), "barrier"),
+    Mutation("backward", "the leading offset of the tile by rows", descriptor(PRODUCT_BY_ROWS, 0x0600 << 16), "result"),
+    Mutation("backward", "the tile by rows begins 16 rows further", descriptor(PRODUCT_BY_ROWS, 128, 0), "result"),
+    Mutation(
+        "backward",
+        "the tile by rows is read by features",
+        replaced(r"(wgmma\.mma_async[^;]*), 1, 1, 1;", r"\1, 1, 1, 0;"),
+        "result|race|bounds|uninitialised",
+    ),
+    Mutation("backward", "weights of two columns are exchanged", replaced(PACK, r"\1\3, \2;"), "result"),
 ]

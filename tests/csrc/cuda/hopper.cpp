@@ -21,8 +21,11 @@
 
 #include "cuda/partials.h"
 #include "cuda/ring.h"
+#include "cuda/shape.h"
 #include "cuda/shared_layout.h"
+#include "cuda/terms.h"
 #include "cuda/thread_rows.h"
+#include "cuda/thread_weights.h"
 #include "cuda/tile_mask.h"
 #include "cuda/work.h"
 #include "exponent_range.h"
@@ -40,23 +43,38 @@ std::vector<int> fragment_row(int thread) {
   return {f.row, f.column};
 }
 
+// `first_row`: the roles are swapped, and the columns are the rows that the rules speak of
 DevicePairs make_rules(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
-                       const Ids& col_ids) {
+                       const Ids& col_ids, int64_t first_row = 0) {
   DevicePairs rules;
   rules.num_rows = rows, rules.num_images = num_images, rules.positive_offset = positive_offset;
+  rules.first_row = first_row;
   rules.row_ids = row_ids ? row_ids->data() : nullptr;
   rules.col_ids = col_ids ? col_ids->data() : nullptr;
   return rules;
 }
 
-// [32] bits of one thread and row, as the kernel masks them
-std::vector<bool> negatives(int64_t rows, int64_t num_images, int64_t positive_offset, const Ids& row_ids,
-                            const Ids& col_ids, int64_t row, int64_t j0, int column, int64_t m) {
-  const DevicePairs rules = make_rules(rows, num_images, positive_offset, row_ids, col_ids);
-  const uint32_t bits = negatives_of_thread(rules, row, j0, column, m);
+// bits of one thread and row, as the kernels mask them, for tiles of `width` columns
+std::vector<bool> negatives(int64_t rows, int64_t num_images, int64_t positive_offset, int64_t first_row,
+                            const Ids& row_ids, const Ids& col_ids, int64_t row, int64_t j0, int column, int64_t m,
+                            int width, bool reverse) {
+  const DevicePairs rules = make_rules(rows, num_images, positive_offset, row_ids, col_ids, first_row);
+  const uint32_t bits = width == 128 ? negatives_of_thread<32>(rules, row, j0, column, m, reverse)
+                                     : negatives_of_thread<16>(rules, row, j0, column, m, reverse);
   std::vector<bool> kept;
-  for (int k = 0; k < 32; ++k) kept.push_back(bits >> k & 1);
+  for (int k = 0; k < width / 4; ++k) kept.push_back(bits >> k & 1);
   return kept;
+}
+
+// whether the tiles [begin, end) of rows [i0, i1) are masked, asked in order
+std::vector<bool> masked_tiles(int64_t rows, int64_t num_images, int64_t positive_offset, int64_t first_row,
+                               const Ids& row_ids, const Ids& col_ids, int i0, int i1, int m, int width, int begin,
+                               int end) {
+  const DevicePairs rules = make_rules(rows, num_images, positive_offset, row_ids, col_ids, first_row);
+  MaskedTiles masked(rules, i0, i1, m, width, begin);
+  std::vector<bool> found;
+  for (int tile = begin; tile < end; ++tile) found.push_back(masked.meets(rules, tile));
+  return found;
 }
 
 std::pair<int, int> span(int tiles, int splits, int split) {
@@ -80,7 +98,8 @@ template <bool kOnline>
 std::vector<std::pair<float, float>> play_blocks(const py::array_t<float, py::array::c_style>& u,
                                                  const py::array_t<float, py::array::c_style>& v,
                                                  const DevicePairs& pairs, float factor, int splits) {
-  const int64_t n = u.shape(0), m = v.shape(0), depth = u.shape(1);
+  const int n = static_cast<int>(u.shape(0)), m = static_cast<int>(v.shape(0));
+  const int64_t depth = u.shape(1);
   const auto product = [&](int64_t i, int64_t j) {  // rows outside are zeros, as TMA delivers them
     float sum = 0;
     for (int64_t k = 0; i < n && j < m && k < depth; ++k) sum += u.at(i, k) * v.at(j, k);
@@ -88,30 +107,31 @@ std::vector<std::pair<float, float>> play_blocks(const py::array_t<float, py::ar
   };
   const int tiles = static_cast<int>((m + 127) / 128);
   std::vector<float> partials(static_cast<size_t>(splits * kParts * n), std::numeric_limits<float>::quiet_NaN());
-  for (int64_t i0 = 0; i0 < (n + 127) / 128 * 128; i0 += 64)  // a warpgroup
+  for (int i0 = 0; i0 < (n + 127) / 128 * 128; i0 += 64)  // a warpgroup
     for (int split = 0; split < splits; ++split)
       for (int quad = 0; quad < 32; ++quad) {  // the four threads that share two rows
-        std::vector<ThreadRows> threads;
+        std::vector<ThreadRows<64>> threads;
         for (int thread = 4 * quad; thread < 4 * quad + 4; ++thread) {
           const Fragment own(thread);
-          ThreadRows rows(i0 + own.row, n, kOnline);
+          ThreadRows<64> rows(i0 + own.row, n, kOnline);
           const TileSpan span = span_of_split(tiles, splits, split);
+          MaskedTiles masked(pairs, i0, std::min(i0 + 64, n), m, 128, span.begin);
           for (int tile = span.begin; tile < span.end; ++tile) {
-            const int64_t j0 = int64_t{tile} * 128, i1 = std::min(i0 + 64, n);
-            float s[kFragment];
-            for (int k = 0; k < kFragment; ++k)
+            const int64_t j0 = int64_t{tile} * 128;
+            float s[64];
+            for (int k = 0; k < 64; ++k)
               s[k] = product(i0 + own.row + 8 * (k / 2 % 2), j0 + own.column + k / 4 * 8 + k % 2);
-            if (!pairs.has_ids() && j0 + 128 <= m && !pairs.may_share_image(i0, i1, j0, j0 + 128))
-              rows.count_all();
-            else
+            if (masked.meets(pairs, tile))
               rows.mask(s, own.column, j0, pairs, m);
+            else
+              rows.count_all();
             rows.add<kOnline>(s, factor);
           }
           threads.push_back(rows);
         }
         for (int h = 0; h < 2; ++h) {
           for (int lane = 1; lane <= 2; lane *= 2) {
-            const std::vector<ThreadRows> before = threads;
+            const std::vector<ThreadRows<64>> before = threads;
             for (int k = 0; k < 4; ++k) threads[k].partial[h].merge(before[k ^ lane].partial[h]);
           }
           const int64_t row = i0 + Fragment(4 * quad).row + 8 * h;
@@ -124,6 +144,64 @@ std::vector<std::pair<float, float>> play_blocks(const py::array_t<float, py::ar
     out.emplace_back(total.lse.lse(), total.count);
   }
   return out;
+}
+
+// The weights [n, m] that all threads of the backward make, each row's power of two undone: what is left are loads,
+// WGMMA and the rounding to 16 bits. Also the largest scaled one.
+template <int kLogits, Terms kTerms, bool kFactored>
+std::pair<py::array_t<double>, double> play_weights(const py::array_t<float, py::array::c_style>& s,
+                                                    const DevicePairs& pairs, float beta, float scale,
+                                                    const std::vector<float>& row_lse,
+                                                    const std::vector<float>& row_grad,
+                                                    const std::vector<float>& col_lse,
+                                                    const std::vector<float>& col_grad) {
+  constexpr int kColumns = 2 * kLogits;
+  const int n = static_cast<int>(s.shape(0)), m = static_cast<int>(s.shape(1));
+  const auto largest_of = [](const std::vector<float>& grad) {
+    float largest = 0;
+    for (float x : grad) largest = std::max(largest, std::fabs(x));
+    return largest;
+  };
+  const bool rows_weigh = has_rows(kTerms), columns_weigh = has_columns(kTerms);
+  const float largest = columns_weigh ? largest_of(col_grad) : 0;
+  const float bound = std::max(largest, rows_weigh ? largest_of(row_grad) : 0);
+  const float factor = beta * scale * kLog2E;
+  py::array_t<double> out({n, m});
+  double largest_scaled = 0;
+  for (int i0 = 0; i0 < n; i0 += 64)
+    for (int thread = 0; thread < 128; ++thread) {
+      const Fragment own(thread);
+      const auto term = [&](int row) {
+        return RowTerm(rows_weigh ? row_lse[row] : 0, rows_weigh ? row_grad[row] : 0, beta, largest, bound, kFactored);
+      };
+      const int row[2] = {std::min(i0 + own.row, n - 1), std::min(i0 + own.row + 8, n - 1)};
+      const ThreadWeights<kLogits, kTerms, kFactored> weights{{row[0], row[1]}, {term(row[0]), term(row[1])}};
+      MaskedTiles masked(pairs, i0, std::min(i0 + 64, n), m, kColumns, 0);
+      for (int tile = 0; tile < (m + kColumns - 1) / kColumns; ++tile) {
+        const int j0 = tile * kColumns;
+        alignas(8) float vectors[2][kColumns];
+        for (int c = 0; c < kColumns; ++c) {
+          ColumnTerm column{0, INFINITY};
+          if (columns_weigh && j0 + c < m)
+            column = ColumnTerm::of(col_lse[j0 + c], col_grad[j0 + c], beta, bound, kFactored);
+          vectors[0][c] = column.coefficient, vectors[1][c] = column.lse;
+        }
+        float w[kLogits];
+        const auto column_of = [&](int k) { return j0 + own.column + k / 4 * 8 + k % 2; };
+        for (int k = 0; k < kLogits; ++k) w[k] = column_of(k) < m ? s.at(row[k / 2 % 2], column_of(k)) : 0;
+        if (masked.meets(pairs, tile))
+          weights.weigh_masked(w, factor, *vectors, own.column, j0, pairs, m);
+        else
+          weights.weigh(w, factor, *vectors, own.column);
+        for (int k = 0; k < kLogits; ++k) {
+          const int h = k / 2 % 2, i = i0 + own.row + 8 * h;
+          if (i >= n || column_of(k) >= m) continue;
+          out.mutable_at(i, column_of(k)) = std::ldexp(double{w[k]}, -weights.term[h].exponent);
+          largest_scaled = std::max(largest_scaled, std::fabs(double{w[k]}));
+        }
+      }
+    }
+  return {out, largest_scaled};
 }
 
 // ---- the ring, played by threads
@@ -283,14 +361,37 @@ PYBIND11_MODULE(hopper_headers, m) {
   m.attr("UNFILLED") = kUnfilled;
   m.def("swizzled_offset", swizzled_offset);
   m.def("step_offset", step_offset);
+  m.def("row_step_offset", row_step_offset);
   m.def("matrix_descriptor", matrix_descriptor);
+  m.def("k_major", k_major);
+  m.def("mn_major", mn_major);
   m.def("descriptor_offset", descriptor_offset);
   m.def("fragment", fragment_row);
   m.def("negatives", negatives);
+  m.def("masked_tiles", masked_tiles);
   m.def("span_of_split", span);
   m.def("choose_splits", choose_splits);
   m.def("merge", merge);
   m.def("fits_without_shift", fits_without_shift);
+  m.def("fits_factored", fits_factored);
+  m.def("exponent_to_largest", exponent_to_largest);
+  m.def("power_of_two", power_of_two);
+  m.def("play_weights", [](py::array_t<float, py::array::c_style> s, int64_t num_images, int64_t positive_offset,
+                           Ids row_ids, Ids col_ids, float beta, float scale, std::vector<float> row_lse,
+                           std::vector<float> row_grad, std::vector<float> col_lse, std::vector<float> col_grad,
+                           bool factored, bool narrow) {
+    const DevicePairs pairs = make_rules(s.shape(0), num_images, positive_offset, row_ids, col_ids);
+    const auto play = [&](auto weights) {
+      return weights(s, pairs, beta, scale, row_lse, row_grad, col_lse, col_grad);
+    };
+    if (col_grad.empty())
+      return narrow ? play(play_weights<32, Terms::kRows, false>) : play(play_weights<64, Terms::kRows, false>);
+    if (row_grad.empty())
+      return narrow ? play(play_weights<32, Terms::kColumns, false>) : play(play_weights<64, Terms::kColumns, false>);
+    if (factored)
+      return narrow ? play(play_weights<32, Terms::kBoth, true>) : play(play_weights<64, Terms::kBoth, true>);
+    return narrow ? play(play_weights<32, Terms::kBoth, false>) : play(play_weights<64, Terms::kBoth, false>);
+  });
   m.def("play_blocks", [](py::array_t<float, py::array::c_style> u, py::array_t<float, py::array::c_style> v,
                           int64_t num_images, int64_t positive_offset, Ids row_ids, Ids col_ids, float factor,
                           bool online, int splits) {

@@ -2,8 +2,7 @@
 // the host. Stops at the first rung that is wrong: what stands above it would only repeat the fault. No torch, one
 // process.
 //
-//   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc tests/csrc/cuda/ladder.cu
-//   csrc/cuda/row_stats_forward.cu
+//   nvcc -std=c++17 -gencode=arch=compute_90a,code=sm_90a -Icsrc tests/csrc/cuda/ladder.cu csrc/cuda/row_stats_*.cu
 //
 // `make gpu` builds and runs it under a time limit: a barrier that waits for nobody hangs.
 #include <cuda_bf16.h>
@@ -13,10 +12,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cuda/mbarrier.cuh"
+#include "cuda/row_stats_backward.h"
 #include "cuda/row_stats_forward.h"
+#include "cuda/shape.h"
 #include "cuda/shared_layout.h"
 #include "cuda/tensor_map.h"
 #include "cuda/tma.cuh"
@@ -27,7 +29,8 @@ using namespace contrastive_ext::hopper;
 
 namespace {
 
-constexpr int kRows = 128, kTileBytes = kRows * kFeatures * 2;
+constexpr int kFeatures = 128, kTileBytes = kRows * kFeatures * 2;
+constexpr int kLogits = kRows / 2;  // of a thread and tile [64, 128]
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -65,11 +68,13 @@ struct Matrix {
   std::vector<T> bits;
   std::vector<float> values;
   int64_t rows;
+  int features;
 
-  Matrix(int64_t rows, unsigned seed) : rows(rows) {
+  Matrix(int64_t rows, unsigned seed, int features = kFeatures) : rows(rows), features(features) {
     std::srand(seed);
     for (int64_t i = 0; i < rows; ++i) {
-      float row[kFeatures], norm = 0;
+      std::vector<float> row(features);
+      float norm = 0;
       for (float& x : row) x = static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.4f, norm += x * x;
       for (float x : row) {
         bits.push_back(static_cast<T>(x / std::sqrt(norm)));
@@ -79,7 +84,7 @@ struct Matrix {
   }
   double product(int64_t i, const Matrix& other, int64_t j) const {
     double sum = 0;
-    for (int k = 0; k < kFeatures; ++k) sum += double{values[i * kFeatures + k]} * other.values[j * kFeatures + k];
+    for (int k = 0; k < features; ++k) sum += double{values[i * features + k]} * other.values[j * features + k];
     return sum;
   }
 };
@@ -115,9 +120,11 @@ __global__ void one_tile(const __grid_constant__ CUtensorMap a_map, const __grid
   __syncthreads();
   wait(full, 0);
   for (int k = threadIdx.x; k < 2 * kTileBytes; k += blockDim.x) bytes[k] = a[k];
-  float s[kFragment];
-  issue_products<operand<T>, kFeatures, kRows, kRows>(s, matrix_descriptor(shared_address(a) + first * 128),
-                                                      matrix_descriptor(shared_address(b)));
+  float s[kLogits];
+  begin_products();
+  multiply_features<operand<T>, kRows, 0, kFeatures / kStep>(s, k_major(shared_address(a) + first * 128),
+                                                             k_major(shared_address(b)));
+  end_products();
   wait_for_products(s);
   const Fragment own(threadIdx.x);
   for (int g = 0; g < 16; ++g)
@@ -164,10 +171,67 @@ void climb_tile(const char* name, int64_t rows_a, int64_t rows_b) {
   }
 }
 
+// Weights of the rung below: whole eighths, which 16 bits hold.
+__host__ __device__ float some_weight(int i, int j) { return ((7 * i + 3 * j) % 11 - 5) / 8.0f; }
+
+// One warpgroup: o[64, 128] = w[64, 128] b, weights in registers, the tile b by TMA and read by rows.
+template <class T>
+__global__ void weighted_tile(const __grid_constant__ CUtensorMap b_map, float* out) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t memory[];
+  uint8_t* b = memory + (kAtomBytes - shared_address(memory) % kAtomBytes) % kAtomBytes;
+  __shared__ uint64_t full;
+  if (threadIdx.x == 0) {
+    init_barrier(full, 1);
+    publish_barriers();
+    arrive_expecting(full, kTileBytes);
+    load_tile<kFeatures, kRows>(b, b_map, 0, full);
+  }
+  __syncthreads();
+  wait(full, 0);
+  const Fragment own(threadIdx.x);
+  float s[kLogits], o[kFeatures / 2] = {};
+  uint32_t w[kLogits / 2];
+  for (int k = 0; k < kLogits; ++k) s[k] = some_weight(own.row + k / 2 % 2 * 8, own.column + k / 4 * 8 + k % 2);
+  pack<operand<T>>(w, s);
+  begin_products();
+  add_products<operand<T>>(o, w, mn_major(shared_address(b), kRows));
+  end_products();
+  wait_for_products(o, w);
+  for (int k = 0; k < kFeatures / 2; ++k)
+    out[(own.row + k / 2 % 2 * 8) * kFeatures + own.column + k / 4 * 8 + k % 2] = o[k];
+#endif
+}
+
+// Rung 3: WGMMA takes weights from registers and reads the tile the other way.
+template <class T>
+void climb_weighted_tile(int64_t rows) {
+  const Matrix<T> b(rows, 2);
+  const DeviceArray<T> data(b.bits);
+  const CUtensorMap map = map_of(data, rows);
+  const DeviceArray<float> out(64 * kFeatures);
+  constexpr int kSharedBytes = kTileBytes + kAtomBytes;
+  check(cudaFuncSetAttribute(weighted_tile<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "attribute");
+  weighted_tile<T><<<1, 128, kSharedBytes>>>(map, out.data);
+  check(cudaGetLastError(), "launch of a weighted tile");
+  const std::vector<float> o = out.host("weights by a tile");
+  double error = 0;
+  for (int i = 0; i < 64; ++i)
+    for (int k = 0; k < kFeatures; ++k) {
+      double exact = 0;
+      for (int j = 0; j < rows; ++j) exact += double{some_weight(i, j)} * b.values[j * kFeatures + k];
+      const double here = std::fabs(o[i * kFeatures + k] - exact);
+      if (!(here <= error)) error = here;
+    }
+  std::printf("%ld rows\n", static_cast<long>(rows));
+  verdict("  WGMMA, weights in registers by the tile's rows", error, 1e-4);
+}
+
 // The whole forward against the definition, and again, bit for bit.
 template <class T>
-void climb_forward(const char* rung, int64_t n, int64_t m, int splits, float scale, bool unit, DevicePairs pairs) {
-  const Matrix<T> u(n, 3), v(m, 4);
+void climb_forward(const char* rung, int64_t n, int64_t m, int splits, float scale, bool unit, DevicePairs pairs,
+                   int features = kFeatures) {
+  const Matrix<T> u(n, 3, features), v(m, 4, features);
   const Matrix<T>& columns = m == n ? u : v;
   const DeviceArray<T> u_data(u.bits), v_data(columns.bits);
   const DeviceArray<float> lse(n), count(n), partials(static_cast<size_t>(splits) * kParts * n);
@@ -178,8 +242,8 @@ void climb_forward(const char* rung, int64_t n, int64_t m, int splits, float sca
   std::vector<float> first;
   for (int run = 0; run < 3; ++run) {
     check(cudaMemset(partials.data, 0xFF, partials.size * sizeof(float)), "poison");  // NaN
-    const char* error = row_stats_forward(u_data.data, v_data.data, operand<T> == Operand::kBfloat16, arguments, splits,
-                                          lse.data, count.data, nullptr);
+    const char* error = row_stats_forward(u_data.data, v_data.data, features, operand<T> == Operand::kBfloat16,
+                                          arguments, splits, lse.data, count.data, nullptr);
     if (error) std::printf("FAILED %s: %s\n", rung, error), std::exit(1);
     const std::vector<float> got = lse.host(rung), counted = count.host(rung);
     if (run > 0) {
@@ -206,6 +270,75 @@ void climb_forward(const char* rung, int64_t n, int64_t m, int splits, float sca
   }
 }
 
+enum class Anchors { kRows, kColumns, kBoth };
+
+// The whole backward against the definition with lse and coefficients of its own, and again, bit for bit.
+template <class T>
+void climb_backward(const char* rung, int features, int64_t n, int64_t m, int splits, float scale, bool unit,
+                    Anchors anchors, DevicePairs pairs) {
+  const Matrix<T> u(n, 3, features), v(m, 4, features);
+  const Matrix<T>& columns = m == n ? u : v;
+  const bool has_rows = anchors != Anchors::kColumns, has_columns = anchors != Anchors::kRows;
+  pairs.num_rows = n;
+  // every exponential of a kept pair is at most 1, as lse makes them
+  const auto term = [&](int64_t count) {
+    std::vector<float> lse, grad;
+    for (int64_t i = 0; i < count; ++i) {
+      lse.push_back(scale * 1.01f + static_cast<float>(i % 7) / 4);
+      grad.push_back((static_cast<float>(i % 11) - 4.5f) / static_cast<float>(count));
+    }
+    return std::pair(lse, grad);
+  };
+  const auto [row_lse, row_grad] = term(n);
+  const auto [col_lse, col_grad] = term(m);
+  const DeviceArray<T> u_data(u.bits), v_data(columns.bits);
+  const DeviceArray<float> a(row_lse), b(row_grad), c(col_lse), d(col_grad), gradient(n * features);
+  const DeviceArray<float> workspace(backward_workspace(n, m, features, splits));
+  BackwardArguments arguments{};
+  arguments.pairs = pairs, arguments.n = n, arguments.m = m, arguments.beta = 1, arguments.scale = scale;
+  arguments.unit = unit, arguments.workspace = workspace.data, arguments.gradient = gradient.data;
+  if (has_rows) arguments.row_lse = a.data, arguments.row_grad = b.data;
+  if (has_columns) arguments.col_lse = c.data, arguments.col_grad = d.data;
+  std::vector<float> first;
+  for (int run = 0; run < 3; ++run) {
+    check(cudaMemset(gradient.data, 0xFF, gradient.size * sizeof(float)), "poison");  // NaN
+    check(cudaMemset(workspace.data, 0xFF, workspace.size * sizeof(float)), "poison");
+    const char* error = row_stats_backward(u_data.data, v_data.data, features, operand<T> == Operand::kBfloat16,
+                                           arguments, splits, nullptr);
+    if (error) std::printf("FAILED %s: %s\n", rung, error), std::exit(1);
+    const std::vector<float> got = gradient.host(rung);
+    if (run > 0) {
+      if (std::memcmp(first.data(), got.data(), got.size() * sizeof(float))) verdict("  a second run, bits", 1, 0);
+      continue;
+    }
+    first = got;
+    double worst = 0;  // in units of the error that rounding every weight to 16 bits allows
+    const double rounding = operand<T> == Operand::kBfloat16 ? 1.0 / 256 : 1.0 / 2048;
+    for (int64_t i = 0; i < n; i += n > 300 ? 37 : 1) {
+      std::vector<double> exact(features), magnitude(features);
+      for (int64_t j = 0; j < m; ++j) {
+        if (pairs.same_image(i, j)) continue;
+        const double s = scale * u.product(i, columns, j);
+        double w = 0;
+        if (has_rows) w += row_grad[i] * std::exp(s - row_lse[i]);
+        if (has_columns) w += col_grad[j] * std::exp(s - col_lse[j]);
+        for (int k = 0; k < features; ++k) {
+          const double x = scale * w * columns.values[j * features + k];
+          exact[k] += x, magnitude[k] += std::fabs(x);
+        }
+      }
+      for (int k = 0; k < features; ++k) {
+        const double allowed = (rounding + 4e-7 * (10 + 4 * scale)) * magnitude[k] + 1e-9 * scale;
+        const double here = std::fabs(got[i * features + k] - exact[k]) / allowed;
+        if (!(here <= worst)) worst = here;
+      }
+    }
+    std::printf("%s: %ld x %ld, D = %d, %d splits\n", rung, static_cast<long>(n), static_cast<long>(m), features,
+                splits);
+    verdict("  gradient, of what rounded weights allow", worst, 1);
+  }
+}
+
 DevicePairs images(int64_t num_images, int64_t positive_offset = 0) {
   DevicePairs rules;
   rules.num_images = num_images, rules.positive_offset = positive_offset;
@@ -228,6 +361,18 @@ void climb(const char* name) {
   climb_forward<T>("online maximum by temperature", 600, 600, 2, 200, true, images(300));
   climb_forward<T>("online maximum by request", 130, 700, 3, 10, false, images(0));
   climb_forward<T>("more blocks than processors", 40000, 200, 1, 10, true, images(0));
+  climb_weighted_tile<T>(128);
+  climb_weighted_tile<T>(37);
+  for (int features : {128, 64, 256}) {
+    if (features != 128) climb_forward<T>("forward, other sizes", 600, 2000, 3, 10, true, images(0), features);
+    climb_backward<T>("one block, one tile", features, 128, 128, 1, 10, true, Anchors::kRows, images(0));
+    climb_backward<T>("ring with reuse", features, 128, 21 * 128, 1, 10, true, Anchors::kRows, images(0));
+    climb_backward<T>("terms of columns", features, 128, 21 * 128, 1, 10, true, Anchors::kColumns, images(0));
+    climb_backward<T>("one exponential for both", features, 600, 600, 1, 10, true, Anchors::kBoth, images(300));
+    climb_backward<T>("an exponential for each", features, 600, 600, 1, 10, false, Anchors::kBoth, images(300));
+    climb_backward<T>("tails and splits", features, 130, 2000, 3, 10, true, Anchors::kBoth, images(130, 333));
+    climb_backward<T>("more blocks than processors", features, 40000, 200, 1, 10, true, Anchors::kRows, images(0));
+  }
 }
 
 }  // namespace

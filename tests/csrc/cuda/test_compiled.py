@@ -17,13 +17,8 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found (CUDA_H
 def test_kernels_use_wgmma_and_tma_and_spill_nothing():
     kernels, faults = cuda_gate.examine(NVCC, CUOBJDUMP)
     assert faults == []
-    assert sorted(k.name for k in kernels) == ["merge", "row_stats_forward bf16", "row_stats_forward fp16"]
-    steps_per_tile, ways_to_shift = 128 // 16, 2
-    for kernel in kernels:
-        if kernel.has_tiles:
-            assert kernel.counts["HGMMA"] == steps_per_tile * ways_to_shift
-            # rows and columns, two boxes of 64 features each
-            assert kernel.counts["UTMALDG"] == 4
+    swept = {k.name for k in kernels if k.has_tiles}
+    assert swept == {f"{name} {operand}" for name in cuda_gate.LOOPS for operand in ("fp16", "bf16")}
 
 
 @needs_nvcc
@@ -37,11 +32,15 @@ def test_the_ladder_for_the_first_run_on_hardware_compiles(tmp_path):
     [
         ({"stack": 8}, "8 bytes of stack"),
         ({"spills": 4}, "4 of spills"),
-        ({"registers": 176}, "176 registers > 168"),
-        ({"counts": {"HGMMA": 0, "UTMALDG": 1, "STL": 0, "LDL": 0}}, "no HGMMA"),
+        ({"registers": 241}, "241 registers > 240"),
+        ({"producer": 25}, "25 > 24 of a producer"),
+        ({"counts": {"HGMMA": 0, "UTMALDG": 4, "UBLKCP": 1, "STL": 0, "LDL": 0}}, "0 HGMMA, meant are 48"),
+        ({"loops": [600, 431]}, "431] instructions"),
+        ({"loops": [600]}, "loops of [600]"),
     ],
 )
 def test_gate_sees_what_must_not_pass(flaw, says):
-    good = cuda_gate.Kernel("sweep", 168, 0, 0, {"HGMMA": 8, "UTMALDG": 2, "STL": 0, "LDL": 0})
+    counts = {"HGMMA": 48, "UTMALDG": 4, "UBLKCP": 1, "STL": 0, "LDL": 0}
+    good = cuda_gate.Kernel("row_stats_backward 128 both fp16", 240, 0, 0, counts, [645, 430], 24)
     assert good.faults() == []
     assert any(says in fault for fault in good._replace(**flaw).faults())

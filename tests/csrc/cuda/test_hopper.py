@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-from native_code import PAIR_CASES, PairProblem, compile_module
+from native_code import PAIR_CASES, PairProblem, compile_module, same_image
 from repository import ROOT
 
 TILE, FEATURES = 128, 128
@@ -51,7 +52,7 @@ def test_swizzled_offset_is_where_tma_puts_an_element(hopper: ModuleType, rows: 
 
 
 def read_as_wgmma(descriptor: int, memory: np.ndarray, rows: int) -> np.ndarray:
-    """The [rows, 16] operand that a descriptor names, with its fields taken apart as the PTX ISA lists them."""
+    """The [rows, 16] operand that a K-major descriptor names, its fields taken apart as the PTX ISA lists them."""
     start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     assert descriptor >> 62 == 1 and descriptor >> 49 & 7 == 0  # 128-byte swizzle, atoms at multiples of 1024 bytes
     operand = np.empty((rows, 16), int)
@@ -63,22 +64,54 @@ def read_as_wgmma(descriptor: int, memory: np.ndarray, rows: int) -> np.ndarray:
     return operand
 
 
+def read_by_rows(descriptor: int, memory: np.ndarray, features: int) -> np.ndarray:
+    """The [features, 16] operand that an MN-major descriptor names: 16 rows of the tile are summed over."""
+    start, leading = (descriptor & 0x3FFF) << 4, (descriptor >> 16 & 0x3FFF) << 4
+    stride = (descriptor >> 32 & 0x3FFF) << 4
+    operand = np.empty((features, 16), int)
+    for feature in range(features):
+        for k in range(16):
+            address = start + feature // 64 * leading + k // 8 * stride + k % 8 * 128 + feature % 64 * 2
+            address ^= (address >> 7 & 7) << 4
+            operand[feature, k] = memory[address // 2]
+    return operand
+
+
 @pytest.mark.parametrize("first, rows", [(0, 64), (64, 64), (0, 128)], ids=["rows 0-63", "rows 64-127", "columns"])
 def test_descriptors_name_the_features_of_each_step(hopper: ModuleType, first: int, rows: int) -> None:
     base = 3 * 32768 + 1024
     memory = np.concatenate([np.full(base // 2, -1), tile_in_memory(TILE), np.full(4096, -1)])
     for step in range(FEATURES // 16):
-        descriptor = hopper.matrix_descriptor(base + first * 128)
-        descriptor += hopper.descriptor_offset(hopper.step_offset(TILE, step))
+        low = hopper.k_major(base + first * 128) + hopper.descriptor_offset(hopper.step_offset(TILE, step))
         expected = (first + np.arange(rows))[:, None] * FEATURES + step * 16 + np.arange(16)
-        np.testing.assert_array_equal(read_as_wgmma(descriptor, memory, rows), expected)
+        np.testing.assert_array_equal(read_as_wgmma(hopper.matrix_descriptor(low), memory, rows), expected)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_descriptors_name_the_rows_of_each_step(hopper: ModuleType, rows: int) -> None:
+    base = 3 * 32768 + 1024
+    memory = np.concatenate([np.full(base // 2, -1), tile_in_memory(rows), np.full(4096, -1)])
+    for step in range(rows // 16):
+        low = hopper.mn_major(base, rows) + hopper.descriptor_offset(hopper.row_step_offset(step))
+        expected = np.arange(FEATURES)[:, None] + (step * 16 + np.arange(16)) * FEATURES
+        np.testing.assert_array_equal(read_by_rows(hopper.matrix_descriptor(low), memory, FEATURES), expected)
+
+
+def test_descriptors_are_those_that_hardware_has_run(hopper: ModuleType) -> None:
+    """Of Triton's kernels: K-major, and MN-major with 64 and 128 rows."""
+    lows = hopper.k_major(0), hopper.mn_major(0, 64), hopper.mn_major(0, 128)
+    assert [hopper.matrix_descriptor(low) for low in lows] == [
+        0x4000004000010000,
+        0x4000004002000000,
+        0x4000004004000000,
+    ]
 
 
 def test_descriptors_keep_their_fields_up_to_the_end_of_shared_memory(hopper: ModuleType) -> None:
     end = 227 * 1024
-    descriptor = hopper.matrix_descriptor(0) + hopper.descriptor_offset(end - 16)
-    assert descriptor == hopper.matrix_descriptor(end - 16)
-    assert (descriptor >> 16) == (hopper.matrix_descriptor(0) >> 16)
+    for low in (hopper.k_major, lambda address: hopper.mn_major(address, 128)):
+        moved = low(0) + hopper.descriptor_offset(end - 16)
+        assert moved == low(end - 16) and moved >> 16 == low(0) >> 16
 
 
 def test_fragments_cover_the_tile_once(hopper: ModuleType) -> None:
@@ -96,23 +129,58 @@ def test_fragments_cover_the_tile_once(hopper: ModuleType) -> None:
 MANY_TILES = [(300, 300, 150, 0), (140, 500, 70, 130), (130, 400, 1, 7)]
 
 
+def ids_of(n: int, m: int, sides: str, unfilled: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    rng = np.random.default_rng(n + m)
+    ids = lambda count: np.where(rng.random(count) < 0.3, unfilled, rng.integers(0, 4, count))  # noqa: E731
+    return ids(n) if sides in ("rows", "both") else None, ids(m) if sides in ("columns", "both") else None
+
+
 @pytest.mark.parametrize("n, m, images, offset", [*PAIR_CASES, *MANY_TILES])
 @pytest.mark.parametrize("sides", ["none", "rows", "columns", "both"])
-def test_mask_bits_are_the_pair_rules(hopper: ModuleType, n: int, m: int, images: int, offset: int, sides: str) -> None:
-    rng = np.random.default_rng(n + m)
-    ids = lambda count: np.where(rng.random(count) < 0.3, hopper.UNFILLED, rng.integers(0, 4, count))  # noqa: E731
-    row_ids = ids(n) if sides in ("rows", "both") else None
-    col_ids = ids(m) if sides in ("columns", "both") else None
-    rows = rng.permutation(n)[:20]
-    expected = np.zeros((n, -(-m // TILE) * TILE), bool)
+@pytest.mark.parametrize("width, swapped", [(128, False), (64, True)], ids=["rows by columns", "columns by rows"])
+def test_mask_bits_are_the_pair_rules(hopper: ModuleType, n, m, images, offset, sides: str, width, swapped) -> None:
+    """In both directions, and with the roles of rows and columns swapped."""
+    row_ids, col_ids = ids_of(n, m, sides, hopper.UNFILLED)
     problem = PairProblem(n, m, images, offset, row_ids=row_ids, col_ids=col_ids)
-    expected[:, :m], _ = problem.expected(hopper.UNFILLED)
-    for row in rows:
-        for j0 in range(0, m, TILE):
+    forward, reverse = problem.expected(hopper.UNFILLED)
+    if swapped:
+        forward, reverse = reverse.T, forward.T
+        rules = n, images, 0, offset, col_ids, row_ids
+    else:
+        rules = n, images, offset, 0, row_ids, col_ids
+    anchors, others = forward.shape
+    expected = np.zeros((2, anchors, -(-others // width) * width), bool)
+    expected[0, :, :others], expected[1, :, :others] = forward, reverse
+    for row in np.random.default_rng(0).permutation(anchors)[:12]:
+        for j0 in range(0, others, width):
             for column in (0, 2, 4, 6):
-                bits = hopper.negatives(n, images, offset, row_ids, col_ids, row, j0, column, m)
-                columns = [j0 + column + k // 2 * 8 + k % 2 for k in range(32)]
-                assert bits == expected[row, columns].tolist(), (row, j0, column)
+                columns = [j0 + column + k // 2 * 8 + k % 2 for k in range(width // 4)]
+                for direction in (0, 1):
+                    bits = hopper.negatives(*rules, row, j0, column, others, width, bool(direction))
+                    assert bits == expected[direction, row, columns].tolist(), (row, j0, column, direction)
+
+
+@pytest.mark.parametrize("n, m, images, offset", [*PAIR_CASES, *MANY_TILES, (700, 900, 350, 77), (600, 2000, 5, 1300)])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("swapped", [False, True], ids=["rows by columns", "columns by rows"])
+def test_tiles_are_masked_exactly_where_a_pair_is_ignored(hopper: ModuleType, n, m, images, offset, width, swapped):
+    keep = ~same_image(n, m, images, offset)
+    keep = keep.T if swapped else keep
+    rules = (n, images, 0, offset, None, None) if swapped else (n, images, offset, 0, None, None)
+    anchors, others = keep.shape
+    tiles = -(-others // width)
+    padded = np.zeros((anchors, tiles * width), bool)
+    padded[:, :others] = keep
+    for i0 in range(0, anchors, 64):
+        i1 = min(i0 + 64, anchors)
+        whole = padded[i0:i1].reshape(i1 - i0, tiles, width).all((0, 2))
+        for begin in sorted({0, tiles // 2, tiles - 1}):
+            assert hopper.masked_tiles(*rules, i0, i1, others, width, begin, tiles) == (~whole[begin:]).tolist()
+
+
+def test_ids_mask_every_tile(hopper: ModuleType) -> None:
+    ids = np.zeros(300, int)
+    assert hopper.masked_tiles(300, 0, 0, 0, None, ids, 0, 64, 300, 128, 0, 3) == [True] * 3
 
 
 # ---- partition and merge
@@ -131,14 +199,15 @@ def test_every_column_tile_belongs_to_one_split(hopper: ModuleType, tiles: int, 
 def test_splits_fill_the_processors_and_leave_none_without_tiles(hopper: ModuleType) -> None:
     for rows in (1, 3, 8, 32, 128, 131, 512, 8192):
         for tiles in (1, 2, 8, 32, 512):
-            splits = hopper.choose_splits(rows, tiles, 132)
+            splits = hopper.choose_splits(rows, tiles, 132, 3, 132)
             assert 1 <= splits <= tiles
             waves = lambda s, rows=rows: -(-rows * s // 132)  # noqa: E731
             time = lambda s, tiles=tiles, waves=waves: waves(s) * (-(-tiles // s) + 3)  # noqa: E731
             assert time(splits) <= min(time(s) for s in range(1, min(tiles, 132) + 1))
-    assert hopper.choose_splits(32, 32, 132) == 4  # 4096 x 4096: 128 blocks of 132
-    assert hopper.choose_splits(512, 512, 132) == 1  # 65,536: four waves anyway
-    assert hopper.choose_splits(0, 0, 132) == 1 and hopper.choose_splits(4, 0, 132) == 1
+    assert hopper.choose_splits(32, 32, 132, 3, 132) == 4  # 4096 x 4096: 128 blocks of 132
+    assert hopper.choose_splits(512, 512, 132, 3, 132) == 1  # 65,536: four waves anyway
+    assert hopper.choose_splits(0, 0, 132, 3, 132) == 1 and hopper.choose_splits(4, 0, 132, 3, 132) == 1
+    assert hopper.choose_splits(1, 64, 132, 3, 4) == 4
 
 
 def test_merge_adds_splits_and_knows_empty_rows(hopper: ModuleType) -> None:
@@ -200,6 +269,78 @@ def test_blocks_add_up_to_the_definition(
     np.testing.assert_array_equal(got[:, 1], kept.sum(1))
     # a few ulps of the largest logit and of the result
     np.testing.assert_allclose(got[:, 0], exact, rtol=0, atol=4 * np.finfo(np.float32).eps * (scale + 10))
+
+
+# ---- weights
+
+
+def test_powers_of_two_bring_a_bound_to_2_to_the_14(hopper: ModuleType) -> None:
+    for x in [1.0, 1.0000001, 1.9999999, 2.0, 3e-20, 7e20, 2.0**-80, *np.random.default_rng(0).exponential(1, 100)]:
+        x = float(np.float32(x))
+        exponent = hopper.exponent_to_largest(x)
+        assert 2.0**13 < x * 2.0**exponent <= 2.0**14 and hopper.power_of_two(exponent) == 2.0**exponent
+    assert hopper.exponent_to_largest(0.0) == 100 and hopper.exponent_to_largest(math.inf) == -100
+    assert hopper.exponent_to_largest(math.nan) == -100
+
+
+def test_one_exponential_serves_both_terms_up_to_a_reach_of_2_to_the_64(hopper: ModuleType) -> None:
+    assert hopper.fits_factored(True, 64.0) and not hopper.fits_factored(True, 64.01)
+    assert not hopper.fits_factored(False, 1.0) and not hopper.fits_factored(True, math.nan)
+
+
+WEIGHTS = [
+    ("both", True, False),
+    ("both", True, True),
+    ("both", False, True),
+    ("rows", False, False),
+    ("columns", False, True),
+]
+
+
+@lru_cache
+def kept_pairs(n: int, m: int, images: int, offset: int, has_ids: bool, unfilled: int):
+    """(ids, kept in both directions)"""
+    rng = np.random.default_rng(n)
+    ids = np.where(rng.random(n) < 0.2, unfilled, rng.integers(0, 9, n)) if has_ids else None
+    return ids, PairProblem(n, m, images, offset, row_ids=ids, col_ids=ids).expected(unfilled)
+
+
+@pytest.mark.parametrize("terms, factored, narrow", WEIGHTS)
+@pytest.mark.parametrize(
+    "n, m, images, offset, has_ids, size, reason",
+    [(*p[:5], 1.0, p[-1]) for p in PROBLEMS]
+    + [(*PROBLEMS[-1][:5], x, f"2^{math.log2(x):.0f}") for x in (2.0**-70, 2.0**70)],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_weights_are_the_definition(
+    hopper: ModuleType, n, m, images, offset, has_ids, size: float, reason, terms: str, factored, narrow
+) -> None:
+    """Of every pair, in both directions, whatever the size of the coefficients; scaled they fit fp16."""
+    rng = np.random.default_rng(n)
+    u, v = rng.standard_normal((n, 8)), rng.standard_normal((m, 8))
+    v = u if n == m else v
+    u, v = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (u, v))
+    cosines = (u @ v.T).astype(np.float32)
+    ids, keep = kept_pairs(n, m, images, offset, has_ids, hopper.UNFILLED)
+    beta, scale = 0.5, 60.0
+    logits = beta * scale * cosines.astype(float)
+    expected, magnitude, sides = np.zeros((n, m)), np.zeros((n, m)), []
+    for axis, kept, wanted in ((1, keep[0], terms != "columns"), (0, keep[1], terms != "rows")):
+        with np.errstate(divide="ignore"):
+            lse = np.log((np.exp(logits) * kept).sum(axis)).astype(np.float32)
+        grad = (size * rng.standard_normal(len(lse))).astype(np.float32)
+        sides += [lse.tolist(), grad.tolist()] if wanted else [[], []]
+        if wanted:
+            x = logits - np.where(np.isneginf(lse), np.inf, lse.astype(float)).reshape((-1, 1) if axis else (1, -1))
+            term = beta * np.where(kept, grad.astype(float).reshape((-1, 1) if axis else (1, -1)) * np.exp(x), 0)
+            expected, magnitude = expected + term, magnitude + np.abs(term)
+    got, largest = hopper.play_weights(cosines, images, offset, ids, ids, beta, scale, *sides, factored, narrow)
+    # an exponent and lse of up to 2 beta scale log2(e) in all are rounded to float32, which is the relative error
+    allowed = 8 * np.finfo(np.float32).eps * beta * scale * magnitude
+    worst = np.unravel_index(np.argmax(np.abs(got - expected) - allowed), got.shape)
+    assert (np.abs(got - expected) <= allowed).all(), (worst, got[worst], expected[worst], allowed[worst])
+    assert (got[~(keep[0] | keep[1])] == 0).all()
+    assert largest <= 2.0**14 * 1.001
 
 
 # ---- the ring

@@ -1,4 +1,4 @@
-"""The `cuda` backend over what it supports, on a Hopper GPU: 128 features, 16-bit operands, one exponent, rows.
+"""The `cuda` backend over what it supports, on a Hopper GPU: 64, 128, 256 features, 16 bits, one exponent, rows.
 
 Everywhere else these tests skip with the backend's reason. `make gpu` runs them plainly and under compute-sanitizer.
 """
@@ -15,9 +15,7 @@ from contrastive_ext.problem.pairs import UNFILLED
 from rows import INPUTS, LOSSES, USAGES
 
 DEVICE = torch.device("cuda")
-REASON = cuda.why_not(
-    DEVICE if torch.cuda.is_available() else torch.device("cpu"), torch.float32, torch.bfloat16, cuda.FEATURES
-)
+REASON = cuda.why_not(DEVICE if torch.cuda.is_available() else torch.device("cpu"), torch.float32, torch.bfloat16, 128)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -41,13 +39,13 @@ PROBLEMS = [
 IDS = [reason for *_, reason in PROBLEMS]
 
 
-def _unit_rows(count: int, dtype: torch.dtype) -> torch.Tensor:
-    rows = torch.nn.functional.normalize(torch.randn(count, cuda.FEATURES, device=DEVICE))
+def _unit_rows(count: int, dtype: torch.dtype, features: int) -> torch.Tensor:
+    rows = torch.nn.functional.normalize(torch.randn(count, features, device=DEVICE))
     return rows.to(dtype).float()
 
 
-def _request(n: int, m: int | None, options: dict, dtype: torch.dtype):
-    u, v = _unit_rows(n, dtype), None if m is None else _unit_rows(m, dtype)
+def _request(n: int, m: int | None, options: dict, dtype: torch.dtype, features: int = 128):
+    u, v = _unit_rows(n, dtype, features), None if m is None else _unit_rows(m, dtype, features)
     options = dict(options)
     if options.pop("ids", False):
         ids = torch.randint(0, 40, (n,), device=DEVICE)
@@ -58,9 +56,9 @@ def _request(n: int, m: int | None, options: dict, dtype: torch.dtype):
 @pytest.mark.parametrize("n, m, options, reason", PROBLEMS, ids=IDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
 @pytest.mark.parametrize("temperature", [0.5, 0.07, 0.0145, 0.01, 0.005])
-@pytest.mark.parametrize("unit", [True, False], ids=["unit", "free"])
-def test_statistics_match_the_definition(n, m, options, reason, dtype, temperature, unit):
-    u, v, options = _request(n, m, options, dtype)
+@pytest.mark.parametrize("unit, features", [(True, 128), (False, 128), (True, 64), (False, 64), (True, 256)])
+def test_statistics_match_the_definition(n, m, options, reason, dtype, temperature, unit, features):
+    u, v, options = _request(n, m, options, dtype, features)
     scale = 1 / temperature
     ours = row_stats(u, v, scale=scale, unit=unit, backend="cuda", **options)
     exact = row_stats(u.double(), None if v is None else v.double(), scale=scale, backend="torch", **options)
@@ -70,12 +68,40 @@ def test_statistics_match_the_definition(n, m, options, reason, dtype, temperatu
     torch.testing.assert_close(ours.lse.double(), exact.lse, rtol=0, atol=allowed)
 
 
+@pytest.mark.parametrize("n, m, options, reason", PROBLEMS, ids=IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("temperature", [0.5, 0.07, 0.01])
+@pytest.mark.parametrize("features", cuda.FEATURES)
+def test_gradients_match_the_definition(n, m, options, reason, dtype, temperature, features):
+    """Both sides, with coefficients of either sign, within what weights rounded to 16 bits allow."""
+    u, v, options = _request(n, m, options, dtype, features)
+    weights = torch.randn(n, device=DEVICE)
+
+    def gradients(backend, to):
+        inputs = [x.to(to).requires_grad_() for x in (u, v) if x is not None]
+        more = options if backend == "cuda" else {k: x for k, x in options.items() if k != "operand_dtype"}
+        lse = row_stats(*inputs, scale=1 / temperature, unit=True, backend=backend, **more).lse[0]
+        finite = lse.isfinite()  # rows without negatives
+        return torch.autograd.grad((lse[finite] * weights[finite]).sum(), inputs)
+
+    ours, exact, again = (
+        gradients("cuda", torch.float32),
+        gradients("torch", torch.float64),
+        gradients("cuda", torch.float32),
+    )
+    rounding = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+    for got, truth, repeated in zip(ours, exact, again, strict=True):
+        assert torch.equal(got, repeated)
+        if truth.numel():  # of rows at random both a sum and its error grow with the square root of their number
+            assert (got.double() - truth).abs().max() <= 4 * rounding * truth.abs().max()
+
+
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
 @pytest.mark.parametrize("usage", ROWS_ONLY, ids=lambda u: u.name)
 @pytest.mark.parametrize("loss", ONE_EXPONENT, ids=lambda x: x.name)
 def test_losses_and_gradients_obey_the_error_rule(loss, usage, dtype, inputs):
-    z1, z2 = INPUTS[inputs](150, cuda.FEATURES, dtype, DEVICE)
+    z1, z2 = INPUTS[inputs](150, 128, dtype, DEVICE)
     z2, options = usage.options(z1, z2)
     options |= loss.parameters | {"temperature": 0.1}
     differentiable = {"z1": z1, "z2": z2}
@@ -136,5 +162,6 @@ def test_what_the_kernels_lack_raises_and_says_so(call, says):
 
 def test_other_dtypes_and_sizes_have_reasons():
     assert "operands" in cuda.why_not(DEVICE, torch.float32, torch.float32, 128)
-    assert "D = 128" in cuda.why_not(DEVICE, torch.float32, torch.bfloat16, 64)
+    assert "D = 64, 128, 256" in cuda.why_not(DEVICE, torch.float32, torch.bfloat16, 96)
+    assert "float64" in cuda.why_not(DEVICE, torch.float64, torch.bfloat16, 128)
     assert dispatch.select("auto", DEVICE, torch.float32, torch.bfloat16, 128).name != "cuda"

@@ -41,5 +41,5 @@ def test_a_call_that_the_driver_would_refuse_is_refused():
 
 
 def test_one_kernel_of_a_text_is_cut_out():
-    text = kernels.only_entry(kernels.forward_ptx(), "OperandE1EEE")
+    text = kernels.only_entry(kernels.forward_ptx(), "OperandE1ELi128E")
     assert text.count(".entry") == 1 and ".bf16.bf16" in text and ".f16.f16" not in text

@@ -284,6 +284,17 @@ def test_a_box_starts_at_a_multiple_of_128_bytes():
     fails(INIT + EXPECT + "add.u32 to, to, 64; @first " + BOX + WAIT, "alignment")
 
 
+LINE = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [to], [s], 512, [bar];"
+
+
+def test_a_line_of_bytes_comes_like_a_box():
+    passes(INIT + EXPECT + "@first " + LINE + WAIT + "ld.shared.u32 x, [at];", T)
+    fails(INIT + EXPECT + "@first " + LINE + "ld.shared.u32 x, [at];" + WAIT, "race|uninitialised")
+    fails(INIT + EXPECT + "@first " + LINE.replace("512", "496") + WAIT, "deadlock")
+    fails(INIT + EXPECT + "add.u32 to, to, 8; @first " + LINE + WAIT, "alignment")
+    fails(INIT + EXPECT + "@first " + LINE.replace("512", "8192") + WAIT, "bounds|barrier")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
