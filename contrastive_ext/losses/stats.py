@@ -95,21 +95,22 @@ def summarize(
     """Average per-row statistics into a `LossStats`; rounding [R]: logits closer than that are equal."""
     has_negatives = rows.negatives > 0
     weight = has_negatives.to(rows.negatives.dtype) / has_negatives.sum().clamp(min=1)
-
-    def mean(values: Tensor) -> Tensor:
-        return (values.masked_fill(~has_negatives, 0.0) * weight).sum()
-
     scale, pos = stats.scale, stats.pos.detach()
     effective = torch.exp(2 * stats.lse[0].detach() - rows.lse_squared)
+    values = {
+        "accuracy": (pos > rows.largest + rounding).to(pos.dtype),
+        "positive_similarity": pos / scale,
+        "negative_similarity": rows.total / rows.negatives.clamp(min=1) / scale,
+        "hardest_negative": rows.largest / scale,
+        "effective_negatives": effective.masked_fill(stats.lse[0] == -torch.inf, 0.0),
+        "mean_weight": torch.ones_like(pos) if rows.mean_weight is None else rows.mean_weight,
+        "max_weight": torch.ones_like(pos) if rows.max_weight is None else rows.max_weight,
+        "clamped_fraction": torch.zeros_like(pos) if clamped is None else clamped.to(pos.dtype),
+    }
+    # all averages at once: small operations are most of the time of a small batch
+    means = (torch.stack(list(values.values())).masked_fill(~has_negatives, 0.0) * weight).sum(1)
     return LossStats(
-        accuracy=mean((pos > rows.largest + rounding).to(pos.dtype)),
-        positive_similarity=mean(pos / scale),
-        negative_similarity=mean(rows.total / rows.negatives.clamp(min=1) / scale),
-        hardest_negative=mean(rows.largest / scale),
-        effective_negatives=mean(effective.masked_fill(stats.lse[0] == -torch.inf, 0.0)),
-        mean_weight=mean(torch.ones_like(pos) if rows.mean_weight is None else rows.mean_weight),
-        max_weight=mean(torch.ones_like(pos) if rows.max_weight is None else rows.max_weight),
-        clamped_fraction=mean(torch.zeros_like(pos) if clamped is None else clamped.to(pos.dtype)),
+        **dict(zip(values, means.unbind(0), strict=True)),
         cancelled_fraction=1 - rows.negatives.mean() / (rows.candidates or 1),
         empty_rows=(~has_negatives).sum(),
         normalized=normalized,

@@ -1,6 +1,6 @@
 // Matrix products out of registers: kRows x kVectors accumulators take one element of a and kVectors vectors of b at a
-// time, so that a step loads far less than it multiplies. A share of b, kDepth rows of kProductColumns columns, is
-// copied together once and serves all rows of a, which is read where it is, transposed or not.
+// time, so that a step loads far less than it multiplies. A share of b, kDepth rows of kProductColumns columns, serves
+// all rows of a; it is copied together for as many rows as repay that. a is read where it is, transposed or not.
 //
 // Every element of c is a sum in the order of k, in blocks of kDepth: the same bits wherever it stands in a tile and
 // whatever thread makes it, and s_ij = s_ji within one set.
@@ -20,18 +20,19 @@ constexpr int kProductVectors = 4;
 constexpr int kProductVectors = 2;
 #endif
 constexpr int64_t kDepth = 256;
+constexpr int64_t kRowsWorthCopying = 64;  // a vector is copied by two instructions and multiplied by one a row
 
 template <class T>
 constexpr int64_t kProductColumns = kProductVectors * Simd<T>::kWidth;
 
-// c[:, 0 : columns] for kRows rows, of which the last vector may be a part. b: rows of kProductColumns.
+// c[:, 0 : columns] for kRows rows, where the last vector may be a part of one. b has whole vectors, `stride` apart.
 template <class T, int kRows, int kVectors>
-inline void product_block(const Product<T>& p, T* c, const T* a, const T* b, int64_t depth, int64_t columns, bool add,
-                          T scale) {
+inline void product_block(const Product<T>& p, T* c, const T* a, const T* b, int64_t stride, int64_t depth,
+                          int64_t columns, bool add, T scale) {
   using V = typename Simd<T>::V;
   constexpr int64_t kWidth = Simd<T>::kWidth;
   V sum[kRows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k, a += p.a_depth, b += kProductColumns<T>) {
+  for (int64_t k = 0; k < depth; ++k, a += p.a_depth, b += stride) {
     V column[kVectors];
     for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * kWidth);
     for (int r = 0; r < kRows; ++r) {
@@ -58,14 +59,15 @@ inline void product_block(const Product<T>& p, T* c, const T* a, const T* b, int
 
 // The same for all rows, with as many vectors as hold `columns`.
 template <class T, int kVectors = kProductVectors>
-inline void product_share(const Product<T>& p, T* c, const T* a, const T* b, int64_t depth, int64_t columns, bool add,
-                          T scale) {
+inline void product_share(const Product<T>& p, T* c, const T* a, const T* b, int64_t stride, int64_t depth,
+                          int64_t columns, bool add, T scale) {
   if constexpr (kVectors > 1)
     if (columns <= (kVectors - 1) * Simd<T>::kWidth)
-      return product_share<T, kVectors - 1>(p, c, a, b, depth, columns, add, scale);
+      return product_share<T, kVectors - 1>(p, c, a, b, stride, depth, columns, add, scale);
   int64_t i = 0;
   const auto take = [&](auto block, int64_t rows) {
-    for (; i + rows <= p.rows; i += rows) block(p, c + i * p.c_row, a + i * p.a_row, b, depth, columns, add, scale);
+    for (; i + rows <= p.rows; i += rows)
+      block(p, c + i * p.c_row, a + i * p.a_row, b, stride, depth, columns, add, scale);
   };
   take(product_block<T, kProductRows, kVectors>, kProductRows);
   take(product_block<T, 2, kVectors>, 2);
@@ -84,13 +86,15 @@ void product(const Product<T>& p) {
     for (int64_t j = 0; j < p.cols; j += kColumns) {
       const int64_t columns = p.cols - j < kColumns ? p.cols - j : kColumns;
       const T* b = p.b + k0 * p.b_depth + j;
-      if (p.b_depth != kColumns) {
-        if (columns < kColumns) memset(share, 0, sizeof(share));
+      int64_t stride = p.b_depth;
+      const bool whole = columns % Simd<T>::kWidth == 0;
+      if (!whole || (stride != kColumns && p.rows >= kRowsWorthCopying)) {
+        if (!whole) memset(share, 0, sizeof(share));
         for (int64_t k = 0; k < depth; ++k)
-          memcpy(share + k * kColumns, b + k * p.b_depth, static_cast<size_t>(columns) * sizeof(T));
-        b = share;
+          memcpy(share + k * kColumns, b + k * stride, static_cast<size_t>(columns) * sizeof(T));
+        b = share, stride = kColumns;
       }
-      product_share(p, p.c + j, p.a + k0 * p.a_depth, b, depth, columns, add, scale);
+      product_share(p, p.c + j, p.a + k0 * p.a_depth, b, stride, depth, columns, add, scale);
     }
     k0 += depth;
   } while (k0 < p.depth);
