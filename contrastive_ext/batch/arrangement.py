@@ -81,7 +81,7 @@ def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> A
     row_scale = scale
     if two_view:
         anchors = operand(torch.cat([request.z1, request.z2]))
-        u1, u2 = anchors.split(batch)  # two slices would each fill a matrix with zeros in the backward
+        u1, u2 = anchors.split((batch, batch))  # two slices would each fill a matrix with zeros in the backward
     else:
         u1, u2 = operand(request.z1), operand(request.z2)
         if isinstance(scale, Tensor) and scale.dim() == 1:  # rows carry it: rounded once, and no longer of unit length
@@ -90,7 +90,7 @@ def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> A
         anchors = u1
     index = request.positive_index
     if index is None:
-        partners = u2 if u2.shape[0] == batch else u2[:batch]
+        partners = u2 if two_view else u2[:batch]
     else:
         partners = numerics.take_rows(u2, index)
     judged = None if request.guide is None else request.guide.judge(u1, u2, index)
