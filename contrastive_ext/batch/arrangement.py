@@ -82,7 +82,7 @@ def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> A
     row_scale = scale
     if two_view:
         anchors = operand(torch.cat([request.z1, request.z2]))
-        u1, u2 = anchors[:batch], anchors[batch:]
+        u1, u2 = anchors.split((batch, batch))  # two slices would each fill a matrix with zeros in the backward
     else:
         u1, u2 = operand(request.z1), operand(request.z2)
         if isinstance(scale, Tensor) and scale.dim() == 1:  # rows carry it: rounded once, and no longer of unit length
@@ -90,7 +90,10 @@ def _arranged(request: Request, scale: float | Tensor, ranks: Ranks | None) -> A
             u1, scale = numerics.round_operand(rows * scale[:, None], operand_dtype), 1.0
         anchors = u1
     index = request.positive_index
-    partners = u2[:batch] if index is None else numerics.take_rows(u2, index)
+    if index is None:
+        partners = u2 if two_view else u2[:batch]
+    else:
+        partners = numerics.take_rows(u2, index)
     judged = None if request.guide is None else request.guide.judge(u1, u2, index)
     ids = request.ids
     unit = request.normalize and row_scale is scale

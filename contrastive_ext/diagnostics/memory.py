@@ -97,10 +97,15 @@ def _reference(c: _Sizes) -> float:
 
 
 def _cpu(c: _Sizes) -> float:
-    """Unit vectors, their gradient and that of the inputs; of every thread two tiles and the library's operands."""
+    """Unit vectors, their gradient and that of the inputs; two tiles of every thread.
+
+    The columns once more, as products read them, are gone before the gradient of the inputs comes; they count where
+    there are further ones that nothing has to be widened for.
+    """
     tiles = min(1.2 * MIB * torch.get_num_threads(), 0.75 * c.matrix)
     rows = 6 * c.stats if c.queue or c.others else 2 * c.stats + c.item  # the former composed of tensor operations
-    return rows * c.own + tiles + c.further_columns
+    columns = max(c.others, c.queue if c.item == c.stats else 0) * c.stats
+    return rows * c.own + columns + tiles + c.further_columns
 
 
 def _torch(c: _Sizes) -> float:

@@ -22,7 +22,7 @@ from ..batch.cancellation import Guide
 from ..batch.columns import Columns
 from ..batch.queue import NegativeQueue
 from ..batch.request import Layout, Request
-from ..checks import check_exponents, check_keywords
+from ..checks import can_read, check_exponents, check_keywords
 from ..operators.whole_loss import operators_for, whole_loss
 from .dense import dense_logits
 from .matryoshka import Matryoshka
@@ -226,8 +226,8 @@ def _streamed(row_loss: RowLoss, batch: Arrangement, return_stats: bool, backend
     sets = tuple(s for s in batch.column_sets if s.ids is None and s.gate is None)
     own = None if batch.own is None or batch.own.kept is not None else batch.own
     certain = replace(batch, column_sets=sets, own=own)
-    if certain.candidates == 0:
-        empty = stats.count == 0
+    empty = stats.count == 0 if certain.candidates == 0 else None
+    if empty is not None and (not can_read(empty) or bool(empty.any())):  # a look in place of ten operations each way
         nothing = row_loss.without_negatives(batch.positive_terms)
         losses = _where_empty(empty, row_loss.from_stats(stats.without_empty(empty)), batch.pos, nothing)
     else:

@@ -93,33 +93,26 @@ def summarize(
     stats: RowStatistics, rows: Diagnostics, clamped: Tensor | None, rounding: Tensor, normalized: bool
 ) -> LossStats:
     """Average per-row statistics into a `LossStats`; rounding [R]: logits closer than that are equal."""
-    empty = rows.negatives <= 0
-    pos, one = stats.pos.detach(), torch.ones_like(stats.pos)
+    has_negatives = rows.negatives > 0
+    weight = has_negatives.to(rows.negatives.dtype) / has_negatives.sum().clamp(min=1)
+    scale, pos = stats.scale, stats.pos.detach()
     effective = torch.exp(2 * stats.lse[0].detach() - rows.lse_squared)
-    fields = torch.stack([
-        pos / stats.scale,
-        rows.total / rows.negatives.clamp(min=1) / stats.scale,
-        rows.largest / stats.scale,
-        (pos > rows.largest + rounding).to(pos.dtype),
-        effective.masked_fill(stats.lse[0] == -torch.inf, 0.0),
-        one if rows.mean_weight is None else rows.mean_weight,
-        one if rows.max_weight is None else rows.max_weight,
-        torch.zeros_like(pos) if clamped is None else clamped.to(pos.dtype),
-    ])  # fmt: skip
-    weight = (~empty).to(pos.dtype)
-    averages = ((fields.masked_fill(empty, 0.0) * weight).sum(1) / weight.sum().clamp(min=1)).unbind()
-    positive, negative, hardest, accuracy, effective_negatives, mean_weight, max_weight, clamped_fraction = averages
+    values = {
+        "accuracy": (pos > rows.largest + rounding).to(pos.dtype),
+        "positive_similarity": pos / scale,
+        "negative_similarity": rows.total / rows.negatives.clamp(min=1) / scale,
+        "hardest_negative": rows.largest / scale,
+        "effective_negatives": effective.masked_fill(stats.lse[0] == -torch.inf, 0.0),
+        "mean_weight": torch.ones_like(pos) if rows.mean_weight is None else rows.mean_weight,
+        "max_weight": torch.ones_like(pos) if rows.max_weight is None else rows.max_weight,
+        "clamped_fraction": torch.zeros_like(pos) if clamped is None else clamped.to(pos.dtype),
+    }
+    # all averages at once: small operations are most of the time of a small batch
+    means = (torch.stack(list(values.values())).masked_fill(~has_negatives, 0.0) * weight).sum(1)
     return LossStats(
-        accuracy=accuracy,
-        positive_similarity=positive,
-        negative_similarity=negative,
-        hardest_negative=hardest,
-        effective_negatives=effective_negatives,
-        mean_weight=mean_weight,
-        max_weight=max_weight,
-        clamped_fraction=clamped_fraction,
+        **dict(zip(values, means.unbind(0), strict=True)),
         cancelled_fraction=1 - rows.negatives.mean() / (rows.candidates or 1),
-        empty_rows=empty.sum(),
+        empty_rows=(~has_negatives).sum(),
         normalized=normalized,
     )
 

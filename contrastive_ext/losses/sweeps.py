@@ -59,7 +59,7 @@ def _sums(row_loss: RowLoss, batch: Arrangement, diagnostics: bool, backend: str
         scale, share = _hardened(batch.scale, row_loss.hardness_of(True))
         parts.append(_softened(_own_sums(batch.anchors, batch.own, scale, row_loss.exponents, diagnostics), share))
     lse, aux = reduce(union, parts)
-    stats = _statistics(batch, tuple(lse.unbind(0)), aux[0])
+    stats = _statistics(batch, lse.unbind(0) if len(lse) > 1 else (lse.squeeze(0),), aux[0])
     if not diagnostics:
         return stats, None
     negatives, largest, total, lse_squared = aux.unbind(0)

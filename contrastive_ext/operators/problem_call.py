@@ -15,6 +15,7 @@ from torch import Tensor
 from ..backends import dispatch
 from ..problem.pairs import Gate, Pairs
 from ..problem.problem import Problem
+from .registration import holds_numbers
 
 
 class ProblemCall(NamedTuple):
@@ -69,9 +70,9 @@ class ProblemCall(NamedTuple):
     def keeper(self) -> ModuleType | None:
         """The module by which the backend of this call keeps small problems, if it has one.
 
-        Only tensors that hold numbers are asked for their sizes: a traced graph has the operators and no guard.
+        Only a call that computes is asked for its sizes: a traced graph has the operators and no guard.
         """
-        return self._select().kept if type(self.u) in (Tensor, torch.nn.Parameter) else None
+        return self._select().kept if holds_numbers(self.u) else None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """u, v and scale, then those of the pair rules: what a backward saves beside `numbers`."""

@@ -19,7 +19,7 @@ from ..problem import schema
 from ..problem.pairs import Gate
 from ..problem.ranking import RankedStatistics, Ranking
 from .problem_call import of_arguments, of_saved
-from .registration import once_differentiable, register, register_autograd
+from .registration import once_differentiable, register, register_autograd, route
 from .row_stats import backward_shapes, checked_call
 
 
@@ -56,9 +56,8 @@ def ranked_stats(
         u, v, scale=scale, num_images=num_images, positive_offset=positive_offset, row_ids=row_ids, col_ids=col_ids,
         ignored=ignored, gate=gate, unit=unit, operand_dtype=operand_dtype, backend=backend_of(ranking, backend, u),
     )  # fmt: skip
-    return RankedStatistics(
-        *torch.ops.contrastive_ext.ranked_stats.default(*call, *ranking_arguments(ranking), diagnostics)
-    )
+    operator = route("ranked_stats", u, _RankedStats.apply)
+    return RankedStatistics(*operator(*call, *ranking_arguments(ranking), diagnostics))
 
 
 def backend_of(ranking: Ranking, backend: str, u: Tensor) -> str:
@@ -106,7 +105,7 @@ def _forward_and_kept(args, call, wanted) -> tuple[tuple[Tensor, ...], ModuleTyp
         if made is not None:
             return tuple(made.stats), keeper, [*made.blocks, *made.sums]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.contrastive_ext.ranked_stats.default(*args), None, []
+        return route("ranked_stats", call.u, _forward)(*args), None, []
 
 
 def _ranking(priors: Tensor | None, parameters: list[float], bins: int) -> Ranking:
@@ -151,8 +150,9 @@ class _RankedStats(torch.autograd.Function):
             else:
                 *pair_tensors, priors, lse, aux, axis, below = saved
                 call = of_saved((u, v, scale, *pair_tensors), ctx.numbers)
-                du, dv = torch.ops.contrastive_ext.ranked_stats_backward.default(
-                    *call, priors, *ctx.ranking, lse, aux, axis, below, grad_lse.contiguous(), *needs
+                gradient = route("ranked_stats_backward", u, _backward)
+                du, dv = once_differentiable(
+                    gradient, *call, priors, *ctx.ranking, lse, aux, axis, below, grad_lse.contiguous(), *needs
                 )
             if need_scale:
                 dscale = (u * du).sum() / (scale if v is not None else 2 * scale)

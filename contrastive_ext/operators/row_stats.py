@@ -22,7 +22,7 @@ from ..problem.pairs import Gate
 from ..problem.problem import Statistics, Upstream
 from .problem_call import ProblemCall, as_arguments, of_arguments, of_saved
 from .problem_checks import check_cancelled, check_operand_dtype, check_problem
-from .registration import FirstOrderOnly, once_differentiable, register, register_autograd
+from .registration import FirstOrderOnly, once_differentiable, register, register_autograd, route
 
 
 def row_stats(
@@ -74,7 +74,7 @@ def row_stats(
     needs_gradient = u.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
     frozen = v is not None and not v.requires_grad and not columns
     means = means or (frozen and needs_gradient and torch.is_grad_enabled())
-    return Statistics(*torch.ops.contrastive_ext.row_stats.default(*call, columns, means, diagnostics, maximum))
+    return Statistics(*route("row_stats", u, _RowStats.apply)(*call, columns, means, diagnostics, maximum))
 
 
 def checked_call(
@@ -135,7 +135,7 @@ def _forward_and_kept(args, call, wanted) -> tuple[tuple[Tensor, ...], ModuleTyp
         if made is not None:
             return tuple(made.stats), keeper, [*made.blocks, *made.sums]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.contrastive_ext.row_stats.default(*args), None, []
+        return route("row_stats", call.u, _forward)(*args), None, []
 
 
 def _forward_shapes(u, v, scale, scale_value, exponents, *rest) -> tuple[Tensor, ...]:
@@ -199,9 +199,8 @@ class _RowStats(torch.autograd.Function):
                 )
             else:
                 call = of_saved((u, v, scale, *saved), ctx.numbers)
-                du, dv = torch.ops.contrastive_ext.row_stats_backward.default(
-                    *call, lse, grad_lse, col_lse, grad_col_lse, *needs
-                )
+                gradient = route("row_stats_backward", u, _backward)
+                du, dv = once_differentiable(gradient, *call, lse, grad_lse, col_lse, grad_col_lse, *needs)
             if need_scale:
                 dscale = (u * du).sum() / (scale if v is not None else 2 * scale)
         gradients = [du if need_u else None, dv if need_v else None, dscale if need_scale else None]

@@ -80,25 +80,23 @@ class GradientWorker {
         triangle_(grid.triangle),
         du_(du),
         dv_(dv),
-        tile_(problem, grid),
+        buffer_(problem, grid),
         block_du_(problem.one_set ? grid.block_rows * problem.d : 0) {}
 
   void begin(int64_t, int64_t) {}
 
   void compute(const TileRange& range) {
-    const int64_t d = problem_.d;
-    const Tile<T> tile = tile_.compute(range);
-    weigh_(tile);
+    tile_ = buffer_.compute(range);
+    weigh_(tile_);
     if (du_)
-      combine_columns(block_du(range.i0), tile.s, tile.ld, tile.rows, problem_.v + range.j0 * d, tile.cols, d,
+      combine_columns(block_du(range.i0), tile_.s, tile_, problem_.v + range.j0 * problem_.d, problem_.d,
                       /*accumulate=*/!range.first);
   }
 
   // The first block sees every column first: it writes, the others add.
   void add_columns(const TileRange& range) {
     const int64_t d = problem_.d;
-    combine_rows((problem_.one_set ? du_ : dv_) + range.j0 * d, tile_.logits(), tile_.ld(), range.i1 - range.i0,
-                 problem_.u + range.i0 * d, range.j1 - range.j0, d,
+    combine_rows((problem_.one_set ? du_ : dv_) + range.j0 * d, tile_, problem_.u + range.i0 * d, d,
                  /*accumulate=*/range.i0 > 0);
     // one tile spans all columns: its turn is the time when nobody else adds to these rows
     if (problem_.one_set && !triangle_) add_block(range.i0, range.i1);
@@ -122,7 +120,8 @@ class GradientWorker {
   Weigh weigh_;
   bool triangle_;
   T *du_, *dv_;
-  TileBuffer<T> tile_;
+  TileBuffer<T> buffer_;
+  Tile<T> tile_{};
   Workspace<T> block_du_;
 };
 

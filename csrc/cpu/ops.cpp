@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& 
   const Tensor columns = torch::stable::new_empty(scorers, {sizes, 2}, ScalarType::Long);
   for_float_or_double(dtype, [&](auto zero) {
     using T = decltype(zero);
-    top_columns<T>({{data<T>(scorers), data<T>(features), views, groups, dim},
+    top_columns<T>({{data<T>(scorers), views, groups, dim, {data<T>(features), m, dim}},
                     m,
                     k,
                     num_images,

@@ -99,8 +99,11 @@ struct Request {
     for (double& beta : p.exponents)
       beta = static_cast<double>(static_cast<T>(beta));  // as the dense formula rounds it
     if (!gate_scorers) return p;
-    p.gate.scorers = {data<T>(*gate_scorers), data<T>(*gate_features), gate_scorers->size(0), gate_scorers->size(1),
-                      gate_scorers->size(2)};
+    p.gate.scorers = {data<T>(*gate_scorers),
+                      gate_scorers->size(0),
+                      gate_scorers->size(1),
+                      gate_scorers->size(2),
+                      {data<T>(*gate_features), m(), gate_scorers->size(2)}};
     p.gate.row_limit = data<T>(*gate_row_limit);
     if (gate_col_limit) {
       p.gate.col_limit.assign(data<T>(*gate_col_limit), data<T>(*gate_col_limit) + m());

@@ -48,6 +48,7 @@ struct Problem {
   std::vector<double> exponents;  // numbers of T
   PairRules pairs;
   Gate<T> gate;
+  Panels<T> columns{v, m, d};  // v again, as products with rows read it
 
   // exp(beta s_ij) for unit rows lies between 2^-reach and 2^reach.
   double reach(double beta) const { return beta * scale * kLog2E; }
@@ -92,24 +93,22 @@ class TileBuffer {
  public:
   TileBuffer(const Problem<T>& problem, const TileGrid& grid)
       : problem_(problem),
-        ld_((grid.tile_cols + kColumnPad - 1) / kColumnPad * kColumnPad),
+        ld_(padded_to(kColumnPad, grid.tile_cols) + kVectorPad),  // rows a power of two apart would share cache lines
         size_(grid.block_rows * ld_),
         s_(size_),
         gate_(problem.gate ? (problem.gate.scorers.count > 1 ? 2 : 1) * size_ : 0) {}
 
   int64_t ld() const { return ld_; }
-  T* logits() const { return s_.get(); }
 
   Tile<T> compute(const TileRange& range) const {
-    const int64_t d = problem_.d;
     const Gate<T>& gate = problem_.gate;
     Tile<T> tile{};
     tile.s = s_.get(), tile.ld = ld_;
     tile.i0 = range.i0, tile.rows = range.i1 - range.i0;
     tile.j0 = range.j0, tile.cols = range.j1 - range.j0;
     tile.pairs = &problem_.pairs, tile.upper = range.upper;
-    score_tile(tile.s, ld_, problem_.scale, problem_.u + tile.i0 * d, tile.rows, problem_.v + tile.j0 * d, tile.cols,
-               d);
+    score_tile(tile.s, ld_, problem_.scale, problem_.u + tile.i0 * problem_.d, tile.rows, problem_.columns, tile.j0,
+               tile.cols, problem_.d, tile.upper, tile.j0 - tile.i0);
     if (gate) {
       best_score_tile(gate.scorers, range.i0, range.i1, range.j0, range.j1, gate_.get(), gate_.get() + size_, ld_);
       tile.gate = gate_.get();

@@ -140,8 +140,7 @@ class ForwardWorker {
 
   void accumulate_mean(const Tile<T>& tile, int stream, const T* e, bool first) {
     if (!has_mean(stream)) return;
-    combine_columns(mean(stream, 0), e, ld_, tile.rows, problem_.v + tile.j0 * problem_.d, tile.cols, problem_.d,
-                    /*accumulate=*/!first);
+    combine_columns(mean(stream, 0), e, tile, problem_.v + tile.j0 * problem_.d, problem_.d, /*accumulate=*/!first);
   }
 
   void rescale_means(const Pass& pass, int64_t i, double factor) {

@@ -11,8 +11,8 @@ namespace contrastive_ext {
 template <class T>
 struct Scorers {
   const T* scorers;            // [count, groups, dim]
-  const T* columns;            // [m, dim]
   int64_t count, groups, dim;  // count 0: none
+  Panels<T> columns;           // [m, dim]
 };
 
 // best [i1 - i0, ld] receives the scores of rows [i0, i1) and columns [j0, j1); spare is as large, needed if count > 1.
@@ -24,8 +24,8 @@ inline void best_score_tile(const Scorers<T>& by, int64_t i0, int64_t i1, int64_
     for (int64_t i = i0, rows; i < i1; i += rows) {  // one product unless the block wraps around the groups
       const int64_t g = i % by.groups;
       rows = by.groups - g < i1 - i ? by.groups - g : i1 - i;
-      score_tile(out + (i - i0) * ld, ld, 1.0, by.scorers + (s * by.groups + g) * by.dim, rows,
-                 by.columns + j0 * by.dim, j1 - j0, by.dim);
+      score_tile(out + (i - i0) * ld, ld, 1.0, by.scorers + (s * by.groups + g) * by.dim, rows, by.columns, j0, j1 - j0,
+                 by.dim);
     }
     if (s > 0) tile_kernels<T>().larger_of(best, spare, (i1 - i0) * ld);
   }

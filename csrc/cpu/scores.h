@@ -1,77 +1,21 @@
-// The tile products, one library GEMM each, on views of memory we own.
-//
-// The views are torch tensors over raw pointers: that is the only matrix product the stable ABI offers, and it costs
-// about a microsecond per product. Called inside parallel_for the library runs it on the calling thread alone.
+// The tile products, and columns laid out for them once a call.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
-#include "../compat.h"
+#include <torch/csrc/stable/ops.h>
+
+#include "library_product.h"
+#include "tile.h"
 
 namespace contrastive_ext {
-
-template <class T>
-inline int32_t aoti_dtype();
-template <>
-inline int32_t aoti_dtype<float>() {
-  return aoti_torch_dtype_float32();
-}
-template <>
-inline int32_t aoti_dtype<double>() {
-  return aoti_torch_dtype_float64();
-}
-
-// A [rows, cols] matrix over borrowed memory.
-template <class T>
-class MatrixView {
- public:
-  MatrixView(const T* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride = 1) {
-    const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-        const_cast<T*>(data), 2, sizes, strides, 0, aoti_dtype<T>(), aoti_torch_device_type_cpu(), 0, &handle_));
-  }
-  ~MatrixView() { aoti_torch_delete_tensor_object(handle_); }
-  MatrixView(const MatrixView&) = delete;
-  MatrixView& operator=(const MatrixView&) = delete;
-
-  AtenTensorHandle get() const { return handle_; }
-
- private:
-  AtenTensorHandle handle_ = nullptr;
-};
-
-// out = scale a b, or out += a b. Nothing is read from `out` unless it accumulates.
-template <class T>
-inline void multiply(const MatrixView<T>& out, const MatrixView<T>& a, const MatrixView<T>& b, bool accumulate,
-                     double scale = 1.0) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), accumulate ? 1.0 : 0.0, scale));
-}
-
-// Logits: s[rows, cols] = scale u[rows, d] v[cols, d]^T
-template <class T>
-inline void score_tile(T* s, int64_t ld, double scale, const T* u, int64_t rows, const T* v, int64_t cols, int64_t d) {
-  multiply<T>({s, rows, cols, ld}, {u, rows, d, d}, {v, d, cols, 1, d}, /*accumulate=*/false, scale);
-}
-
-// out[rows, d] (+)= w[rows, cols] v[cols, d]
-template <class T>
-inline void combine_columns(T* out, const T* w, int64_t ld, int64_t rows, const T* v, int64_t cols, int64_t d,
-                            bool accumulate) {
-  multiply<T>({out, rows, d, d}, {w, rows, cols, ld}, {v, cols, d, d}, accumulate);
-}
-
-// out[cols, d] (+)= w[rows, cols]^T u[rows, d]
-template <class T>
-inline void combine_rows(T* out, const T* w, int64_t ld, int64_t rows, const T* u, int64_t cols, int64_t d,
-                         bool accumulate) {
-  multiply<T>({out, cols, d, d}, {w, cols, rows, 1, ld}, {u, rows, d, d}, accumulate);
-}
 
 // Uninitialised, cache-line aligned workspace.
 template <class T>
 class Workspace {
  public:
+  Workspace() = default;
   explicit Workspace(int64_t size)
       : data_(static_cast<T*>(
             ::operator new(static_cast<size_t>(size > 0 ? size : 1) * sizeof(T), std::align_val_t{64}))) {}
@@ -83,5 +27,76 @@ class Workspace {
   };
   std::unique_ptr<T, Free> data_;
 };
+
+inline int64_t padded_to(int64_t multiple, int64_t size) { return (size + multiple - 1) / multiple * multiple; }
+
+// Vectors [m, d] as columns: panels of kPanel of them, feature by feature, 0 beyond the last.
+template <class T>
+class Panels {
+ public:
+  Panels() = default;
+  Panels(const T* data, int64_t m, int64_t d) : d_(d), copy_(padded_to(kPanel, m) * d) {
+    torch::stable::parallel_for(0, padded_to(kPanel, m) / kPanel, 1 + (1 << 16) / (kPanel * d + 1),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t panel = begin; panel < end; ++panel) fill(panel * kPanel, data, m);
+                                });
+  }
+  const T* at(int64_t j) const { return copy_.get() + j / kPanel * kPanel * d_ + j % kPanel; }
+
+ private:
+  void fill(int64_t first, const T* data, int64_t m) {
+    T* panel = copy_.get() + first * d_;
+    const int64_t count = std::min(kPanel, m - first);
+    if (count < kPanel) std::fill(panel, panel + kPanel * d_, T(0));
+    tile_kernels<T>().transpose(panel, kPanel, data + first * d_, d_, count, d_);
+  }
+
+  int64_t d_ = 0;
+  Workspace<T> copy_;
+};
+
+// In a tile that meets the diagonal of one set the products leave out what lies below it, to this many rows and
+// columns.
+constexpr int64_t kDiagonalStep = 32;
+
+// Logits: s[rows, cols] = scale u[rows, d] v^T, of v from column j0 on. Padding columns, and with `above_diagonal` what
+// lies below it (row 0 is column j0 - `offset`), hold anything.
+template <class T>
+inline void score_tile(T* s, int64_t ld, double scale, const T* u, int64_t rows, const Panels<T>& v, int64_t j0,
+                       int64_t cols, int64_t d, bool above_diagonal = false, int64_t offset = 0) {
+  for (int64_t j = 0; j < cols;) {
+    int64_t width = std::min(kPanel - (j0 + j) % kPanel, cols - j), needed = rows;
+    if (above_diagonal && offset + j < rows) {
+      width = std::min(width, kDiagonalStep);
+      needed = std::min(rows, offset + j + width);
+    }
+    multiply<T>({s + j, ld, u, d, 1, v.at(j0 + j), kPanel, needed, padded_to(kVectorPad, width), d,
+                 static_cast<T>(scale), /*accumulate=*/false});
+    j += width;
+  }
+}
+
+// out[rows, d] (+)= w v for weights w in the tile's layout, v[cols, d] the tile's columns
+template <class T>
+inline void combine_columns(T* out, const T* w, const Tile<T>& tile, const T* v, int64_t d, bool accumulate) {
+  const int64_t step = tile.upper ? kDiagonalStep : tile.rows;
+  for (int64_t i = 0; i < tile.rows; i += step) {
+    const int64_t rows = std::min(step, tile.rows - i);
+    const int64_t zeros = tile.upper ? std::min(tile.cols, std::max<int64_t>(0, tile.i0 + i - tile.j0)) : 0;
+    multiply<T>({out + i * d, d, w + i * tile.ld + zeros, tile.ld, 1, v + zeros * d, d, rows, d, tile.cols - zeros,
+                 T(1), accumulate});
+  }
+}
+
+// out[cols, d] (+)= w^T u for the tile's weights w, u[rows, d] the tile's rows
+template <class T>
+inline void combine_rows(T* out, const Tile<T>& tile, const T* u, int64_t d, bool accumulate) {
+  for (int64_t j = 0, cols; j < tile.cols; j += cols) {
+    const int64_t last = tile.j0 + j + kDiagonalStep - tile.i0;  // rows from here on are below the diagonal
+    const bool cut = tile.upper && last < tile.rows;
+    cols = cut ? std::min(kDiagonalStep, tile.cols - j) : tile.cols - j;
+    multiply<T>({out + j * d, d, tile.s + j, 1, tile.ld, u, d, cols, d, cut ? last : tile.rows, T(1), accumulate});
+  }
+}
 
 }  // namespace contrastive_ext

@@ -5,8 +5,7 @@
 // is not. What a tile adds to its rows stays with the thread that owns the block. What it adds to its columns waits for
 // its turn: column tile J takes block b only after block b - 1. Every block sweeps its tiles from left to right and
 // blocks start in order, so a thread follows the previous block one tile behind and rarely waits, column results need
-// no private copies, and the order of the sums is the same for any number of threads. The products are the library's,
-// which may choose its kernels, and with them last bits, by the number of threads that torch has set.
+// no private copies, and the order of the sums is the same for any number of threads.
 #pragma once
 
 #include <atomic>
@@ -58,8 +57,8 @@ class Turns {
   std::atomic<bool> failed_{false};
 };
 
-// Threads that `grid` is worth: the same answer for both directions, because the library's products differ in the last
-// bit between its own threads and ours (choose_tile_sizes says why that matters).
+// Threads that `grid` is worth: the same answer for both directions, because products of a library may differ in the
+// last bit between its own threads and ours (choose_tile_sizes says why that matters).
 inline int64_t sweep_threads(const TileGrid& grid) {
   constexpr double kFlopsPerThread = 1e6;  // about 10 us, twice what waking a thread costs
   const double flops =

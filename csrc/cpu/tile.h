@@ -9,15 +9,16 @@
 namespace contrastive_ext {
 
 constexpr int64_t kMaxTileCols = 1024;
-// Kernels read and write whole vectors: a tile's row length and every per-column array are padded to this many
-// elements, its number of rows and every per-row array to kRowStep.
+// Kernels read and write whole vectors: every per-column array is padded to kColumnPad elements, a tile's rows to whole
+// vectors, its number of rows and every per-row array to kRowStep.
 constexpr int64_t kColumnPad = 64;
+constexpr int64_t kVectorPad = 16;  // elements of the longest vector
 constexpr int64_t kRowStep = 4;
 
 template <class T>
 struct Tile {
   T* s;        // logits, row-major; padding holds anything, NaN included
-  int64_t ld;  // row length in elements, a multiple of kColumnPad
+  int64_t ld;  // row length in elements, a multiple of kVectorPad
   int64_t i0, rows, j0, cols;
   const PairRules* pairs;
   bool special;  // whether any pair in it may be ignored; otherwise no pair is tested
@@ -129,12 +130,29 @@ struct SigmoidWeights {
   const T *offset, *coef;
 };
 
+// c = scale a b, or c += a b with scale 1, for a [rows, depth] of any strides and b [depth, cols].
+template <class T>
+struct Product {
+  T* c;
+  int64_t c_row;  // from one row to the next
+  const T* a;
+  int64_t a_row, a_depth;
+  const T* b;
+  int64_t b_depth;
+  int64_t rows, cols, depth;
+  T scale;
+  bool accumulate;
+};
+
 template <class T>
 struct TileKernels {
+  void (*product)(const Product<T>&);
+  // y[d, rows] = x[rows, d]^T, of strides y_row and x_row.
+  void (*transpose)(T* y, int64_t y_row, const T* x, int64_t x_row, int64_t rows, int64_t d);
   void (*moments)(const Tile<T>&, const Moments<T>&);
   void (*exp_sums)(const Tile<T>&, const ExpSums<T>&);
   void (*weights)(const Tile<T>&, const Weights<T>&);
-  // x[i] = the larger of x[i] and y[i], NaN if one of them is; n a multiple of kColumnPad.
+  // x[i] = the larger of x[i] and y[i], NaN if one of them is; n a multiple of kVectorPad.
   void (*larger_of)(T* x, const T* y, int64_t n);
   // The first j in [begin, end) with x[j] > limit, or end; x is readable up to a multiple of kColumnPad.
   int64_t (*first_above)(const T* x, int64_t begin, int64_t end, T limit);

@@ -3,6 +3,7 @@
 
 #include "strips.h"
 #include "tile_histogram.h"
+#include "tile_product.h"
 #include "tile_softplus.h"
 
 namespace contrastive_ext {
@@ -233,9 +234,9 @@ void exp_array(const T* x, T* y, int64_t n) {
 
 template <class T>
 constexpr TileKernels<T> all_kernels() {
-  return {moments<T>,       exp_sums<T>,        weights<T>,    larger_of<T>,   first_above<T>,
-          tile_classes<T>,  extremes<T>,        bin_counts<T>, ranked_sums<T>, ranked_weights<T>,
-          softplus_sums<T>, sigmoid_weights<T>, exp_array<T>,  exp2_array<T>};
+  return {product<T>,       transpose<T>,       moments<T>,   exp_sums<T>,   weights<T>,     larger_of<T>,
+          first_above<T>,   tile_classes<T>,    extremes<T>,  bin_counts<T>, ranked_sums<T>, ranked_weights<T>,
+          softplus_sums<T>, sigmoid_weights<T>, exp_array<T>, exp2_array<T>};
 }
 
 extern const TileKernels<float> kKernelsF32;

@@ -14,8 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...checks import can_read
-from ...numerics import round_operand, scaled_norm, softplus, stats_dtype
+from ...numerics import finite_norm, round_operand, scaled_norm, softplus, stats_dtype
 from ...problem.pairs import Pairs
 from ...problem.problem import Problem, Statistics
 from ...problem.short_road import WholeLossOps
@@ -56,9 +55,8 @@ def _forward(
 
 def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows as `numerics.normalize` makes them, and what every row was multiplied by."""
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    if can_read(norm) and norm.amax() < torch.inf:  # a look in place of five operations
-        norm = norm.masked_fill(norm <= torch.finfo(z.dtype).tiny ** 0.5, torch.inf)
+    norm = finite_norm(z)
+    if norm is not None:
         return z / norm, norm.reciprocal()
     shrink, norm = scaled_norm(z)
     return z * shrink / norm, shrink / norm

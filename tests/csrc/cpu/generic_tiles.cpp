@@ -86,9 +86,30 @@ void run(const TileKernels<T>& kernels, int64_t rows, int64_t cols) {
   compare("gradient weights", got, weight, 64);
 }
 
+template <class T>
+void run_product(const TileKernels<T>& kernels, int64_t rows, int64_t depth, int64_t cols) {
+  std::mt19937 random(8);
+  std::uniform_real_distribution<double> uniform(-1, 1);
+  std::vector<T> a(rows * depth), b(depth * cols), c(rows * cols);
+  for (T& x : a) x = T(uniform(random));
+  for (T& x : b) x = T(uniform(random));
+  std::vector<double> exact(rows * cols);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j)
+      for (int64_t k = 0; k < depth; ++k) exact[i * cols + j] += double(a[i * depth + k]) * double(b[k * cols + j]);
+  kernels.product({c.data(), cols, a.data(), depth, 1, b.data(), cols, rows, cols, depth, T(1), false});
+  compare("product", c, exact, double(depth));
+  std::vector<T> turned(rows * depth);
+  kernels.transpose(turned.data(), rows, a.data(), depth, rows, depth);
+  kernels.product({c.data(), cols, turned.data(), 1, rows, b.data(), cols, rows, cols, depth, T(1), false});
+  compare("product of a transposed", c, exact, double(depth));
+}
+
 }  // namespace
 
 int main() {
+  run_product<float>(generic::kKernelsF32, 13, 300, 70);
+  run_product<double>(generic::kKernelsF64, 13, 300, 70);
   for (const int64_t cols : {1, 67, 512}) {
     run<float>(generic::kKernelsF32, 7, cols);
     run<double>(generic::kKernelsF64, 7, cols);

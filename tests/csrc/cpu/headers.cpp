@@ -158,6 +158,32 @@ Array<T> larger_of(const std::string& isa, Array<T> x, Array<T> y) {
   return out;
 }
 
+// c = scale a b, or c + a b; a is stored transposed if asked to, c with columns beside it that stay as they are.
+template <class T>
+Array<T> product(const std::string& isa, Array<T> a, bool transposed, Array<T> b, Array<T> c, T scale,
+                 bool accumulate) {
+  constexpr int64_t kBeside = 3;
+  const int64_t rows = c.shape(0), cols = c.shape(1), depth = b.shape(0);
+  std::vector<T> stored(static_cast<size_t>(rows * depth)), out(static_cast<size_t>(rows * (cols + kBeside)), T(-7));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < depth; ++k)
+      stored[static_cast<size_t>(transposed ? k * rows + i : i * depth + k)] = a.at(i, k);
+    for (int64_t j = 0; j < cols; ++j) out[static_cast<size_t>(i * (cols + kBeside) + j)] = c.at(i, j);
+  }
+  kernels<T>(isa).product({out.data(), cols + kBeside, stored.data(), transposed ? 1 : depth, transposed ? rows : 1,
+                           b.data(), cols, rows, cols, depth, scale, accumulate});
+  Array<T> result({rows, cols + kBeside});
+  std::copy(out.begin(), out.end(), result.mutable_data());
+  return result;
+}
+
+template <class T>
+Array<T> transpose(const std::string& isa, Array<T> x) {
+  Array<T> y({x.shape(1), x.shape(0)});
+  kernels<T>(isa).transpose(y.mutable_data(), x.shape(0), x.data(), x.shape(1), x.shape(0), x.shape(1));
+  return y;
+}
+
 template <class T>
 int64_t first_above(const std::string& isa, Array<T> x, int64_t begin, int64_t end, T limit) {
   return kernels<T>(isa).first_above(x.data(), begin, end, limit);
@@ -246,6 +272,8 @@ void define(py::module_& m, const char* suffix) {
   m.def(name("exp_").c_str(), exp_of<T>);
   m.def(name("exp2_").c_str(), exp2_of<T>);
   m.def(name("classify_").c_str(), classify<T>);
+  m.def(name("product_").c_str(), product<T>);
+  m.def(name("transpose_").c_str(), transpose<T>);
   m.def(name("larger_of_").c_str(), larger_of<T>);
   m.def(name("first_above_").c_str(), first_above<T>);
   m.def(name("moments_").c_str(), moments<T>);

@@ -142,6 +142,48 @@ def test_a_tile_is_plain_exactly_where_no_image_is_shared(native: ModuleType) ->
                 assert native.may_share_image(n, images, offset, i0, i1, j0, j1) == shared, (i0, i1, j0, j1)
 
 
+# ---- products
+
+# (rows, depth, columns): every remainder of six rows and of a share's columns, depths around one share's, none
+PRODUCTS = [(1, 1, 1), (6, 128, 64), (7, 5, 65), (11, 256, 40), (32, 257, 100), (4, 0, 33), (13, 700, 17)]
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows,depth,cols", PRODUCTS)
+def test_products(native: ModuleType, isa: str, kind: str, transposed: bool, rows: int, depth: int, cols: int) -> None:
+    rng, dtype = np.random.default_rng(rows), DTYPES[kind]
+    a, b, c = (rng.standard_normal(shape).astype(dtype) for shape in ((rows, depth), (depth, cols), (rows, cols)))
+    wide = (x.astype(np.longdouble) for x in (a, b, c))
+    x, y, z = wide
+    for scale, accumulate in ((1.0, True), (2.5, False)):
+        got = getattr(native, f"product_{kind}")(isa, a, transposed, b, c, scale, accumulate)
+        exact = x @ y + z if accumulate else scale * (x @ y)
+        # every term is rounded at most once a step: depth + 2 of them, products without FMA once more
+        bound = (depth + 4) * np.finfo(dtype).eps * (scale * (abs(x) @ abs(y)) + abs(z))
+        assert (abs(got[:, :cols].astype(np.longdouble) - exact) <= bound).all()
+        assert (got[:, cols:] == -7).all(), "wrote beside the columns"
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_an_element_of_a_product_is_the_same_wherever_it_stands(native: ModuleType, isa: str, kind: str) -> None:
+    product = getattr(native, f"product_{kind}")
+    u = np.random.default_rng(3).standard_normal((70, 300)).astype(DTYPES[kind])
+    nothing = np.zeros((70, 70), DTYPES[kind])
+    whole = product(isa, u, False, np.ascontiguousarray(u.T), nothing, 1.7, False)[:, :70]
+    np.testing.assert_array_equal(whole, whole.T)
+    rows, cols = slice(5, 22), slice(33, 70)
+    part = product(isa, u[rows], True, np.ascontiguousarray(u[cols].T), nothing[rows, cols], 1.7, False)
+    np.testing.assert_array_equal(part[:, :37], whole[rows, cols])
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_transposed(native: ModuleType, isa: str, kind: str) -> None:
+    for shape in ((1, 1), (4, 4), (9, 7), (64, 128), (6, 1), (3, 50)):
+        x = np.random.default_rng(0).standard_normal(shape).astype(DTYPES[kind])
+        np.testing.assert_array_equal(getattr(native, f"transpose_{kind}")(isa, x), x.T)
+
+
 # ---- the best columns
 
 
