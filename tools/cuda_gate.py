@@ -25,6 +25,7 @@ import sass
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "csrc" / "cuda"
+LADDER = ROOT / "tests" / "csrc" / "cuda" / "ladder.cu"
 SOURCES = [FOLDER / f"{name}.cu" for name in ("row_stats_forward", "row_stats_backward")]
 ARCHITECTURE = "90a"
 # 288 threads are nine warps, three of them on one of the four partitions: 16,384 registers / 96, in steps of 8.
@@ -122,10 +123,14 @@ def run_nvcc(nvcc: str, *arguments: str) -> str:
 
 
 def build_ladder(nvcc: str, program: Path) -> int:
-    """The program that climbs from one tile to the whole kernel; it needs a GPU to run."""
-    ladder = ROOT / "tests" / "csrc" / "cuda" / "ladder.cu"
-    run_nvcc(nvcc, "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", str(ladder), *map(str, SOURCES), "-o", str(program))
+    """The program that climbs from one tile to the whole kernels; it needs a GPU to run."""
+    compile_ladder(nvcc, *map(str, SOURCES), "-o", str(program))
     return 0
+
+
+def compile_ladder(nvcc: str, *arguments: str) -> None:
+    """Its own file, and what else `arguments` name."""
+    run_nvcc(nvcc, "-Werror=all-warnings", f"-I{FOLDER.parent}", str(LADDER), *arguments)
 
 
 def readable(mangled: str) -> str:

@@ -130,6 +130,7 @@ __global__ void largest_kernel(const __grid_constant__ BackwardArguments argumen
   const float* grad = blockIdx.x ? arguments.col_grad : arguments.row_grad;
   const int64_t count = !grad ? 0 : blockIdx.x ? arguments.m : arguments.n;
   float largest = 0;
+#pragma unroll 8  // loads on their way at once
   for (int64_t k = threadIdx.x; k < count; k += blockDim.x) largest = fmaxf(largest, fabsf(grad[k]));
   for (int lane = 16; lane > 0; lane /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFF, largest, lane));
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest;
@@ -186,10 +187,8 @@ struct Launch {
 }  // namespace
 
 int backward_splits(int64_t n, int64_t m, int features, int processors) {
-  constexpr int kStart = 6, kMost = 4;  // tiles: a split is also written and read once more
-  const int rows = number_of_tiles(n, kRows);
-  const int most = rows > 0 && processors / rows > kMost ? processors / rows : kMost;
-  return choose_splits(rows, number_of_tiles(m, columns_of_tile(features)), processors, kStart, most);
+  return gradient_splits(number_of_tiles(n, kRows), number_of_tiles(m, columns_of_tile(features)), processors,
+                         n * features * static_cast<int64_t>(sizeof(float)));
 }
 
 int64_t backward_workspace(int64_t n, int64_t m, int features, int splits) {

@@ -49,5 +49,15 @@ inline int choose_splits(int row_tiles, int column_tiles, int processors, int st
   return best;
 }
 
+// The same for a gradient of `bytes`, of which every split leaves a copy: enough to occupy the processors, and up to
+// four where that evens out the last wave, but 64 MiB in all.
+inline int gradient_splits(int row_tiles, int column_tiles, int processors, int64_t bytes) {
+  constexpr int kStart = 6, kMost = 4;
+  constexpr int64_t kMostBytes = int64_t{64} << 20;
+  int most = row_tiles > 0 && processors / row_tiles > kMost ? processors / row_tiles : kMost;
+  if (most * bytes > kMostBytes) most = bytes < kMostBytes ? static_cast<int>(kMostBytes / bytes) : 1;
+  return choose_splits(row_tiles, column_tiles, processors, kStart, most);
+}
+
 }  // namespace hopper
 }  // namespace contrastive_ext

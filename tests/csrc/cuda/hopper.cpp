@@ -371,6 +371,7 @@ PYBIND11_MODULE(hopper_headers, m) {
   m.def("masked_tiles", masked_tiles);
   m.def("span_of_split", span);
   m.def("choose_splits", choose_splits);
+  m.def("gradient_splits", gradient_splits);
   m.def("merge", merge);
   m.def("fits_without_shift", fits_without_shift);
   m.def("fits_factored", fits_factored);

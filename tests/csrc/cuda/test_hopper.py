@@ -210,6 +210,15 @@ def test_splits_fill_the_processors_and_leave_none_without_tiles(hopper: ModuleT
     assert hopper.choose_splits(1, 64, 132, 3, 4) == 4
 
 
+def test_splits_of_a_gradient_occupy_the_processors_within_64_mib(hopper: ModuleType) -> None:
+    mib = 1 << 20
+    assert hopper.gradient_splits(8, 512, 132, mib) == 16  # 1,024 rows against 65,536 columns: 128 blocks of 132
+    assert hopper.gradient_splits(256, 256, 132, 16 * mib) == 1  # 32,768 rows: two waves, 97 % full
+    assert hopper.gradient_splits(133, 133, 132, 8 * mib) == 4  # one block beyond a wave
+    assert hopper.gradient_splits(133, 133, 132, 30 * mib) == 2 and hopper.gradient_splits(133, 133, 132, 65 * mib) == 1
+    assert hopper.gradient_splits(0, 5, 132, 0) == 1 and hopper.gradient_splits(5, 0, 132, mib) == 1
+
+
 def test_merge_adds_splits_and_knows_empty_rows(hopper: ModuleType) -> None:
     rng = np.random.default_rng(0)
     splits, rows = 5, 6
