@@ -50,7 +50,8 @@ def table(results: Results, question: str) -> str:
     _, x_name, score, baseline = QUESTIONS[question]
     heads = ["run", *([x_name] if x_name else []), "temperature", score, f"against {baseline}"]
     lines = [heads, ["---"] * len(heads)]
-    for (label, x), seeds in found.items():
+    labels = labels_of(list(found))
+    for (label, x), seeds in sorted(found.items(), key=lambda run: (labels.index(run[0][0]), run[0][1] or 0.0)):
         against = found.get((baseline, x), found.get((baseline, None)))
         if question == "coverage":
             against = found[baseline, max(other for _, other in found if other is not None)]
