@@ -68,10 +68,11 @@ def test_a_ring_holds_as_much_on_four_ranks_as_on_two(shards):
     assert peaks[4] <= 1.1 * peaks[2], peaks
 
 
-@pytest.mark.parametrize("name", ["ring", "overlapping ring"])
-def test_a_ring_holds_four_shards_more_than_a_rank_alone(shards, name):
+# beside the computation two more are on their way: a shard that comes, a gradient that goes home
+@pytest.mark.parametrize("name, more", [("ring", 4), ("overlapping ring", 6)])
+def test_a_ring_holds_few_shards_more_than_a_rank_alone(shards, name, more):
     peaks = shards[name]
-    assert peaks[4] - peaks[1] <= 4 + NOISE, peaks
+    assert peaks[4] - peaks[1] <= more + NOISE, peaks
 
 
 def test_a_gather_holds_the_shards_of_all_ranks(shards):
