@@ -57,7 +57,7 @@ def ranked_stats(
         ignored=ignored, gate=gate, unit=unit, operand_dtype=operand_dtype, backend=backend_of(ranking, backend, u),
     )  # fmt: skip
     operator = route("ranked_stats", u, _RankedStats.apply)
-    return RankedStatistics(*operator(*call, *ranking_arguments(ranking), diagnostics))
+    return RankedStatistics(*operator(*call, *ranking_arguments(ranking), bool(diagnostics)))
 
 
 def backend_of(ranking: Ranking, backend: str, u: Tensor) -> str:

@@ -82,7 +82,7 @@ def test_tiles_splits_and_shifts(problem, scale):
     u, v = _vectors(n, features), None if m is None else _vectors(m, features)
     if isinstance(scale, str):
         scale = torch.tensor(float(scale.split()[1]), dtype=torch.float64, device=DEVICE, requires_grad=True)
-    _assert_like_torch(u, v, scale=scale, unit=True, diagnostics=scale == 60.0, **options)
+    _assert_like_torch(u, v, scale=scale, unit=True, diagnostics=bool(scale == 60.0), **options)
 
 
 def _lists(groups: int, columns: int) -> torch.Tensor:
