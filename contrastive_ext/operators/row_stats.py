@@ -74,7 +74,7 @@ def row_stats(
     needs_gradient = u.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
     frozen = v is not None and not v.requires_grad and not columns
     means = means or (frozen and needs_gradient and torch.is_grad_enabled())
-    wanted = (bool(flag) for flag in (columns, means, diagnostics, maximum))  # the operator would do so, not its route
+    wanted = [bool(flag) for flag in (columns, means, diagnostics, maximum)]  # as the operator would, not its route
     return Statistics(*route("row_stats", u, _RowStats.apply)(*call, *wanted))
 
 
