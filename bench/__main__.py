@@ -27,7 +27,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -41,7 +41,7 @@ from .hosts import hosts
 from .losses import PAIR_LOSSES
 from .memory import HostMemory
 from .proof import prove
-from .results import Results
+from .results import Results, write_json
 from .run import STOPPED, run, show
 from .smoke import smoke
 from .speed import speed
@@ -162,7 +162,7 @@ def _negatives(options: argparse.Namespace) -> int:
             print(error)
             return 1
         sweep = negatives.sweep_features(features, options.temperature, name)
-    negatives.write(sweep, facts, path)
+    write_json(facts | sweep, path)
     print(f"results: {path}")
     if importlib.util.find_spec("matplotlib") is None:
         print("The picture is left out: it needs matplotlib.")
@@ -180,7 +180,7 @@ def _written(command: ModuleType, options: argparse.Namespace) -> int:
         print(error)
         return 1
     path = options.out / f"{options.command}.json"
-    command.write(rows, environment.facts(Device("cpu")), path)
+    write_json(environment.facts(Device("cpu")) | {"rows": [asdict(row) for row in rows]}, path)
     print(f"results: {path}")
     return 0
 

@@ -13,15 +13,13 @@ machine's cores and its memory bus (gloo): times compare the two methods of a li
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,12 +82,6 @@ def line(row: Row) -> str:
     """A row for people."""
     ranks = f"{row.ranks} rank{'s' if row.ranks > 1 else ''}"
     return f"{row.name:16} {row.method:8} {ranks:8} {row.milliseconds:9,.0f} ms {row.mib:8,.1f} MiB"
-
-
-def write(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
-    """The results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def _cache_methods(sizes: Sizes, rank: int) -> dict[str, Callable[[], float]]:

@@ -9,14 +9,12 @@ the process's peak. Methods take turns, in a process each; before anything is re
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,12 +99,6 @@ def line(row: Row) -> str:
     """A row for people."""
     size = f"{row.columns:,} x {row.columns:,} x {row.features}"
     return f"{row.method:14} {size:24} {row.seconds:8.2f} s {row.core_seconds:8.2f} core s {row.mib:7.1f} MiB"
-
-
-def write(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
-    """The results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 
 def _check_agreement(name: str, columns: Tensor, others: Tensor, other: str) -> None:

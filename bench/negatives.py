@@ -14,7 +14,6 @@ a larger batch also sees more images.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -135,12 +134,6 @@ def measure(features: Features, batch: int, temperature: float) -> dict[str, Any
         "expected_collision": float(collision_probability(batch - 1, prior)),
         "expected_log_collisions": float(expected_log_collisions(batch - 1, prior)),
     }
-
-
-def write(sweep: dict[str, Any], facts: dict[str, Any], path: Path) -> None:
-    """The results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts | sweep, indent=1) + "\n")
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

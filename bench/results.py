@@ -18,6 +18,14 @@ OUT_OF_MEMORY = "out of memory"
 TOO_SLOW = "too slow to repeat"
 
 
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Replace `path` in one step: a killed run leaves the last whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(draft, path)
+
+
 @dataclass(frozen=True)
 class Row:
     """One case computed by one method.
@@ -95,12 +103,8 @@ class Results:
         return [list(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row.case_name)]
 
     def write(self, path: Path) -> None:
-        """Replace `path` in one step: a killed run leaves the last whole file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = self.environment | {key: value for key, value in asdict(self).items() if key != "environment"}
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(draft, path)
+        """Facts first; see `write_json`."""
+        write_json(self.environment | {k: value for k, value in asdict(self).items() if k != "environment"}, path)
 
     @classmethod
     def read(cls, path: Path) -> Results:
