@@ -1,7 +1,7 @@
 """Rows as sweeps take them, made by a backend in one pass each way where it has one.
 
 The plain operations of `numerics.operand` are a dozen small ones forward and ten backward: of a small batch as much as
-its sweep. They remain for torch.compile, which fuses them, for torch.func and for whoever differentiates twice.
+its sweep. They remain for torch.compile, which fuses them, and for whoever traces, transforms or differentiates twice.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import numerics
 from ..backends import dispatch
 from ..backends.backend import UnitRows
+from .registration import holds_numbers
 
 
 def operand(z: Tensor, unit: bool, dtype: torch.dtype | None = None, *, backend: str) -> Tensor:
@@ -24,7 +25,7 @@ def operand(z: Tensor, unit: bool, dtype: torch.dtype | None = None, *, backend:
 
 
 def _functions(z: Tensor, dtype: torch.dtype, backend: str) -> UnitRows | None:
-    if backend == dispatch.REFERENCE or torch.compiler.is_compiling() or numerics.wants_plain_operations():
+    if backend == dispatch.REFERENCE or not holds_numbers(z) or numerics.wants_plain_operations():
         return None
     if z.numel() == 0 or z.is_meta:
         return None

@@ -129,3 +129,10 @@ def test_autocast_does_not_reach_the_gradient(backend):
 def test_what_is_used_as_given_stays_as_it_was(backend):
     z = torch.randn(3, 4)
     assert torch.equal(operand(z, False, torch.float16, backend=backend), numerics.operand(z, False, torch.float16))
+
+
+def test_tensors_without_numbers_take_plain_operations(backend):
+    with torch._subclasses.FakeTensorMode():
+        unit = operand(torch.randn(6, 8), True, torch.float16, backend=backend)
+    assert unit.shape == (6, 8) and unit.dtype == torch.float32
+    assert operand(torch.empty(6, 8, device="meta"), True, backend=backend).is_meta
