@@ -222,7 +222,7 @@ def self_labeling(
         "mixed_loss": mixed.mean().item(), "alpha": alpha.mean().item(), "beta": beta.mean().item(),
         "own_weight": y[own].mean().item(), "label_entropy": _entropy(y).mean().item(),
     }  # fmt: skip
-    return Outcome((1 - lam) * instance + lam * mixed, stats)
+    return Outcome((1 - lam) * instance + lam * mixed, stats, differences=True)
 
 
 def soft_target(
