@@ -80,9 +80,8 @@ struct Call {
   }
 
   // What both kernels are told; `by_columns`: with the roles of u and v swapped.
-  template <class Arguments>
-  Arguments arguments(bool by_columns = false) const {
-    Arguments made{};
+  hopper::SweepArguments arguments(bool by_columns = false) const {
+    hopper::SweepArguments made{};
     const int64_t *of_rows = ids_of(row_ids), *of_columns = ids_of(v ? col_ids : row_ids);
     made.pairs.num_rows = n(), made.pairs.num_images = num_images;
     (by_columns ? made.pairs.first_row : made.pairs.positive_offset) = positive_offset;
@@ -119,8 +118,7 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& u, std::optional<Tensor> v
   const int splits = hopper::forward_splits(call.n(), call.m(), device.processors);
   const Tensor lse = call.empty({1, call.n()}), count = call.empty({1, call.n()});
   const Tensor partials = call.empty({splits, hopper::kParts, call.n()});
-  auto arguments = call.arguments<hopper::ForwardArguments>();
-  arguments.partials = data(partials);
+  const hopper::ForwardArguments arguments{call.arguments(), data(partials)};
   const char* error =
       hopper::row_stats_forward(call.rows(), call.columns(), call.features(), call.is_bfloat16(), arguments, splits,
                                 data(lse), data(count), reinterpret_cast<cudaStream_t>(stream));
@@ -147,14 +145,13 @@ Term term_of(const std::optional<Tensor>& lse, const std::optional<Tensor>& grad
 Tensor gradient(const Call& call, bool by_columns, Term rows, Term columns, const OnDevice& device,
                 cudaStream_t stream) {
   if (by_columns) std::swap(rows, columns);
-  auto arguments = call.arguments<hopper::BackwardArguments>(by_columns);
-  const int64_t n = arguments.n, m = arguments.m, features = call.features();
+  const hopper::SweepArguments sweep = call.arguments(by_columns);
+  const int64_t n = sweep.n, m = sweep.m, features = call.features();
   const int splits = hopper::backward_splits(n, m, call.features(), device.processors);
   const Tensor out = call.empty({n, features});
   const Tensor workspace = call.empty({hopper::backward_workspace(n, m, call.features(), splits)});
-  arguments.row_lse = rows.lse, arguments.row_grad = rows.grad;
-  arguments.col_lse = columns.lse, arguments.col_grad = columns.grad;
-  arguments.workspace = data(workspace), arguments.gradient = data(out);
+  const hopper::BackwardArguments arguments{sweep,        rows.lse,        rows.grad, columns.lse,
+                                            columns.grad, data(workspace), data(out)};
   const char* error =
       hopper::row_stats_backward(by_columns ? call.columns() : call.rows(), by_columns ? call.rows() : call.columns(),
                                  call.features(), call.is_bfloat16(), arguments, splits, stream);

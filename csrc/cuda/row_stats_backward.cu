@@ -37,10 +37,6 @@ CE_HOST_DEVICE bool is_factored(const BackwardArguments& arguments, float factor
   return arguments.row_lse && arguments.col_lse && fits_factored(arguments.unit, factor);
 }
 
-__device__ __forceinline__ float scale_of(const BackwardArguments& arguments) {
-  return arguments.scale_tensor ? *arguments.scale_tensor : arguments.scale;
-}
-
 // The functor of the loop: logits of a tile become 16-bit weights.
 template <Operand kOperand, class Shape, Terms kTerms, bool kFactored>
 struct MakeWeights {
@@ -90,7 +86,7 @@ __device__ __forceinline__ void sum_weighted(Shared<Shape>& shared, const Backwa
   for (int h = 0; h < 2; ++h) {
     const int row = i0 + own.row + 8 * h;
     if (row >= n) continue;
-    const float undo = scale_of(arguments) * power_of_two(-functor.rows.term[h].exponent);
+    const float undo = arguments.known_scale() * power_of_two(-functor.rows.term[h].exponent);
     float* to = partial + (int64_t{work.split} * n + row) * Shape::kFeatures + own.column;
 #pragma unroll
     for (int g = 0; g < Shape::kFeatures / 8; ++g)
@@ -114,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   take_registers<kConsumerRegisters>();
-  const float factor = arguments.beta * scale_of(arguments) * kLog2E;
+  const float factor = arguments.beta * arguments.known_scale() * kLog2E;
   if (kTerms == Terms::kBoth && is_factored(arguments, factor))
     sum_weighted<kOperand, kTerms, /*kFactored=*/kTerms == Terms::kBoth>(shared, arguments, work, factor);
   else
@@ -145,7 +141,7 @@ __global__ void largest_kernel(const __grid_constant__ BackwardArguments argumen
 // the last one weigh nothing.
 __global__ void column_terms_kernel(const __grid_constant__ BackwardArguments arguments) {
   const int64_t j = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const float reach = arguments.beta * scale_of(arguments) * kLog2E;
+  const float reach = arguments.beta * arguments.known_scale() * kLog2E;
   const float bound = fmaxf(arguments.workspace[0], arguments.workspace[1]);
   ColumnTerm term{0, INFINITY};
   if (j < arguments.m)

@@ -5,18 +5,12 @@
 
 #include <cstdint>
 
-#include "tile_mask.h"
+#include "sweep_arguments.h"
 
 namespace contrastive_ext {
 namespace hopper {
 
-struct BackwardArguments {
-  DevicePairs pairs;  // pointers on the device
-  int64_t n, m;       // rows and columns, below 2^31
-  float beta;
-  float scale;                // unless scale_tensor
-  const float* scale_tensor;  // on the device, or null
-  bool unit;                  // |<u_i, v_j>| <= 1 up to rounding
+struct BackwardArguments : SweepArguments {
   // lse and dL/d lse of the anchors, [n] and [m] on the device; null where a side has no term, not both
   const float *row_lse, *row_grad, *col_lse, *col_grad;
   float* workspace;  // backward_workspace floats, 16-byte aligned

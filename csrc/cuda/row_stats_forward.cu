@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x % 32 == 0) produce(shared, u, v, nullptr, work);
     return;
   }
-  const float factor = arguments.beta * (arguments.scale_tensor ? *arguments.scale_tensor : arguments.scale);
+  const float factor = arguments.beta * arguments.known_scale();
   if (arguments.unit && fits_without_shift(factor * kLog2E))
     sum_rows<kOperand, /*kOnline=*/false>(shared, arguments, work, factor);
   else

@@ -6,19 +6,13 @@
 #include <cstdint>
 
 #include "partials.h"
-#include "tile_mask.h"
+#include "sweep_arguments.h"
 
 namespace contrastive_ext {
 namespace hopper {
 
-struct ForwardArguments {
-  DevicePairs pairs;  // pointers on the device
-  int64_t n, m;       // rows and columns, below 2^31
-  float beta;
-  float scale;                // unless scale_tensor
-  const float* scale_tensor;  // on the device, or null
-  bool unit;                  // |<u_i, v_j>| <= 1 up to rounding
-  float* partials;            // [splits, 3, n]
+struct ForwardArguments : SweepArguments {
+  float* partials;  // [splits, 3, n]
 };
 
 // Number of partial results per row, hence the size of `partials`: at most that of the column tiles.
