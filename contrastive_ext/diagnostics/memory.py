@@ -97,15 +97,16 @@ def _reference(c: _Sizes) -> float:
 
 
 def _cpu(c: _Sizes) -> float:
-    """Unit vectors, their gradient and that of the inputs; two tiles of every thread.
+    """Unit vectors, their gradient and that of the inputs, across processes what travels; two tiles of every thread.
 
     The columns once more, as products read them, are gone before the gradient of the inputs comes; they count where
-    there are further ones that nothing has to be widened for.
+    there are further ones, whose gradient nobody asks for or which are held longer.
     """
-    tiles = min(1.2 * MIB * torch.get_num_threads(), 0.75 * c.matrix)
-    rows = 6 * c.stats if c.queue or c.others else 2 * c.stats + c.item  # the former composed of tensor operations
-    columns = max(c.others, c.queue if c.item == c.stats else 0) * c.stats
-    return rows * c.own + columns + tiles + c.further_columns
+    tiles = min(0.8 * MIB * torch.get_num_threads(), 0.75 * c.matrix)
+    widened = 0 if c.item == c.stats else c.queue
+    columns = max(c.others, c.queue) + c.held * c.others + widened
+    rows = (3 if c.others else 2) * c.stats + c.item
+    return rows * c.own + columns * c.stats + tiles
 
 
 def _torch(c: _Sizes) -> float:

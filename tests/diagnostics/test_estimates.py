@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 
 import pytest
 import torch
 
 import contrastive_ext as ce
+from contrastive_ext.diagnostics.memory import mebibytes
 from peak_memory import needs_proc, peak_growths
 from repository import ROOT
 
@@ -68,11 +71,12 @@ def test_estimate_of_the_dense_loss_is_what_it_takes():
         (1024, DIM, {"layout": "symmetric"}),
         (4096, DIM, {"layout": "symmetric"}),
         (1024, DIM, {"layout": "one_way", "queue": 16384}),
+        (4096, DIM, {"layout": "one_way", "queue": 8192}),
         (2048, DIM, {"dtype": torch.bfloat16}),
         (1024, DIM, {"dtype": torch.bfloat16, "layout": "one_way", "queue": 16384}),
         (1024, 1024, {}),
     ],
-    ids=["symmetric", "large symmetric", "queue", "bf16", "bf16 queue", "wide"],
+    ids=["symmetric", "large symmetric", "queue", "short queue", "bf16", "bf16 queue", "wide"],
 )
 def test_estimate_knows_layouts_queues_dtypes_and_features(backend, batch, dim, options, monkeypatch):
     if backend not in ce.available_backends():
@@ -141,3 +145,16 @@ def test_auto_is_what_a_call_here_would_take(monkeypatch):
     assert ce.estimate_memory(8, 8) == ce.estimate_memory(8, 8, backend=taken)
     with pytest.raises(ValueError, match="backend must be one of"):
         ce.estimate_memory(8, 8, backend="gpu")
+
+
+def test_estimates_that_the_documents_name_are_those_of_today(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    page = (ROOT / "docs" / "large_batches.md").read_text()
+    named = re.findall(r"estimate_memory\((\d+), (\d+), (.*)\)  # .*: ([\d,]+) MiB", page)
+    assert len(named) == 2
+    for batch, dim, options, mib in named:
+        quoted = re.sub(r"(\w+)=", r"'\1':", options)
+        keywords = ast.literal_eval("{" + quoted + "}")
+        estimate = ce.estimate_memory(int(batch), int(dim), backend="cpu", **keywords)
+        assert mebibytes(estimate.fused) == mib
