@@ -23,6 +23,8 @@ from .timing import Timing
 
 # Share of the free memory a case may be estimated to need.
 MEMORY_SHARE = 0.8
+# Torch's allocator of CPUs raises a RuntimeError like any other; of a library that takes more than was estimated.
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 # A method whose single call takes longer is not repeated: the whole run has minutes.
 SLOWEST_CALL_S = 10.0
 # A graph replays what the GPU does without the host: up to here memory for its own pool is no matter.
@@ -80,7 +82,9 @@ class Harness:
         began = time.perf_counter()
         try:
             ratio = gate.error_ratio(method, case, inputs, truth)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+                raise
             return replace(row, status=OUT_OF_MEMORY)
         seconds = time.perf_counter() - began
         if ratio > 1:

@@ -228,6 +228,19 @@ def test_what_would_not_fit_is_marked_and_not_tried(monkeypatch):
     assert row.status == OUT_OF_MEMORY and row.forward_ms is None
 
 
+def test_what_runs_out_of_memory_is_marked_and_other_errors_are_not():
+    def greedy(case, inputs):
+        return torch.empty(2**50)
+
+    def broken(case, inputs):
+        raise RuntimeError("shapes do not match")
+
+    (row,) = Harness(CPU, None, 0.0).run(SMALL, [replace(EAGER, row_losses=greedy, mean_loss=greedy)])
+    assert row.status == OUT_OF_MEMORY and row.forward_ms is None
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        Harness(CPU, None, 0.0).run(SMALL, [replace(EAGER, row_losses=broken, mean_loss=broken)])
+
+
 def test_host_memory_sees_the_matrix_and_only_that_of_the_call():
     case = replace(SMALL, n=2048, m=2048)
     matrix = 4 * 2048**2 / 2**20
