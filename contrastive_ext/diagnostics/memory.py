@@ -59,14 +59,13 @@ def mebibytes(size: int) -> str:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """A call in numbers: anchors and columns of the matrix, and of how many sides; numbers in z1 and z2, in the queue
-    and in the columns of other ranks that are there at a time; how often these are held, with gradients; D; bytes of a
-    number of the inputs and of one of the statistics; where it runs.
+    """A call in numbers: anchors and columns of the matrix; numbers in z1 and z2, in the queue and in the columns of
+    other ranks that are there at a time; how often these are held, with gradients; D; bytes of a number of the inputs
+    and of one of the statistics; where it runs.
     """
 
     anchors: int
     columns: int
-    sides: int
     own: int
     queue: int
     others: int
@@ -118,7 +117,7 @@ def _torch(c: _Sizes) -> float:
     def blocks(columns: int, tiles: float) -> tuple[float, float]:
         """Bytes at the peak, and from there on to the backward."""
         matrix = c.anchors * columns * c.stats
-        if c.sides * matrix <= kept.KEPT_BYTES:
+        if matrix <= kept.KEPT_BYTES:
             return 3.2 * matrix, matrix
         return tiles * min(size, c.anchors) * min(size, columns) * c.stats, 0
 
@@ -205,7 +204,6 @@ def estimate_memory(
     sizes = _Sizes(
         anchors=anchors,
         columns=anchors * world_size + queue_size,
-        sides=2 if layout == "symmetric" else 1,
         own=2 * batch_size * dim,
         queue=queue_size * dim,
         others=anchors * (world_size - 1) * dim,

@@ -160,7 +160,7 @@ def _computed(
     z1, z2, layout, backend = request.z1, request.z2, request.layout, request.backend
     if request.is_plain and row_loss.formula is not None:
         assert isinstance(layout, str)
-        operators = operators_for(len(row_loss.exponents), z1, z2, layout, backend)
+        operators = operators_for(z1, z2, layout, backend)
         if operators is not None:
             options = scale, layout, request.normalize, request.reduction
             loss, clamped = whole_loss(operators, row_loss.formula, row_loss.exponents, z1, z2, *options)

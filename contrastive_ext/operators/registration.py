@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..numerics import in_torch_func
+
 _library = torch.library.Library("contrastive_ext", "FRAGMENT")
 
 
@@ -24,16 +26,21 @@ def register_autograd(name: str, function: type[torch.autograd.Function]) -> Non
     _library.impl(f"{name}_backward", lambda *args: FirstOrderOnly.apply(backward, *args), "Autograd")
 
 
-def holds_numbers(x: torch.Tensor) -> bool:
-    """Whether a call with x only computes: nobody traces it or watches operators."""
-    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
-    return plain and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+def holds_numbers(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call with these only computes: nobody traces it, transforms it or watches operators."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or in_torch_func():
+        return False
+    return all(x is None or (type(x) in _PLAIN and not _is_batch(x)) for x in tensors)
 
 
-def route(name: str, x: torch.Tensor, directly: Callable[..., Any]) -> Callable[..., Any]:
+_PLAIN = torch.Tensor, torch.nn.Parameter
+_is_batch = torch._C._functorch.is_legacy_batchedtensor  # of gradients: is_grads_batched
+
+
+def route(name: str, directly: Callable[..., Any], *tensors: torch.Tensor | None) -> Callable[..., Any]:
     """The operator `name` where it has to be seen as one, otherwise what it does, `directly`: two crossings from Python
     to the dispatcher and back less, some 20 us each of a small batch."""
-    return directly if holds_numbers(x) else getattr(torch.ops.contrastive_ext, name).default
+    return directly if holds_numbers(*tensors) else getattr(torch.ops.contrastive_ext, name).default
 
 
 class FirstOrderOnly(torch.autograd.Function):

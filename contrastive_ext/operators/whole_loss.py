@@ -18,10 +18,10 @@ from ..backends import dispatch
 from ..numerics import stats_dtype
 from ..problem.problem import Formula
 from ..problem.short_road import WholeLossOps
-from .row_stats import FirstOrderOnly
+from .registration import holds_numbers, once_differentiable
 
 
-def operators_for(exponents: int, z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLossOps | None:
+def operators_for(z1: Tensor, z2: Tensor, layout: str, backend: str) -> WholeLossOps | None:
     """The operators of the short road for checked z1, z2 without further candidates, or None: the composed road.
 
     Candidates that need no gradient stay on the composed road: there the anchors' gradient is made in the forward.
@@ -32,8 +32,7 @@ def operators_for(exponents: int, z1: Tensor, z2: Tensor, layout: str, backend: 
         return None
     chosen = dispatch.select(backend, z1.device, stats_dtype(z1.dtype), z1.dtype, z1.shape[1])
     rows, columns = (2 * len(z1), 2 * len(z1)) if layout == "two_view" else (len(z1), len(z2))
-    numbers = rows * columns * exponents * (2 if layout == "symmetric" else 1)
-    return chosen.whole_loss(z1.dtype, numbers)
+    return chosen.whole_loss(z1.dtype, rows * columns)
 
 
 def whole_loss(
@@ -63,10 +62,11 @@ class _WholeLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operators, z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction):
         z1, z2 = z1.contiguous(), z2.contiguous()
-        loss, *state, clamped = operators.forward(
+        forward = operators.directly[0] if operators.directly and holds_numbers(z1) else operators.forward
+        loss, *state, clamped = forward(
             z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction
         )
-        ctx.backward_operator = operators.backward
+        ctx.operators = operators
         ctx.options = (scale_value, layout, normalize, exponents, reduction)
         ctx.save_for_backward(z1, z2, scale, *state)
         ctx.mark_non_differentiable(clamped)
@@ -77,12 +77,9 @@ class _WholeLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
             return (None,) * 11
-        z1, z2, scale, *state = ctx.saved_tensors
+        operators, (z1, z2, scale, *state) = ctx.operators, ctx.saved_tensors
+        backward = operators.directly[1] if operators.directly and holds_numbers(grad_loss) else operators.backward
         need_scale = ctx.needs_input_grad[3]
         args = (z1, z2, scale, *ctx.options, *state, grad_loss.contiguous(), need_scale)
-        if torch.is_grad_enabled():  # create_graph=True
-            dz1, dz2, dscale = FirstOrderOnly.apply(ctx.backward_operator, *args)
-        else:
-            with torch._C._DisableAutocast():
-                dz1, dz2, dscale = ctx.backward_operator(*args)
+        dz1, dz2, dscale = once_differentiable(backward, *args)
         return None, dz1, dz2, dscale if need_scale else None, *[None] * 7

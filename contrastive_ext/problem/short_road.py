@@ -34,10 +34,11 @@ BACKWARD_SCHEMA = (
 
 
 class WholeLossOps(NamedTuple):
-    """A backend's operators of the short road."""
+    """A backend's operators of the short road, and where they are written in Python what they call, `directly`."""
 
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    directly: tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, Tensor, Tensor]]] | None = None
 
 
 def forward_shapes(

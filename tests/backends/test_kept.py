@@ -17,8 +17,8 @@ from rows import LOSSES, RANKED, USAGES, random_pairs
 CPU = torch.device("cpu")
 
 
-def both_roads(monkeypatch, function, leaves):
-    """Results and gradients with the block kept, then without."""
+def all_roads(monkeypatch, function, leaves, one_block):
+    """Results and gradients with all blocks kept, with bytes for one, then without."""
     outcomes, made = [], []
     forward = torch_kept.forward
 
@@ -27,7 +27,7 @@ def both_roads(monkeypatch, function, leaves):
         return made[-1]
 
     monkeypatch.setattr(torch_kept, "forward", watched)
-    for budget in (torch_kept.KEPT_BYTES, 0):
+    for budget in (torch_kept.KEPT_BYTES, one_block, 0):
         monkeypatch.setattr(torch_kept, "KEPT_BYTES", budget)
         results = [y for y in function() if y.requires_grad]
         upstream = [torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).reshape(y.shape) for y in results]
@@ -49,13 +49,30 @@ def test_statistics_and_gradients_are_those_of_tiles(problem, monkeypatch):
         aux.append((swept.aux, swept.col_aux))
         return swept.lse, swept.col_lse
 
-    kept, tiled, made = both_roads(monkeypatch, call, leaves)
+    one_block = len(u) * len(u if v is None else v) * u.itemsize
+    *kept, tiled, made = all_roads(monkeypatch, call, leaves, one_block)
     assert made[0] is not None and made[-1] is None
-    torch.testing.assert_close(kept[0], tiled[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(aux[0], aux[1], rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(kept[1], tiled[1], strict=True):
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    for (results, gradients), some_aux in zip(kept, aux, strict=False):
+        torch.testing.assert_close(results, tiled[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(some_aux, aux[-1], rtol=1e-12, atol=1e-12)
+        for ours, theirs in zip(gradients, tiled[1], strict=True):
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_some_problems_keep_logits():
+    """So that the test above compares them."""
+    made = []
+    for problem in PROBLEMS:
+        u, v, scale, options = make_problem(problem, CPU)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch_kept, "KEPT_BYTES", len(u) * len(u if v is None else v) * u.itemsize)
+            forward = torch_kept.forward
+            patch.setattr(torch_kept, "forward", lambda *a, f=forward, **o: made.append(f(*a, **o)) or made[-1])
+            row_stats(u, v, scale=scale, backend="torch", **options)
+    of_logits = [x for x in made if x is not None and x.sums[-1].dim() == 2]
+    assert {len(x.sums) for x in of_logits} == {1, 2}  # of rows alone, of both directions
+    assert {len(x.stats.lse) for x in of_logits} == {1, 2}  # exponents
 
 
 @pytest.mark.parametrize(
@@ -75,9 +92,10 @@ def test_losses_are_those_of_tiles(loss, usage, monkeypatch):
         torch.manual_seed(0)
         return [loss.function(z1, z2, 0.4, reduction="none", backend="torch", **loss.parameters, **options)]
 
-    kept, tiled, _ = both_roads(monkeypatch, call, [z1])
-    torch.testing.assert_close(kept[0], tiled[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(kept[1], tiled[1], rtol=1e-11, atol=1e-12)
+    *kept, tiled, _ = all_roads(monkeypatch, call, [z1], 18 * 18 * 8)
+    for results, gradients in kept:
+        torch.testing.assert_close(results, tiled[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients, tiled[1], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +103,8 @@ def test_losses_are_those_of_tiles(loss, usage, monkeypatch):
     [
         (2048, torch.float32, (1.0,), 1),
         (2049, torch.float32, (1.0,), 0),
-        (2048, torch.float32, (1.0, 2.0), 0),
+        (2048, torch.float32, (1.0, 2.0), 1),
+        (2049, torch.float32, (1.0, 2.0), 0),
         (1448, torch.float32, (1.0, 2.0), 2),
         (1449, torch.float64, (1.0,), 0),
     ],

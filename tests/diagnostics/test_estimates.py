@@ -69,6 +69,7 @@ def test_estimate_of_the_dense_loss_is_what_it_takes():
     "batch, dim, options",
     [
         (1024, DIM, {"layout": "symmetric"}),
+        (2048, DIM, {"layout": "symmetric"}),
         (4096, DIM, {"layout": "symmetric"}),
         (1024, DIM, {"layout": "one_way", "queue": 16384}),
         (4096, DIM, {"layout": "one_way", "queue": 8192}),
@@ -76,7 +77,7 @@ def test_estimate_of_the_dense_loss_is_what_it_takes():
         (1024, DIM, {"dtype": torch.bfloat16, "layout": "one_way", "queue": 16384}),
         (1024, 1024, {}),
     ],
-    ids=["symmetric", "large symmetric", "queue", "short queue", "bf16", "bf16 queue", "wide"],
+    ids=["symmetric", "symmetric, one block", "large symmetric", "queue", "short queue", "bf16", "bf16 queue", "wide"],
 )
 def test_estimate_knows_layouts_queues_dtypes_and_features(backend, batch, dim, options, monkeypatch):
     if backend not in ce.available_backends():

@@ -13,6 +13,7 @@ import torch
 import contrastive_ext as ce
 from accuracy import assert_as_accurate_as_dense, evaluate, on_rounded_operands
 from contrastive_ext import numerics
+from contrastive_ext.backends.triton import launch
 from contrastive_ext.operators.row_stats import row_stats
 from contrastive_ext.problem.ranking import Ranking
 from rows import LOSSES, peaked_pairs, random_pairs
@@ -153,17 +154,28 @@ def test_compiled_inside_autocast_is_the_same(cpu_backend, name):
     assert all(map(torch.equal, *results))
 
 
-@every_road
-def test_gradients_come_in_batches(cpu_backend, road):
-    """`torch.autograd.functional.jacobian(vectorize=True)` and `is_grads_batched` ask for many at once."""
-    a, b, extra = _inputs(torch.float64)
+def _check_jacobian(road, backend: str) -> None:
+    a, *others = _inputs(torch.float64)
 
     def value(a):
-        return road(a, b, extra, reduction="none", backend=cpu_backend)
+        return road(a, *others, reduction="none", backend=backend)
 
     one_by_one = torch.autograd.functional.jacobian(value, a)
     batched = torch.autograd.functional.jacobian(value, a, vectorize=True)
     torch.testing.assert_close(batched, one_by_one, rtol=1e-12, atol=1e-14)
+
+
+@every_road
+def test_gradients_come_in_batches(cpu_backend, road):
+    """`torch.autograd.functional.jacobian(vectorize=True)` and `is_grads_batched` ask for many at once."""
+    _check_jacobian(road, cpu_backend)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not launch.interpreted(), reason="for Triton's interpreter")
+@every_road
+def test_gradients_come_in_batches_from_triton(road):
+    _check_jacobian(road, "triton")
 
 
 @every_road

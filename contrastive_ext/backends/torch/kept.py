@@ -3,6 +3,9 @@
     forward   s = scale u v^T, m_i its largest negative, e_k = exp(beta_k (s - m_i)), lse_k = beta_k m_i + log sum_j e_k
     backward  w = sum_k beta_k a_k,i / (sum_j e_k,ij) e_k -> du = scale w v, dv = scale w^T u
 
+Where only one of several blocks may be kept (two exponents, both directions), it is that of the logits, and the
+backward makes the exponentials again.
+
 Whether a problem is small is decided here, on the sizes of a call that computes: a traced graph has the operators of
 row_stats.py and no guard on sizes. What is kept is at most KEPT_BYTES, above it memory stays O((N + M) D).
 """
@@ -19,13 +22,16 @@ from ...problem.pairs import Pairs
 from ...problem.problem import Problem, Statistics
 from ...problem.ranking import RankedStatistics, Ranking
 from . import ranked_stats as torch_ranked
+from .row_stats import Weights
 
 KEPT_BYTES = 2**24  # 2048 x 2048 float32
 MOST_DIAGONALS = 16
 
 
 class Kept(NamedTuple):
-    """Statistics, blocks of exponentials [N, M] and their sums, those of the rows before those of the columns."""
+    """Statistics, blocks of exponentials [N, M] and their sums, those of the rows before those of the columns; or the
+    one block of logits and lse [K, N], [K, M] in place of sums.
+    """
 
     stats: Statistics | RankedStatistics
     blocks: list[Tensor]
@@ -33,18 +39,25 @@ class Kept(NamedTuple):
 
 
 def forward(problem: Problem, *, columns: bool, means: bool, maximum: bool) -> Kept | None:
-    """Row statistics of `problem` with what their gradient needs; None where the blocks exceed KEPT_BYTES."""
+    """Row statistics of `problem` with what their gradient needs; None where one block exceeds KEPT_BYTES."""
     v, pairs, exponents = problem.columns, problem.pairs, problem.exponents
-    if not _fits(problem, len(exponents) * (2 if columns else 1)):
+    all_fit = _fits(problem, len(exponents) * (2 if columns else 1))
+    if not all_fit and (means or not _fits(problem, 1)):
         return None
     s = (problem.u * problem.scale) @ v.T
     kept, reverse, counts, col_counts = _keep_negatives(s, pairs, columns)
+    if not all_fit and reverse is not kept:  # ids, lists, gates: what is no negative differs by direction
+        return None
     lse, top, blocks, sums = _exponentials(kept, exponents, dim=1)
+    if not all_fit:
+        blocks, sums = [kept], [lse]
     aux = torch.stack([counts, top]) if maximum else counts[None]
     mean = torch.stack([e @ v for e in blocks]) / torch.stack(sums)[:, :, None] if means else s.new_empty(0)
     if not columns:
         return Kept(Statistics(lse, aux, s.new_empty(0), s.new_empty(0), mean), blocks, sums)
     col_lse, col_top, col_blocks, col_sums = _exponentials(reverse, exponents, dim=0)
+    if not all_fit:
+        col_blocks, col_sums = [], [col_lse]
     col_aux = torch.stack([col_counts, col_top]) if maximum else col_counts[None]
     return Kept(Statistics(lse, aux, col_lse, col_aux, mean), blocks + col_blocks, sums + col_sums)
 
@@ -72,9 +85,21 @@ def backward(
     need_v: bool,
     *kept: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dL/du and dL/dv, None where not needed; `kept` are the blocks of `forward`, then their sums."""
+    """dL/du and dL/dv, None where not needed; `kept` is what `forward` made: blocks, then their sums or lse."""
+    u = u.contiguous()  # products round differently over other strides
+    weights = _weights_of_logits if kept[-1].dim() == 2 else _weights_of_exponentials
+    weight = weights(exponents, grad_lse, grad_col_lse, *kept)
+    if v is None:
+        return (weight + weight.T).mm(u).mul_(scale), None
+    du = weight.mm(v.contiguous()).mul_(scale) if need_u else None
+    return du, weight.T.mm(u).mul_(scale) if need_v else None
+
+
+def _weights_of_exponentials(
+    exponents: Sequence[float], grad_lse: Tensor, grad_col_lse: Tensor | None, *kept: Tensor
+) -> Tensor:
     blocks, sums = kept[: len(kept) // 2], kept[len(kept) // 2 :]
-    u, weight = u.contiguous(), None  # products round differently over other strides
+    weight = None
     for at, (e, total) in enumerate(zip(blocks, sums, strict=True)):
         k, is_row = at % len(exponents), at < len(exponents)
         grad = grad_lse[k] if is_row or grad_col_lse is None else grad_col_lse[k]
@@ -82,10 +107,17 @@ def backward(
         coefficient = coefficient[:, None] if is_row else coefficient
         weight = e * coefficient if weight is None else weight.addcmul_(e, coefficient)
     assert weight is not None
-    if v is None:
-        return (weight + weight.T).mm(u).mul_(scale), None
-    du = weight.mm(v.contiguous()).mul_(scale) if need_u else None
-    return du, weight.T.mm(u).mul_(scale) if need_v else None
+    return weight
+
+
+def _weights_of_logits(
+    exponents: Sequence[float], grad_lse: Tensor, grad_col_lse: Tensor | None, s: Tensor, lse: Tensor, *more: Tensor
+) -> Tensor:
+    weight = Weights(exponents, lse, grad_lse).of(slice(None), s, None)
+    if grad_col_lse is not None:
+        (col_lse,) = more
+        weight += Weights(exponents, col_lse, grad_col_lse).of(slice(None), s.T, None).T
+    return weight
 
 
 def fits(numbers: int, dtype: torch.dtype) -> bool:

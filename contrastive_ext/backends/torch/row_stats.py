@@ -10,7 +10,7 @@ j -> i. Tiles are visited in a fixed order, so results repeat bit for bit. Memor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,10 +50,10 @@ def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """dL/du and dL/dv (an empty tensor where not needed); du holds both directions when there is one set."""
     u, v, pairs = problem.u * problem.scale, problem.columns, problem.pairs
-    row_weight = _Weight(problem.exponents, upstream.lse, upstream.grad_lse)
+    row_weight = Weights(problem.exponents, upstream.lse, upstream.grad_lse)
     col_weight = row_weight if problem.one_set else None
     if upstream.col_lse is not None and upstream.grad_col_lse is not None:
-        col_weight = _Weight(problem.exponents, upstream.col_lse, upstream.grad_col_lse)
+        col_weight = Weights(problem.exponents, upstream.col_lse, upstream.grad_col_lse)
     need_dv = upstream.need_v and not problem.one_set
     du = torch.zeros_like(u) if upstream.need_u else None
     dv = torch.zeros_like(v) if need_dv else None
@@ -126,7 +126,7 @@ def _tiles(problem: Problem) -> Iterator[tuple[slice, slice]]:
             )
 
 
-def _column(like: Tensor, numbers: tuple[float, ...]) -> Tensor:
+def _column(like: Tensor, numbers: Sequence[float]) -> Tensor:
     """[K, 1] with these numbers, filled in on the device: a copy from the host would wait for it."""
     return torch.stack([like.new_full((1,), x) for x in numbers])
 
@@ -172,10 +172,10 @@ class _OnlineLse:
         return self.mean / sums.masked_fill(sums == 0, 1.0)
 
 
-class _Weight:
+class Weights:
     """w = sum_k beta_k a_k exp(beta_k s - lse_k): what the gradient gives every negative of an anchor."""
 
-    def __init__(self, exponents: tuple[float, ...], lse: Tensor, grad_lse: Tensor):
+    def __init__(self, exponents: Sequence[float], lse: Tensor, grad_lse: Tensor):
         self.exponents = exponents
         # an anchor without negatives: exp(s - inf) = 0, not NaN
         self.lse = lse.masked_fill(lse == -torch.inf, torch.inf)

@@ -96,13 +96,13 @@ class Recording(NamedTuple):
 
     allocations  size, strides, dtype, device of what it allocated, None where nobody used it; with its tensors, in this
                  order, the sources
-    launches     kernel, grid, arguments, and which of them hold tensors: (position, what finds them)
+    launches     kernel with its grid, arguments, and which of them hold tensors: (position, what finds them)
     results      positions of its results among the sources
     lines        of the table of tiles that it asked for, for autotune
     """
 
     allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device] | None]
-    launches: list[tuple[Any, tuple[int, ...], list[Any], list[tuple[int, Any]]]]
+    launches: list[tuple[Callable[..., Any], list[Any], list[tuple[int, Any]]]]
     results: list[int]
     lines: set
 
@@ -118,11 +118,11 @@ class Recording(NamedTuple):
                     sources.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
                 else:
                     sources.append(None)
-            for kernel, grid, constant, places in self.launches:
+            for run, constant, places in self.launches:
                 arguments = constant.copy()
                 for position, place in places:
                     arguments[position] = place.find(sources)
-                kernel[grid](*arguments)
+                run(*arguments)
         return tuple([sources[i] for i in self.results])
 
 
@@ -153,8 +153,8 @@ class _Descriptor(NamedTuple):
     base: _Place
 
     def find(self, sources: list[Any]) -> Any:
-        found = copy.copy(self.descriptor)
-        found.base = self.base.find(sources)
+        found = object.__new__(type(self.descriptor))  # of checked sizes
+        found.__dict__.update(self.descriptor.__dict__, base=self.base.find(sources))
         return found
 
 
@@ -204,7 +204,7 @@ class _Watch(TorchDispatchMode):
         if self.computes or overlap or not all(x.is_contiguous() for x in given):
             return None
         try:
-            launches = [(kernel, grid, *self._located(arguments)) for kernel, grid, arguments in self.launches]
+            launches = [(kernel[grid], *self._located(arguments)) for kernel, grid, arguments in self.launches]
             places = [self._place(x) for x in results]
         except _Elsewhere:
             return None

@@ -213,4 +213,5 @@ torch.library.register_fake("contrastive_ext::whole_loss_backward_triton", backw
 _OPERATORS = WholeLossOps(
     torch.ops.contrastive_ext.whole_loss_forward_triton.default,
     torch.ops.contrastive_ext.whole_loss_backward_triton.default,
+    directly=(_forward, _backward),
 )
