@@ -141,8 +141,18 @@ MUTATIONS = [
     # ---- Triton, sm_80
     Mutation("sm_80", "copies are not waited for", dropped(r"cp\.async\.wait_group\s+1;"), "race"),
     Mutation("sm_80", "one group too few is waited for", replaced(r"(cp\.async\.wait_group\s+)1;", r"\g<1>2;"), "race"),
-    Mutation("sm_80", "no barrier after the wait", dropped(r"bar\.sync\s+0;", 0), "race|uninitialised"),
-    Mutation("sm_80", "no barrier before a stage is filled again", dropped(r"bar\.sync\s+0;", 2), "race"),
+    Mutation(
+        "sm_80",
+        "no barrier after the wait",
+        replaced(r"(cp\.async\.wait_group[^;]*;[^;]*)bar\.sync\s+0;", r"\1", 0),
+        "race|uninitialised",
+    ),
+    Mutation(
+        "sm_80",
+        "no barrier before a stage is filled again",
+        dropped(r"bar\.sync\s+0;(?=((?!bar\.sync).)*cp\.async\.cg)", -1),
+        "race",
+    ),
     Mutation("sm_80", "matrices are not transposed", replaced(r"\.x4\.trans", ".x4"), "result"),
     Mutation(
         "sm_80", "an address 16 bytes further", replaced(r"(ldmatrix[^;]*\[%r\d+)\+128\]", r"\1+144]", 0), "result"
