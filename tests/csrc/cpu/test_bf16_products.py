@@ -18,10 +18,9 @@ from contrastive_ext.backends import native as library
 from native_code import CXX, compile_module
 from repository import ROOT
 
-UNITS = ["bf16_kernels_amx", "bf16_kernels_model", "bf16_choice", "isa"]
 SOURCES = [
-    *(ROOT / f"csrc/cpu/{unit}.cpp" for unit in UNITS),
-    *sorted(ROOT.glob("csrc/cpu/tile_kernels_*.cpp")),
+    *(ROOT / f"csrc/cpu/{unit}.cpp" for unit in ("bf16_kernels_amx", "bf16_kernels_model", "bf16_choice")),
+    ROOT / "tests/csrc/cpu/chosen_isa.cpp",
 ]
 BLOCK, PANEL = 32, 16
 TINY = float(np.finfo(np.float32).tiny)
@@ -92,9 +91,10 @@ def test_a_dot_rounds_to_even_and_flushes_denormals(native: ModuleType) -> None:
     half = 2.0**-24  # half a unit in the last place of 1
     assert one(1.0, (half, 1), (0, 0)) == 1.0  # the tie goes to the even number below,
     assert one(1.0 + 2 * half, (half, 1), (0, 0)) == 1.0 + 4 * half  # and to the one above
-    # even elements meet first: 1 + half would lose each half, half + half does not
-    assert one(0.0, (1, 1), (half, 1), (half, 1), (half, 1)) == 1.0
-    assert one(0.0, (half, 1), (0, 0), (half, 1), (0, 0), (1, 1), (0, 0)) == 1.0 + 2 * half
+    # 1 + half is 1 again: one after the other all would be lost, but odd elements have a sum of their own,
+    assert one(0.0, (1, 1), (half, 1), (half, 1), (half, 1)) == 1.0 + 2 * half
+    assert one(0.0, (1, 1), (0, 0), (half, 1), (0, 0), (half, 1), (0, 0)) == 1.0
+    assert one(1.0, (half, 1), (0, 0), (half, 1), (0, 0)) == 1.0 + 2 * half  # and the accumulator comes last
     assert one(0.0, (TINY / 2, 2.0**10), (0, 0)) == 0.0  # an operand,
     assert one(0.0, (2.0**-100, 2.0**-30), (0, 0)) == 0.0  # a product,
     assert one(TINY / 2, (0, 0), (0, 0)) == 0.0  # an accumulator,
