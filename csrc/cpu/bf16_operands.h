@@ -26,7 +26,9 @@ class Bf16Operands {
       const Bf16Kernels* kernels = chosen_bf16().kernels;
       if (!kernels || !are_bf16(u, n * d) || (!one_set && !are_bf16(v, m * d))) return;
       kernels_ = kernels;
-      n_ = padded_to(kTileBlock, n), m_ = padded_to(kTileBlock, m), depth_ = padded_to(kTileDepth, d);
+      // a product may begin at any row and reads a whole block from there
+      n_ = padded_to(kTileBlock, n) + kTileBlock, m_ = padded_to(kTileBlock, m) + kTileBlock;
+      depth_ = padded_to(kTileDepth, d);
       fill_rows(u, n), fill_columns(v, m);
       fill_pairs(v_pairs_, v, m, m_);
       if (!one_set) fill_pairs(u_pairs_, u, n, n_);
@@ -104,9 +106,9 @@ class Bf16Operands {
     });
   }
 
-  // Row by row; a block may begin at any row.
+  // Row by row.
   void fill_rows(const float* x, int64_t count) {
-    rows_ = zeros((n_ + kTileBlock) * depth_);
+    rows_ = zeros(n_ * depth_);
     for_each_vector(count, [&](int64_t i) {
       for (int64_t k = 0; k < d_; ++k) rows_.get()[i * depth_ + k] = upper_half(x[i * d_ + k]);
     });
@@ -131,7 +133,7 @@ class Bf16Operands {
     });
   }
 
-  int64_t d_, n_ = 0, m_ = 0, depth_ = 0;
+  int64_t d_, n_ = 0, m_ = 0, depth_ = 0;  // n_, m_, depth_: padded
   bool one_set_ = false;
   const Bf16Kernels* kernels_ = nullptr;
   Workspace<uint16_t> rows_, columns_, v_pairs_, u_pairs_;
