@@ -1,6 +1,6 @@
 // Whether products of bf16 operands run on AMX: asked once of the compiler, the CPU, the kernel, and of the products
-// themselves. No machine with AMX has run them before a release: the first use on one compares a small random block with
-// the model, and keeps away from instructions that do not give it.
+// themselves. No machine with AMX has run them before a release: the first use on one compares a small random block
+// with the model, and keeps away from instructions that do not give it.
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -24,8 +24,7 @@ struct Block {
   std::vector<uint16_t> a, b;
 
   // Small integers make sums that are exact in any order; otherwise numbers of all magnitudes between 2^-6 and 2.
-  explicit Block(bool integers)
-      : a(kWeightParts * kPaddedRows * kPaddedDepth), b(kPaddedRows * kPaddedDepth) {
+  explicit Block(bool integers) : a(kWeightParts * kPaddedRows * kPaddedDepth), b(kPaddedRows * kPaddedDepth) {
     uint64_t state = 88172645463325252u;
     const auto draw = [&] {
       state ^= state << 13, state ^= state >> 7, state ^= state << 17;

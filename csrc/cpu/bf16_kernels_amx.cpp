@@ -1,6 +1,6 @@
 // Tile registers in hardware: AMX (amx-tile, amx-bf16), beside AVX-512. The only unit that may hold these instructions;
-// bf16_choice.cpp says when it may run. The instructions are inline assembly: a register's number is a part of them, and
-// a template can say it there.
+// bf16_choice.cpp says when it may run. The instructions are inline assembly: a register's number is a part of them,
+// and a template can say it there.
 #include <cstdint>
 #include <cstring>
 

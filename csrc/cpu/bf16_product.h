@@ -1,5 +1,5 @@
-// Products of bf16 matrices by tile registers (AMX): what is asked, and who computes it. Plain data: this header is seen
-// by code compiled for different instruction sets, so it holds no function bodies.
+// Products of bf16 matrices by tile registers (AMX): what is asked, and who computes it. Plain data: this header is
+// seen by code compiled for different instruction sets, so it holds no function bodies.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ struct Bf16Product {
   bool accumulate;
 };
 
-// w [rows, cols], rows <= kTileBlock, cut into three bf16 matrices [kTileBlock, parts_row] whose sum it is in every bit;
-// what lies beyond rows and cols is 0.
+// w [rows, cols], rows <= kTileBlock, cut into three bf16 matrices [kTileBlock, parts_row] whose sum it is in every
+// bit; what lies beyond rows and cols is 0.
 struct Bf16Split {
   const float* w;
   int64_t w_row;

@@ -38,8 +38,7 @@ class ModelRegisters {
       for (int k = 0; k < row_bytes_[a] / 4; ++k)
         for (int n = 0; n < row_bytes_[c] / 4; ++n)
           for (int odd = 0; odd < 2; ++odd)
-            sums[n][odd] =
-                flushed(std::fma(element(a, m, 2 * k + odd), element(b, k, 2 * n + odd), sums[n][odd]));
+            sums[n][odd] = flushed(std::fma(element(a, m, 2 * k + odd), element(b, k, 2 * n + odd), sums[n][odd]));
       for (int n = 0; n < row_bytes_[c] / 4; ++n) {
         float value;
         memcpy(&value, data_[c][m] + 4 * n, sizeof(value));

@@ -1,6 +1,6 @@
 // The machine code of the AMX unit: its product must equal the model's in every bit. Where the CPU has no AMX the
-// instructions raise SIGILL; a handler decodes the bytes that the compiler wrote (VEX, ModRM, SIB, displacement) and does
-// on a model of the registers what they say. Exit: 0 equal, 1 not, 77 this CPU lacks AVX-512 or the compiler AMX.
+// instructions raise SIGILL; a handler decodes the bytes that the compiler wrote (VEX, ModRM, SIB, displacement) and
+// does on a model of the registers what they say. Exit: 0 equal, 1 not, 77 this CPU lacks AVX-512 or the compiler AMX.
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -109,8 +109,8 @@ bool equal(const Case& x) {
     for (uint16_t& y : *matrix) y = static_cast<uint16_t>((rand() & 0x8000) | (0x3d00 + rand() % 0x300));
   std::vector<float> ours(x.rows * c_row, 0.25f), expected = ours;
   for (const auto& [c, kernels] : {std::pair(&ours, amx::kBf16Kernels), std::pair(&expected, amx_model::kBf16Kernels)})
-    kernels->product({c->data(), c_row, a.data(), depth, whole(x.rows) * depth, x.parts, b.data(), panel, x.rows, x.cols,
-                      x.depth, x.accumulate ? 0.5f : 1.5f, x.accumulate});
+    kernels->product({c->data(), c_row, a.data(), depth, whole(x.rows) * depth, x.parts, b.data(), panel, x.rows,
+                      x.cols, x.depth, x.accumulate ? 0.5f : 1.5f, x.accumulate});
   return memcmp(ours.data(), expected.data(), ours.size() * sizeof(float)) == 0;
 }
 

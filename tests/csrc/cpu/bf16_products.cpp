@@ -51,8 +51,7 @@ const Bf16Kernels& named(const std::string& name) {
 py::tuple split(const std::string& name, Array<float> w, int64_t rows, int64_t cols, int64_t parts_row) {
   Array<uint16_t> parts({kWeightParts, kTileBlock, parts_row});
   float scale = 0;
-  const bool finite =
-      named(name).split({w.data(), w.shape(1), rows, cols, parts.mutable_data(), parts_row}, &scale);
+  const bool finite = named(name).split({w.data(), w.shape(1), rows, cols, parts.mutable_data(), parts_row}, &scale);
   return py::make_tuple(parts, finite ? scale : 0.0f);
 }
 

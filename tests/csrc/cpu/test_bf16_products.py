@@ -197,8 +197,8 @@ def test_three_parts_are_the_weight_in_every_bit(native: ModuleType, name: str) 
 
 
 def test_the_first_use_refuses_registers_that_do_not_multiply(native: ModuleType) -> None:
-    """No rounding of another order of summation is refused; a missing part, a missing depth, a last bit of an exact sum,
-    NaN and a row in another's place are."""
+    """What the model gives is taken; a missing part, a missing depth, a last bit of an exact sum, NaN and a row in
+    another's place are refused."""
     assert [native.accepted(fault) for fault in range(6)] == [True, False, False, False, False, False]
 
 
@@ -221,8 +221,8 @@ INSTRUCTIONS = r"\t(ldtilecfg|sttilecfg|tilerelease|tilezero|tileloaddt?1?|tiles
 
 
 def disassembled(path: Path) -> list[str]:
-    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True)
-    return re.findall(INSTRUCTIONS, text.stdout)
+    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+    return re.findall(INSTRUCTIONS, subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def test_amx_instructions_are_in_their_unit_and_nowhere_else(native: ModuleType, built: Path) -> None:
