@@ -4,6 +4,7 @@
 #include <string>
 
 #include "compat.h"
+#include "cpu/bf16_product.h"
 #include "cpu/tile.h"
 
 namespace contrastive_ext {
@@ -12,6 +13,12 @@ namespace {
 #if !defined(CONTRASTIVE_EXT_VERSION)
 #define CONTRASTIVE_EXT_VERSION "not stated"
 #endif
+
+// Who multiplies bf16 operands, and why not AMX.
+std::string bf16_products() {
+  const Bf16Choice choice = chosen_bf16();
+  return choice.kernels ? choice.name : std::string(choice.name) + ": " + choice.reason;
+}
 
 // One line of JSON: what was built and what runs on this CPU; without nvcc there are no cuda_archs.
 std::string native_build_info() {
@@ -28,10 +35,18 @@ std::string native_build_info() {
          "gcc "
 #endif
          + std::string(__VERSION__) + "\", \"cpu_isas\": [" + paths + "], \"cpu_isa\": \"" + chosen_isa().name +
+         "\", \"cpu_bf16\": \"" + bf16_products() +
 #if defined(CONTRASTIVE_EXT_CUDA_ARCHS)
          "\", \"cuda_archs\": \"" CONTRASTIVE_EXT_CUDA_ARCHS +
 #endif
          "\"}";
+}
+
+// Sets who multiplies bf16 operands ("": asks only; see choose_bf16) and says who does.
+std::string use_bf16_products(std::string name) {
+  STD_TORCH_CHECK(name.empty() || choose_bf16(name.c_str()), "bf16 products cannot be ", name,
+                  " here; auto, model and widened always can, amx where native_build_info says so.");
+  return chosen_bf16().name;
 }
 
 // The arguments that describe a problem, those of Request.
@@ -83,10 +98,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
          " -> (Tensor du, Tensor dv)");
 #endif
   define("native_build_info() -> str");
+  define("use_bf16_products_cpu(str name) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(contrastive_ext, CompositeExplicitAutograd, m) {
   m.impl("native_build_info", TORCH_BOX(&native_build_info));
+  m.impl("use_bf16_products_cpu", TORCH_BOX(&use_bf16_products));
 }
 
 }  // namespace contrastive_ext

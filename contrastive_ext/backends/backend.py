@@ -43,7 +43,7 @@ class Backend:
     exponentials.
     `unit_rows`: its functions for rows of unit length, or None, for operands of a dtype.
     `kept`: the module with its forward and backward of small problems, which keep their matrix, or None.
-    `note`: what a user should know who takes it; `explain` shows it.
+    `note`: what a user should know who takes it for operands of a dtype, or ""; `explain` shows it.
     """
 
     name: str
@@ -59,4 +59,4 @@ class Backend:
     unit_rows: Callable[[torch.dtype], UnitRows | None] = lambda dtype: None
     kept: ModuleType | None = None
     needs_proof: bool = False
-    note: str = ""
+    note: Callable[[torch.dtype | str], str] = lambda operand_dtype: ""

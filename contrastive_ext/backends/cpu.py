@@ -1,4 +1,7 @@
-"""The `cpu` backend: hand-written C++ tiles (csrc/), float32 and float64, 16-bit operands widened to float32."""
+"""The `cpu` backend: hand-written C++ tiles (csrc/), float32 and float64.
+
+16-bit operands are widened to float32; products of bf16 ones run on AMX where the CPU has it, with the same accuracy.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,14 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     if device.type != "cpu":
         return f"it computes on the CPU and the tensors are on {device}."
     return lacks_products(operand_dtype) or native.why_missing()
+
+
+def note(operand_dtype: torch.dtype | str) -> str:
+    """Who multiplies bf16 operands, for `explain`."""
+    if operand_dtype != torch.bfloat16 or native.why_missing() is not None:
+        return ""
+    who, _, reason = native.build_info()["cpu_bf16"].partition(": ")
+    return f"bf16 products widened to float32: {reason}" if reason else f"bf16 products: {who}"
 
 
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
@@ -119,4 +130,5 @@ BACKEND = Backend(
     pair_sums_backward=pair_sums_backward,
     whole_loss=whole_loss,
     unit_rows=unit_rows,
+    note=note,
 )

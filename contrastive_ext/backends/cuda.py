@@ -145,5 +145,5 @@ BACKEND = Backend(
     pair_sums=pair_sums,
     pair_sums_backward=pair_sums_backward,
     needs_proof=True,
-    note=NOTE,
+    note=lambda operand_dtype: NOTE,
 )

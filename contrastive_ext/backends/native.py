@@ -45,6 +45,7 @@ OPERATORS = {
     "unit_rows_backward_cpu": "(Tensor z, Tensor norm, Tensor grad) -> Tensor dz",
     "whole_loss_forward_cpu": FORWARD_SCHEMA,
     "whole_loss_backward_cpu": BACKWARD_SCHEMA,
+    "use_bf16_products_cpu": "(str name) -> str",
 }
 _CUDA_PROBLEM = (
     "Tensor u, Tensor? v, Tensor? scale, float scale_value, float exponent, int num_images, int positive_offset, "

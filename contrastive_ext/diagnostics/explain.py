@@ -50,5 +50,5 @@ def explain_for(device: torch.device, dtype: torch.dtype, dim: int) -> Explanati
     call = (device, stats_dtype(dtype), dtype, dim)
     reasons: dict[str, str | None] = {b.name: b.why_not(*call) for b in dispatch.BACKENDS}
     reasons[dispatch.REFERENCE] = None
-    notes = {b.name: b.note for b in dispatch.BACKENDS if b.note}
+    notes = {b.name: note for b in dispatch.BACKENDS if (note := b.note(dtype))}
     return Explanation(dispatch.select("auto", *call).name, reasons, notes)

@@ -81,6 +81,7 @@ class GradientWorker {
         du_(du),
         dv_(dv),
         buffer_(problem, grid),
+        bf16_(problem.bf16, grid.block_rows, grid.tile_cols),
         block_du_(problem.one_set ? grid.block_rows * problem.d : 0) {}
 
   void begin(int64_t, int64_t) {}
@@ -90,14 +91,14 @@ class GradientWorker {
     weigh_(tile_);
     if (du_)
       combine_columns(block_du(range.i0), tile_.s, tile_, problem_.v + range.j0 * problem_.d, problem_.d,
-                      /*accumulate=*/!range.first);
+                      /*accumulate=*/!range.first, bf16_);
   }
 
   // The first block sees every column first: it writes, the others add.
   void add_columns(const TileRange& range) {
     const int64_t d = problem_.d;
     combine_rows((problem_.one_set ? du_ : dv_) + range.j0 * d, tile_, problem_.u + range.i0 * d, d,
-                 /*accumulate=*/range.i0 > 0);
+                 /*accumulate=*/range.i0 > 0, bf16_);
     // one tile spans all columns: its turn is the time when nobody else adds to these rows
     if (problem_.one_set && !triangle_) add_block(range.i0, range.i1);
   }
@@ -121,6 +122,7 @@ class GradientWorker {
   bool triangle_;
   T *du_, *dv_;
   TileBuffer<T> buffer_;
+  Bf16Combiner bf16_;
   Tile<T> tile_{};
   Workspace<T> block_du_;
 };

@@ -48,7 +48,9 @@ struct Problem {
   std::vector<double> exponents;  // numbers of T
   PairRules pairs;
   Gate<T> gate;
-  Panels<T> columns{v, m, d};  // v again, as products with rows read it
+  // u and v again, as products read them
+  Bf16Operands bf16{u, n, v, m, d, one_set};
+  Panels<T> columns = bf16 ? Panels<T>() : Panels<T>(v, m, d);
 
   // exp(beta s_ij) for unit rows lies between 2^-reach and 2^reach.
   double reach(double beta) const { return beta * scale * kLog2E; }
@@ -107,8 +109,7 @@ class TileBuffer {
     tile.i0 = range.i0, tile.rows = range.i1 - range.i0;
     tile.j0 = range.j0, tile.cols = range.j1 - range.j0;
     tile.pairs = &problem_.pairs, tile.upper = range.upper;
-    score_tile(tile.s, ld_, problem_.scale, problem_.u + tile.i0 * problem_.d, tile.rows, problem_.columns, tile.j0,
-               tile.cols, problem_.d, tile.upper, tile.j0 - tile.i0);
+    multiply_tile(tile);
     if (gate) {
       best_score_tile(gate.scorers, range.i0, range.i1, range.j0, range.j1, gate_.get(), gate_.get() + size_, ld_);
       tile.gate = gate_.get();
@@ -120,6 +121,15 @@ class TileBuffer {
   }
 
  private:
+  void multiply_tile(const Tile<T>& tile) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (problem_.bf16)
+        return problem_.bf16.scores(tile.s, ld_, problem_.scale, tile.i0, tile.rows, tile.j0, tile.cols, tile.upper,
+                                    tile.j0 - tile.i0);
+    score_tile(tile.s, ld_, problem_.scale, problem_.u + tile.i0 * problem_.d, tile.rows, problem_.columns, tile.j0,
+               tile.cols, problem_.d, tile.upper, tile.j0 - tile.i0);
+  }
+
   const Problem<T>& problem_;
   int64_t ld_, size_;
   Workspace<T> s_, gate_;

@@ -25,6 +25,7 @@ class ForwardWorker {
         cols_(cols),
         local_(plan, grid.block_rows, rows.moments()),
         tile_(problem, grid),
+        bf16_(problem.bf16, grid.block_rows, grid.tile_cols),
         ld_(tile_.ld()),
         e_(results.mean ? 2 * grid.block_rows * ld_ : 0),
         mean_(results.mean ? static_cast<int64_t>(problem.exponents.size()) * grid.block_rows * problem.d : 0),
@@ -140,7 +141,8 @@ class ForwardWorker {
 
   void accumulate_mean(const Tile<T>& tile, int stream, const T* e, bool first) {
     if (!has_mean(stream)) return;
-    combine_columns(mean(stream, 0), e, tile, problem_.v + tile.j0 * problem_.d, problem_.d, /*accumulate=*/!first);
+    combine_columns(mean(stream, 0), e, tile, problem_.v + tile.j0 * problem_.d, problem_.d, /*accumulate=*/!first,
+                    bf16_);
   }
 
   void rescale_means(const Pass& pass, int64_t i, double factor) {
@@ -167,6 +169,7 @@ class ForwardWorker {
   AnchorState<T>& cols_;
   AnchorState<T> local_;
   TileBuffer<T> tile_;
+  Bf16Combiner bf16_;
   int64_t ld_;
   Workspace<T> e_, mean_, per_row_, per_col_;
   int64_t block_rows_;

@@ -2,33 +2,15 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include <torch/csrc/stable/ops.h>
 
+#include "bf16_operands.h"
 #include "library_product.h"
 #include "tile.h"
+#include "workspace.h"
 
 namespace contrastive_ext {
-
-// Uninitialised, cache-line aligned workspace.
-template <class T>
-class Workspace {
- public:
-  Workspace() = default;
-  explicit Workspace(int64_t size)
-      : data_(static_cast<T*>(
-            ::operator new(static_cast<size_t>(size > 0 ? size : 1) * sizeof(T), std::align_val_t{64}))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
-
-inline int64_t padded_to(int64_t multiple, int64_t size) { return (size + multiple - 1) / multiple * multiple; }
 
 // Vectors [m, d] as columns: panels of kPanel of them, feature by feature, 0 beyond the last.
 template <class T>
@@ -76,26 +58,36 @@ inline void score_tile(T* s, int64_t ld, double scale, const T* u, int64_t rows,
   }
 }
 
+static_assert(kDiagonalStep == kTileBlock, "what the diagonal leaves out is whole blocks of tile registers");
+
 // out[rows, d] (+)= w v for weights w in the tile's layout, v[cols, d] the tile's columns
 template <class T>
-inline void combine_columns(T* out, const T* w, const Tile<T>& tile, const T* v, int64_t d, bool accumulate) {
-  const int64_t step = tile.upper ? kDiagonalStep : tile.rows;
+inline void combine_columns(T* out, const T* w, const Tile<T>& tile, const T* v, int64_t d, bool accumulate,
+                            const Bf16Combiner& bf16) {
+  const int64_t step = tile.upper || bf16 ? kDiagonalStep : tile.rows;
   for (int64_t i = 0; i < tile.rows; i += step) {
     const int64_t rows = std::min(step, tile.rows - i);
     const int64_t zeros = tile.upper ? std::min(tile.cols, std::max<int64_t>(0, tile.i0 + i - tile.j0)) : 0;
-    multiply<T>({out + i * d, d, w + i * tile.ld + zeros, tile.ld, 1, v + zeros * d, d, rows, d, tile.cols - zeros,
-                 T(1), accumulate});
+    const T* weights = w + i * tile.ld + zeros;
+    const int64_t cols = tile.cols - zeros;
+    if constexpr (std::is_same_v<T, float>)
+      if (bf16 && bf16.weigh_columns(out + i * d, weights, tile.ld, rows, tile.j0 + zeros, cols, accumulate)) continue;
+    multiply<T>({out + i * d, d, weights, tile.ld, 1, v + zeros * d, d, rows, d, cols, T(1), accumulate});
   }
 }
 
 // out[cols, d] (+)= w^T u for the tile's weights w, u[rows, d] the tile's rows
 template <class T>
-inline void combine_rows(T* out, const Tile<T>& tile, const T* u, int64_t d, bool accumulate) {
+inline void combine_rows(T* out, const Tile<T>& tile, const T* u, int64_t d, bool accumulate,
+                         const Bf16Combiner& bf16) {
   for (int64_t j = 0, cols; j < tile.cols; j += cols) {
     const int64_t last = tile.j0 + j + kDiagonalStep - tile.i0;  // rows from here on are below the diagonal
     const bool cut = tile.upper && last < tile.rows;
-    cols = cut ? std::min(kDiagonalStep, tile.cols - j) : tile.cols - j;
-    multiply<T>({out + j * d, d, tile.s + j, 1, tile.ld, u, d, cols, d, cut ? last : tile.rows, T(1), accumulate});
+    cols = cut || bf16 ? std::min(kDiagonalStep, tile.cols - j) : tile.cols - j;
+    const int64_t rows = cut ? last : tile.rows;
+    if constexpr (std::is_same_v<T, float>)
+      if (bf16 && bf16.weigh_rows(out + j * d, tile.s + j, tile.ld, cols, tile.i0, rows, accumulate)) continue;
+    multiply<T>({out + j * d, d, tile.s + j, 1, tile.ld, u, d, cols, d, rows, T(1), accumulate});
   }
 }
 

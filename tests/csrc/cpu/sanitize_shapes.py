@@ -110,6 +110,17 @@ for threads in (1, 2, 4):
     best(u, v, 3)
     for bins in (0, 256):
         run_ranked(u, None, 7, 2.0, True, False, bins, True)
+    ops.use_bf16_products_cpu("model")  # as AMX multiplies, whatever this CPU has
+    for (n, m), depth in itertools.product([(1, 1), (2, 70), (70, 2), (97, 61)], (1, 3, 65)):
+        u, v = torch.randn(n, depth).bfloat16().float(), torch.randn(m, depth).bfloat16().float()
+        images = n if n <= m else 0
+        run(u, v, images, [1.0, 2.0], 2.0, False, False, True, True, True, next(rules))
+        run(u, None, max(1, n // 2), [1.0], 2.0, False, True, False, True, True, next(rules))
+        run_sums(u, v, images, 2.0, False, None)
+        for bins in (0, 256):
+            run_ranked(u, v, images, 2.0, False, False, bins, True)
+            run_ranked(u, None, max(1, n // 2), 2.0, False, False, bins, True)
+    ops.use_bf16_products_cpu("auto")
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for pairs, depth, dtype, normalize in itertools.product((1, 2, 37, 300), (1, 15, 65), dtypes, (True, False)):
         for layout, extra in (("two_view", 0), ("one_way", 5), ("symmetric", 0)):
