@@ -35,7 +35,9 @@ def picture(results: Results):
         return None
     colors = _colors(results.rows)
     plt.rcParams.update(STYLE)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
+    upper, lower = 3.8, max(3.8, 0.21 * len(at_one_size(results.rows)[1]))  # inches; a line for every bar
+    ratios = {"height_ratios": (upper, lower)}
+    figure, axes = plt.subplots(2, 2, figsize=(11, upper + lower), gridspec_kw=ratios, layout="constrained")
     row, facts = next(iter(series.values()))[0], results.environment
     problem = f"{label(row)}, two views, D = {row.D}"
     _draw_growth(

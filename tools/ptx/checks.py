@@ -210,7 +210,7 @@ def why_not(program: str) -> str | None:
     release = tuple(map(int, version("triton").split(".")[:2]))
     if program == "ring" and release < (3, 9):
         return "the ring is written in the Gluon of Triton 3.9."
-    if program == "sm_90" and release < (3, 9):
+    if program == "sm_90" and release < (3, 7):
         return "Triton 3.6 leaves out the proxy fence between cp.async and WGMMA: the machine refuses its code."
     return None
 
