@@ -41,7 +41,7 @@ def forward_counts(features: int) -> Counter[str]:
     def run(tiles: int) -> Counter[str]:
         u, v = unit_rows(128, 0, features), unit_rows(tiles * 128, 1, features)
         report = kernels.Forward(u, v, scale=10.0).sweep(Schedule()).report
-        return report.classes(_code("row_stats_forward", f"OperandE0ELi{features}E")) + report.sums
+        return report.classes(_code("row_stats_forward", kernels.entry_of(features, False))) + report.sums
 
     return _per_pairs(run, 128)
 

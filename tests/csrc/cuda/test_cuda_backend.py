@@ -38,9 +38,10 @@ def _call(u, v, scale, scale_value, exponent, num_images, positive_offset, row_i
 
 
 def _forward(*arguments):
-    *problem, _stream = arguments
-    lse, count, _ = _call(*problem).run(Schedule())
-    return torch.from_numpy(lse)[None], torch.from_numpy(count)[None]
+    *problem, columns, _stream = arguments
+    results, _ = _call(*problem)._replace(columns=columns).run(Schedule())
+    nothing = [] if columns else [torch.empty(0), torch.empty(0)]
+    return *(torch.from_numpy(x)[None] for x in results), *nothing
 
 
 def _backward(*arguments):
