@@ -243,7 +243,7 @@ def check_backward(sweep: Backward, schedule: Schedule) -> None:
 
 def why_not(program: str) -> str | None:
     """Why a program cannot be had here."""
-    if program in ("forward", "backward"):
+    if program in ("forward", "columns", "backward"):
         return None if kernels.cuda_gate.find_nvcc() else "nvcc was not found (CUDA_HOME, PATH)."
     release = tuple(map(int, version("triton").split(".")[:2]))
     if program == "ring" and release < (3, 9):
@@ -256,9 +256,9 @@ def why_not(program: str) -> str | None:
 @lru_cache
 def runner(program: str) -> tuple[str, Callable[[str, Schedule], bool]]:
     """(text of a program that is right, a function of a text and a schedule: whether every bit of its result is)."""
-    if program == "forward":
-        call = Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2)
-        text = kernels.only_entry(kernels.forward_ptx(), kernels.entry_of(128, False))
+    if program in ("forward", "columns"):
+        call = Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2, columns=program == "columns")
+        text = kernels.only_entry(kernels.forward_ptx(), kernels.entry_of(128, False, call.columns))
         return text, lambda text, schedule: call.is_exact(call.sweep(schedule, text))
     if program == "backward":
         sweep = whole_gradient(Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2), "both")
