@@ -1,6 +1,6 @@
-// Sums of a tile's columns over the rows of a block: lanes of a warp meet by shuffles, warps in shared memory. The first
-// consumer leaves what its warps have and goes on; the second one waits for it, adds up all eight warps in their order
-// and stores a partial result of the block.
+// Sums of a tile's columns over the rows of a block: lanes of a warp meet by shuffles, warps in shared memory. The
+// first consumer leaves what its warps have and goes on; the second one waits for it, adds up all eight warps in their
+// order and stores a partial result of the block.
 //
 // Two buffers by turns are enough: the first consumer comes to a tile after the next only when the second one has begun
 // the next, whose turn it gave on after adding up this one.

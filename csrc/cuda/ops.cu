@@ -128,9 +128,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& u, std::op
   const auto if_columns = [&](const Tensor& t) { return columns ? data(t) : nullptr; };
   const hopper::ForwardArguments arguments{call.arguments(), data(partials), if_columns(column_partials), {}};
   const hopper::ForwardResults results{data(lse), data(count), if_columns(col_lse), if_columns(col_count)};
-  const char* error =
-      hopper::row_stats_forward(call.rows(), call.columns(), call.features(), call.is_bfloat16(), arguments, plan,
-                                results, reinterpret_cast<cudaStream_t>(stream));
+  const char* error = hopper::row_stats_forward(call.rows(), call.columns(), call.features(), call.is_bfloat16(),
+                                                arguments, plan, results, reinterpret_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(!error, "row_stats_forward_cuda: ", error);
   return {lse, count, col_lse, col_count};
 }

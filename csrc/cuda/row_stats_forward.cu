@@ -57,19 +57,27 @@ struct AddExponentials {
     }
   }
 
+  __device__ __forceinline__ void add_to_rows(const Logits& s) {
+    if constexpr (kOnline)
+      rows.template add<kOnline>(s, factor);
+    else
+      rows.add_terms(s);
+  }
+
   __device__ __forceinline__ void add_both(Logits& s, int tile, int64_t j0, bool is_masked) {
     const int turn = tile % 2;
-    if (is_masked) {
+    if constexpr (!kOnline) rows.exponentiate(s, factor);  // for rows and columns alike
+    if (is_masked) {                                       // a pair that one side alone ignores is left to the other
       const int row = work.row_tile * kRows + consumer * kConsumerRows + Fragment(threadIdx.x % kConsumerThreads).row;
       const KeptBits kept = negatives_of_columns(row, arguments.n, column, j0, arguments.pairs, arguments.m);
       leave_sums<kOnline>(shared, turn, s, factor, kept);
       leave_counts(shared, turn, kept);
-      rows.mask(s, column, j0, arguments.pairs, arguments.m);
-      rows.template add<kOnline>(s, factor);
+      rows.mask(s, column, j0, arguments.pairs, arguments.m, ColumnSum<kOnline>::kIgnored);
+      add_to_rows(s);
     } else {
       rows.count_all();
-      rows.template add<kOnline>(s, factor);
-      leave_sums<kOnline>(shared, turn, s, factor);  // of the same exponentials without a shift
+      add_to_rows(s);
+      leave_sums<kOnline>(shared, turn, s, factor);
     }
     if (consumer == 0) return sums_are_left(turn);
     wait_for_sums(turn);
@@ -93,12 +101,7 @@ __device__ __forceinline__ void sum_tiles(Shared<Shape>& shared, const ForwardAr
   };
   const int block = work.row_tile * kRows;
   AddExponentials<Shape, kOnline> functor{
-      arguments,
-      shared,
-      work,
-      consumer,
-      own.column,
-      factor,
+      arguments, shared, work, consumer, own.column, factor,
       // a column is of both consumers, which have to agree; where rows are lacking, every tile needs a mask
       Shape::kSums > 0 ? masked_tiles(block, kRows, block + kRows <= n ? m : 0) : masked_tiles(i0, kConsumerRows, m),
       ThreadRows<Shape::kLogits>(i0 + own.row, n, kOnline)};
@@ -203,8 +206,7 @@ const char* row_stats_forward(const void* u, const void* v, int features, bool b
             results.col_lse + first, results.col_count + first, stream);
   }
   merge(partials, n, plan.windows * plan.splits, results.lse, results.count, stream);
-  if (arguments.column_partials && plan.windows == 0)
-    merge(nullptr, m, 0, results.col_lse, results.col_count, stream);
+  if (arguments.column_partials && plan.windows == 0) merge(nullptr, m, 0, results.col_lse, results.col_count, stream);
   return launch_error();
 }
 

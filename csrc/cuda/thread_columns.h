@@ -17,7 +17,8 @@ namespace hopper {
 template <bool kOnline>
 struct ColumnSum {
   float sum;
-  static CE_HOST_DEVICE ColumnSum of(float logit, float factor) { return {exp2_fast(logit * (factor * kLog2E))}; }
+  static constexpr float kIgnored = 0;
+  static CE_HOST_DEVICE ColumnSum of(float term, float) { return {term}; }
   CE_HOST_DEVICE void merge(const ColumnSum& other) { sum += other.sum; }
   CE_HOST_DEVICE OnlineLse<float> lse() const { return {sum, 0}; }
 };
@@ -25,17 +26,20 @@ struct ColumnSum {
 template <>
 struct ColumnSum<true> {
   float sum, shift;  // beside a shift of -inf the sum means nothing unless it is NaN
+  static constexpr float kIgnored = -INFINITY;
   static CE_HOST_DEVICE ColumnSum of(float logit, float factor) { return {1, rounded_product(logit, factor)}; }
   CE_HOST_DEVICE void merge(const ColumnSum& other) {  // one exponential for two sums; NaN reaches the sum
-    const float less = shift == other.shift ? 1.0f : exp2_fast(-fabsf(shift - other.shift) * kLog2E);
-    sum = shift < other.shift ? fmaf(sum, less, other.sum) : fmaf(other.sum, less, sum);
+    const float less = exp2_fast(shift == other.shift ? 0.0f : -fabsf(shift - other.shift) * kLog2E);
+    const bool moves = shift < other.shift;
+    sum = moves ? fmaf(sum, less, other.sum) : fmaf(other.sum, less, sum);
     shift = fmaxf(shift, other.shift);
   }
   CE_HOST_DEVICE OnlineLse<float> lse() const { return {shift == -INFINITY && sum == sum ? 0.0f : sum, shift}; }
 };
 
-// A thread has a sum for each bit of a row's mask (tile_mask.h). Lanes l and l ^ 16 share them out, the upper lane takes
-// the upper half; then l and l ^ 8, l and l ^ 4, until a lane has four: bits (l & 28) + k, which lie at place 4 l + k.
+// A thread has a sum for each bit of a row's mask (tile_mask.h). Lanes l and l ^ 16 share them out, the upper lane
+// takes the upper half; then l and l ^ 8, l and l ^ 4, until a lane has four: bits (l & 28) + k, which lie at place 4 l
+// + k.
 constexpr int kSumsOfThread = 32, kSumsOfLane = 4;
 
 constexpr CE_HOST_DEVICE int column_of_place(int place) {
@@ -50,12 +54,14 @@ struct Shares {
       : kept(is_upper ? upper : lower), given(is_upper ? lower : upper) {}
 };
 
-// The sum of both rows of a thread at `bit`: of exponentials of its logits of a tile, and how many are kept.
+// The sum of both rows of a thread at `bit`, of its exponentials of a tile or, with a shift, of its logits; and how
+// many are kept.
 template <bool kOnline, int kLogits, class Kept>
 CE_HOST_DEVICE ColumnSum<kOnline> sum_of_rows(const float (&s)[kLogits], float factor, const Kept& kept, int bit) {
   static_assert(kLogits == 2 * kSumsOfThread, "two rows");
   const auto of_row = [&](int h) {
-    return ColumnSum<kOnline>::of(kept(h, bit) ? s[bit / 2 * 4 + 2 * h + bit % 2] : -INFINITY, factor);
+    using Sum = ColumnSum<kOnline>;
+    return Sum::of(kept(h, bit) ? s[bit / 2 * 4 + 2 * h + bit % 2] : Sum::kIgnored, factor);
   };
   ColumnSum<kOnline> sum = of_row(0);
   sum.merge(of_row(1));

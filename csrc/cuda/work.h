@@ -17,8 +17,8 @@ constexpr CE_HOST_DEVICE TileSpan span_of_split(int tiles, int splits, int split
   return {static_cast<int>(int64_t{tiles} * split / splits), static_cast<int>(int64_t{tiles} * (split + 1) / splits)};
 }
 
-// A block owns one tile of rows and one split of the column tiles of a launch. A plain grid, not a persistent one: all blocks of a
-// launch have the same work to within one tile, so a queue of work would only re-create this order.
+// A block owns one tile of rows and one split of the column tiles of a launch. A plain grid, not a persistent one: all
+// blocks of a launch have the same work to within one tile, so a queue of work would only re-create this order.
 struct PlainGrid {
   int row_tile, split;
   TileSpan columns;
@@ -62,8 +62,8 @@ inline int choose_windows(int column_tiles, int64_t bytes) {
   return static_cast<int>(windows < 1 ? 1 : windows < column_tiles ? windows : column_tiles > 0 ? column_tiles : 1);
 }
 
-// The number of splits for a gradient of `bytes`, of which every split leaves a copy: enough to occupy the processors, and up to
-// four where that evens out the last wave, but 64 MiB in all.
+// The number of splits for a gradient of `bytes`, of which every split leaves a copy: enough to occupy the processors,
+// and up to four where that evens out the last wave, but 64 MiB in all.
 inline int gradient_splits(int row_tiles, int column_tiles, int processors, int64_t bytes) {
   constexpr int kStart = 6, kMost = 4;
   int most = row_tiles > 0 && processors / row_tiles > kMost ? processors / row_tiles : kMost;

@@ -189,6 +189,7 @@ std::vector<std::pair<float, float>> play_columns(const py::array_t<float, py::a
               const int i = row_of(lane) + 8 * (k / 2 % 2), c = j0 + Fragment(lane).column + k / 4 * 8 + k % 2;
               logits[k] = i < n && c < m ? s.at(i, c) : 0;
             }
+            if (!kOnline) ThreadRows<64>::exponentiate(logits, factor);
             return is_masked ? sum_of_rows<kOnline>(logits, factor, kept_of(lane), bit)
                              : sum_of_rows<kOnline>(logits, factor, AllKept(), bit);
           };

@@ -288,8 +288,7 @@ void climb_forward(const char* rung, int64_t n, int64_t m, ForwardPlan plan, flo
     };
     compare_statistics(of_rows, count.host(rung), m, scale, logit);
     if (has_columns)
-      compare_statistics(of_columns, col_count.host(rung), n, scale,
-                         [&](int64_t j, int64_t i) { return logit(i, j); });
+      compare_statistics(of_columns, col_count.host(rung), n, scale, [&](int64_t j, int64_t i) { return logit(i, j); });
   }
 }
 
