@@ -38,9 +38,9 @@ LOOPS = {
     "row_stats_forward 64": (272, 510),  # without a shift, with a running maximum
     "row_stats_forward 128": (292, 530),
     "row_stats_forward 256": (330, 570),
-    "row_stats_forward 64 columns": (460, 1300),
-    "row_stats_forward 128 columns": (490, 1330),
-    "row_stats_forward 256 columns": (545, 1385),
+    "row_stats_forward 64 columns": (460, 1295),
+    "row_stats_forward 128 columns": (488, 1325),
+    "row_stats_forward 256 columns": (545, 1382),
     "row_stats_backward 64 rows": (345,),
     "row_stats_backward 64 columns": (365,),
     "row_stats_backward 64 both": (620, 405),  # an exponential for each direction, one for both

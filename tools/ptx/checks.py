@@ -86,7 +86,8 @@ def _with_columns() -> list[tuple[str, Forward]]:
          Forward(whole_rows(130), whole_rows(5 * 128 - 3, 1), num_images=130, scale=LN2, splits=2, windows=2)),
         ("rows for one consumer", Forward(whole_rows(40), whole_rows(200, 1), scale=LN2)),
         ("ids and padding of both sides", ids),
-        ("padding of rows alone", Forward(whole_rows(128), whole_rows(140, 1), row_ids=some_ids(128, 3, 0.5), scale=LN2)),
+        ("padding of rows alone",
+         Forward(whole_rows(128), whole_rows(140, 1), row_ids=some_ids(128, 3, 0.5), scale=LN2)),
         ("every row a positive", Forward(whole_rows(150), whole_rows(150, 1), num_images=1, scale=LN2)),
         ("bf16", bf16),
         ("random", random._replace(splits=2)),
@@ -100,7 +101,8 @@ def _with_columns() -> list[tuple[str, Forward]]:
             unit_rows(150), unit_rows(150, 1), num_images=1, scale=LN2 / 2, unit=False)),
         *((f"{k} features, whole", Forward(u, v, num_images=128, scale=LN2)) for k, (u, v) in sizes.items()),
         *((f"{k} features, running maximum", Forward(
-            u, v, row_ids=some_ids(130, 2, 0.1), num_images=130, scale=100.0, splits=2)) for k, (u, v) in units.items()),
+            u, v, row_ids=some_ids(130, 2, 0.1), num_images=130, scale=100.0, splits=2
+        )) for k, (u, v) in units.items()),
     ]  # fmt: skip
 
 

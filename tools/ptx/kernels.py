@@ -118,7 +118,6 @@ class Forward(NamedTuple):
         maps = [matrix_map(at["u"], n, features, TILE), matrix_map(at["v"], m, features, TILE)]
         entry = entry_of(features, self.bfloat16, self.columns)
         program_of_sweep = program(ptx or only_entry(forward_ptx(), entry), entry)
-        reports = []
         for window, (begin, end) in enumerate(self.spans()):
             width = min(m, end * TILE) - begin * TILE
             of_columns = 0
@@ -130,14 +129,12 @@ class Forward(NamedTuple):
                 self.beta, -1.0 if self.scale_on_device else self.scale, at["scale"], self.unit,
                 at["partials"] + window * self.splits * PARTS * n * 4, of_columns, begin, end,
             )  # fmt: skip
-            reports.append(
-                program_of_sweep.launch(
-                    (row_tiles, self.splits), THREADS, [arguments, *maps], memory,
-                    shared=shared_bytes(features, TILE, 0, PARTS if self.columns else 0), schedule=schedule,
-                    shared_base=shared_base, counts_banks=True,
-                )  # fmt: skip
-            )
-        return Result(memory, at["partials"], reports[-1], places)
+            report = program_of_sweep.launch(
+                (row_tiles, self.splits), THREADS, [arguments, *maps], memory,
+                shared=shared_bytes(features, TILE, 0, PARTS if self.columns else 0), schedule=schedule,
+                shared_base=shared_base, counts_banks=True,
+            )  # fmt: skip
+        return Result(memory, at["partials"], report, places)
 
     def run(self, schedule: Schedule, shared_base: int = 1024) -> tuple[list[np.ndarray], Result]:
         """([lse, count] and, where asked, of columns, partial results): the sweep, then the merges."""

@@ -221,7 +221,7 @@ MUTATIONS = [
     Mutation("forward", "a box is never asked for", dropped(r"cp\.async\.bulk\.tensor[^;]*;", -1), "deadlock"),
     Mutation("forward", "a descriptor without swizzle", descriptor(PRODUCT, 1 << 62), "result|uninitialised|race"),
     # ---- the CUDA forward with columns
-    Mutation("columns", "the sums of warps are not waited for", dropped(r"bar\.sync\s+[34], 256;"), "race|uninitialised"),
+    Mutation("columns", "sums are not waited for", dropped(r"bar\.sync\s+[34], 256;"), "race|uninitialised"),
     Mutation("columns", "no sums are left", dropped(r"bar\.arrive\s+[34], 256;"), "deadlock"),
     Mutation("columns", "sums of two tiles in one buffer", replaced(TURN, r"\g<1>0, 12288"), "race"),
     Mutation("columns", "a warp's sums lie 16 bytes further", replaced(LEFT, r"\1+16 ]"), "uninitialised|race"),

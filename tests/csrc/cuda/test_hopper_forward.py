@@ -21,9 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str
 DTYPES = [torch.float16, torch.bfloat16]
 ONE_EXPONENT = [loss for loss in LOSSES if not loss.name.startswith("hard")]
 NO_QUEUE = [
-    u
-    for u in USAGES
-    if u.name in ("two_view", "one_way", "one_way_more_columns", "shared_negatives", "symmetric")
+    u for u in USAGES if u.name in ("two_view", "one_way", "one_way_more_columns", "shared_negatives", "symmetric")
 ]
 
 # rows, columns (None: one set), options, reason
