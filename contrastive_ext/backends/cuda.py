@@ -73,8 +73,9 @@ def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, 
     if reason is not None:
         raise RuntimeError(f"backend {NAME!r} cannot run this call: {reason}")
     stream = torch.cuda.current_stream(problem.u.device).cuda_stream
-    stats = torch.ops.contrastive_ext.row_stats_forward_cuda(*_arguments(problem), columns, stream)
-    return Statistics(*stats, problem.u.new_empty(0))
+    made = torch.ops.contrastive_ext.row_stats_forward_cuda(*_arguments(problem), columns, stream)
+    lse, count, col_lse, col_count = made
+    return Statistics(lse, count, col_lse, col_count, problem.u.new_empty(0))
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
