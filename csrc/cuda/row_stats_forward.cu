@@ -206,7 +206,7 @@ const char* row_stats_forward(const void* u, const void* v, int features, bool b
             results.col_lse + first, results.col_count + first, stream);
   }
   merge(partials, n, plan.windows * plan.splits, results.lse, results.count, stream);
-  if (arguments.column_partials && plan.windows == 0) merge(nullptr, m, 0, results.col_lse, results.col_count, stream);
+  if (results.col_lse && plan.windows == 0) merge(nullptr, m, 0, results.col_lse, results.col_count, stream);
   return launch_error();
 }
 

@@ -30,7 +30,7 @@ ForwardPlan forward_plan(int64_t n, int64_t m, int processors, bool has_columns)
 
 struct ForwardResults {
   float *lse, *count;          // [n]
-  float *col_lse, *col_count;  // [m], or null where arguments.column_partials is
+  float *col_lse, *col_count;  // [m], or null: not wanted
 };
 
 // u [n, features], v [m, features] contiguous fp16 or bf16, 16-byte aligned (v == u: one set). Returns null or what
