@@ -92,7 +92,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
          ", float[] exponents, str reduction, Tensor operands, Tensor norm, Tensor lse, Tensor coefficients, "
          "Tensor grad_loss, bool need_scale) -> (Tensor dz1, Tensor dz2, Tensor dscale)");
 #if defined(CONTRASTIVE_EXT_CUDA_ARCHS)
-  define("row_stats_forward_cuda(" + kCudaProblem + ", int stream) -> (Tensor lse, Tensor count)");
+  define("row_stats_forward_cuda(" + kCudaProblem +
+         ", bool columns, int stream) -> (Tensor lse, Tensor count, Tensor col_lse, Tensor col_count)");
   define("row_stats_backward_cuda(" + kCudaProblem +
          ", Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, bool need_u, bool need_v, int stream)"
          " -> (Tensor du, Tensor dv)");

@@ -35,9 +35,12 @@ MOST_OF_PRODUCER = 24
 INSTRUCTIONS = ("HGMMA", "UTMALDG", "UBLKCP", "STL", "LDL")
 # instructions of a warp for an unmasked tile, in each loop of a kernel: 128 columns, of the backward at D = 256 64
 LOOPS = {
-    "row_stats_forward 64": (270, 510),  # without a shift, with a running maximum
-    "row_stats_forward 128": (290, 530),
+    "row_stats_forward 64": (272, 510),  # without a shift, with a running maximum
+    "row_stats_forward 128": (292, 530),
     "row_stats_forward 256": (330, 570),
+    "row_stats_forward 64 columns": (460, 1295),
+    "row_stats_forward 128 columns": (488, 1325),
+    "row_stats_forward 256 columns": (545, 1382),
     "row_stats_backward 64 rows": (345,),
     "row_stats_backward 64 columns": (365,),
     "row_stats_backward 64 both": (620, 405),  # an exponential for each direction, one for both
@@ -56,7 +59,8 @@ def meant(name: str) -> dict[str, int]:
     steps, loops = int(features) // 16, len(LOOPS[name])
     if sweep == "row_stats_backward":
         steps += 2 * (64 if int(features) > 128 else 128) // 16  # weights by the tile, in the loop and behind it
-    return {"HGMMA": loops * steps, "UTMALDG": 2 * int(features) // 64, "UBLKCP": int(terms not in ([], ["rows"]))}
+    copies = int(sweep == "row_stats_backward" and terms != ["rows"])
+    return {"HGMMA": loops * steps, "UTMALDG": 2 * int(features) // 64, "UBLKCP": copies}
 
 
 class Kernel(NamedTuple):
@@ -136,12 +140,12 @@ def compile_ladder(nvcc: str, *arguments: str) -> None:
 def readable(mangled: str) -> str:
     """ "row_stats_backward 128 both fp16" of the mangled name of a kernel."""
     (name,) = re.findall(r"\d([a-z][a-z_]*)_kernel", mangled)
-    instance = re.search(r"OperandE(\d)ELi(\d+)E(?:.*TermsE(\d))?", mangled)
+    instance = re.search(r"OperandE(\d)ELi(\d+)E(?:Lb(\d)E)?(?:.*TermsE(\d))?", mangled)
     if instance is None:
         return name
-    operand, features, terms = instance.groups()
-    of_terms = [("rows", "columns", "both")[int(terms)]] if terms else []
-    return " ".join([name, features, *of_terms, ("fp16", "bf16")[int(operand)]])
+    operand, features, has_columns, terms = instance.groups()
+    sides = [("rows", "columns", "both")[int(terms)]] if terms else ["columns"] if has_columns == "1" else []
+    return " ".join([name, features, *sides, ("fp16", "bf16")[int(operand)]])
 
 
 def read_kernels(log: str, disassembly: str) -> list[Kernel]:

@@ -1,9 +1,9 @@
 """The `cuda` backend: hand-written Hopper kernels (csrc/cuda/), 64, 128 or 256 features, 16-bit operands. By name only.
 
-The log-sum-exps of rows at one exponent and their counts, and the gradient of it. What the forward does not make yet (a
-second exponent, column statistics, the mean of frozen columns, diagnostics, cancelled pairs other than by ids) raises
-with that reason: Triton takes over where `auto` chooses. `auto` must not take this backend before it makes all of it,
-whatever VERIFIED says about a part: a test holds VERIFIED to that.
+The log-sum-exps of rows, and of columns from the same pass, at one exponent and their counts, and the gradient of it.
+What the forward does not make yet (a second exponent, the mean of frozen columns, diagnostics, cancelled pairs other
+than by ids) raises with that reason: Triton takes over where `auto` chooses. `auto` must not take this backend before
+it makes all of it, whatever VERIFIED says about a part: a test holds VERIFIED to that.
 
 The forward at 128 features was correct on an H200, slower than the Triton triangle, which does half the work
 (docs/measurements.md); everything since then is proven by the interpreter of PTX and has yet to run on a GPU.
@@ -20,7 +20,7 @@ from . import native
 from .backend import Backend
 
 NAME = "cuda"
-NOTE = "log-sum-exps of rows at one exponent and their gradient; by name only"
+NOTE = "log-sum-exps of rows and columns at one exponent and their gradient; by name only"
 IS_COMPLETE = False  # whether it computes every call that why_not lets through
 
 FEATURES = (64, 128, 256)
@@ -49,12 +49,11 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     return None
 
 
-def why_not_call(problem: Problem, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> str | None:
+def why_not_call(problem: Problem, means: bool, diagnostics: bool, maximum: bool) -> str | None:
     """None, or which part of the forward the kernels do not make yet."""
     pairs = problem.pairs
     parts = {
         "second exponent": len(problem.exponents) > 1,
-        "column statistics (symmetric layouts)": columns,
         "means of frozen columns (gradients against a queue)": means,
         "diagnostics (return_stats)": diagnostics,
         "largest logits (soft labels)": maximum,
@@ -65,18 +64,18 @@ def why_not_call(problem: Problem, columns: bool, means: bool, diagnostics: bool
     lacking = next((part for part, is_asked in parts.items() if is_asked), None)
     if lacking is None:
         return None
-    return f"its kernels make one log-sum-exp per row and no {lacking} yet. Use backend='triton' or 'auto'."
+    return f"its kernels make one log-sum-exp per row or column and no {lacking} yet. Use backend='triton' or 'auto'."
 
 
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:
     """Row statistics of `problem`; see `Statistics`. Raises RuntimeError for parts the kernels do not make yet."""
-    reason = why_not_call(problem, columns, means, diagnostics, maximum)
+    reason = why_not_call(problem, means, diagnostics, maximum)
     if reason is not None:
         raise RuntimeError(f"backend {NAME!r} cannot run this call: {reason}")
     stream = torch.cuda.current_stream(problem.u.device).cuda_stream
-    lse, count = torch.ops.contrastive_ext.row_stats_forward_cuda(*_arguments(problem), stream)
-    nothing = [problem.u.new_empty(0) for _ in range(3)]  # an operator's results must not share memory
-    return Statistics(lse, count, *nothing)
+    made = torch.ops.contrastive_ext.row_stats_forward_cuda(*_arguments(problem), columns, stream)
+    lse, count, col_lse, col_count = made
+    return Statistics(lse, count, col_lse, col_count, problem.u.new_empty(0))
 
 
 def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:

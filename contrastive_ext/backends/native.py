@@ -52,7 +52,8 @@ _CUDA_PROBLEM = (
     "Tensor? row_ids, Tensor? col_ids, bool unit"
 )
 CUDA_OPERATORS = {
-    "row_stats_forward_cuda": f"({_CUDA_PROBLEM}, int stream) -> (Tensor lse, Tensor count)",
+    "row_stats_forward_cuda": f"({_CUDA_PROBLEM}, bool columns, int stream) -> "
+    "(Tensor lse, Tensor count, Tensor col_lse, Tensor col_count)",
     "row_stats_backward_cuda": f"({_CUDA_PROBLEM}, Tensor lse, Tensor grad_lse, Tensor? col_lse, Tensor? grad_col_lse, "
     "bool need_u, bool need_v, int stream) -> (Tensor du, Tensor dv)",
 }

@@ -73,5 +73,19 @@ __device__ __forceinline__ void give_turn(int warpgroup) {
     arrive_at<2, 256>();
 }
 
+// Sums that the first warpgroup leaves for the second, of two tiles by turns: these do order memory.
+__device__ __forceinline__ void sums_are_left(int turn) {
+  if (turn == 0)
+    arrive_at<3, 256>();
+  else
+    arrive_at<4, 256>();
+}
+__device__ __forceinline__ void wait_for_sums(int turn) {
+  if (turn == 0)
+    sync_at<3, 256>();
+  else
+    sync_at<4, 256>();
+}
+
 }  // namespace hopper
 }  // namespace contrastive_ext

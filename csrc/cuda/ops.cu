@@ -108,22 +108,30 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-std::tuple<Tensor, Tensor> forward_cuda(const Tensor& u, std::optional<Tensor> v, std::optional<Tensor> scale,
-                                        double scale_value, double exponent, int64_t num_images,
-                                        int64_t positive_offset, std::optional<Tensor> row_ids,
-                                        std::optional<Tensor> col_ids, bool unit, int64_t stream) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& u, std::optional<Tensor> v,
+                                                        std::optional<Tensor> scale, double scale_value,
+                                                        double exponent, int64_t num_images, int64_t positive_offset,
+                                                        std::optional<Tensor> row_ids, std::optional<Tensor> col_ids,
+                                                        bool unit, bool columns, int64_t stream) {
   const Call call{u, v, scale, scale_value, exponent, num_images, positive_offset, row_ids, col_ids, unit};
   call.check();
+  STD_TORCH_CHECK(v || !columns, "the statistics of one set's columns are those of its rows.");
   const OnDevice device(u);
-  const int splits = hopper::forward_splits(call.n(), call.m(), device.processors);
-  const Tensor lse = call.empty({1, call.n()}), count = call.empty({1, call.n()});
-  const Tensor partials = call.empty({splits, hopper::kParts, call.n()});
-  const hopper::ForwardArguments arguments{call.arguments(), data(partials)};
-  const char* error =
-      hopper::row_stats_forward(call.rows(), call.columns(), call.features(), call.is_bfloat16(), arguments, splits,
-                                data(lse), data(count), reinterpret_cast<cudaStream_t>(stream));
+  const int64_t n = call.n(), m = call.m();
+  const hopper::ForwardPlan plan = hopper::forward_plan(n, m, device.processors, columns);
+  const Tensor lse = call.empty({1, n}), count = call.empty({1, n}), partials = call.empty({plan.partials(n)});
+  const auto of_columns = [&](int64_t rows, int64_t size) {
+    return columns ? call.empty({rows, size}) : call.empty({0});
+  };
+  const Tensor col_lse = of_columns(1, m), col_count = of_columns(1, m);
+  const Tensor column_partials = of_columns(1, plan.column_partials(n, m));
+  const auto if_columns = [&](const Tensor& t) { return columns ? data(t) : nullptr; };
+  const hopper::ForwardArguments arguments{call.arguments(), data(partials), if_columns(column_partials), {}};
+  const hopper::ForwardResults results{data(lse), data(count), if_columns(col_lse), if_columns(col_count)};
+  const char* error = hopper::row_stats_forward(call.rows(), call.columns(), call.features(), call.is_bfloat16(),
+                                                arguments, plan, results, reinterpret_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(!error, "row_stats_forward_cuda: ", error);
-  return {lse, count};
+  return {lse, count, col_lse, col_count};
 }
 
 // lse and coefficients of the anchors of one side, or nothing.

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Shape = BackwardShape<kFeatures, kTerms>;
   extern __shared__ uint8_t memory[];
   auto& shared = begin_block<Shape>(memory);
-  const PlainGrid work(number_of_tiles(arguments.m, Shape::kColumns));
+  const PlainGrid work({0, number_of_tiles(arguments.m, Shape::kColumns)});
   if (warpgroup_of_thread() == kConsumers) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x == kConsumers * kConsumerThreads) produce(shared, u, v, arguments.workspace + kHead, work);

@@ -29,20 +29,22 @@ struct ThreadRows {
     for (int h = 0; h < 2; ++h) partial[h].count += kLogits / 2;
   }
 
-  // Sets the logits of pairs that are ignored to -inf and counts the others. `column` is the thread's first.
-  CE_HOST_DEVICE void mask(float (&s)[kLogits], int column, int64_t j0, const DevicePairs& pairs, int64_t m) {
+  // Sets the logits of pairs that are ignored to -inf (exponentials: 0) and counts the others. `column` is the thread's
+  // first.
+  CE_HOST_DEVICE void mask(float (&s)[kLogits], int column, int64_t j0, const DevicePairs& pairs, int64_t m,
+                           float ignored = -INFINITY) {
     CE_UNROLL
     for (int h = 0; h < 2; ++h) {
       const uint32_t kept = negatives_of_thread<kLogits / 2>(pairs, index[h], j0, column, m);
       CE_UNROLL
       for (int bit = 0; bit < kLogits / 2; ++bit) {
-        if (!(kept >> bit & 1)) s[bit / 2 * 4 + 2 * h + bit % 2] = -INFINITY;
+        if (!(kept >> bit & 1)) s[bit / 2 * 4 + 2 * h + bit % 2] = ignored;
       }
       partial[h].count += static_cast<float>(number_of_bits(kept));
     }
   }
 
-  // Adds the exponentials of a tile. Four sums in flight hide the latency of addition and keep its error small.
+  // Adds the exponentials of a tile.
   template <bool kOnline>
   CE_HOST_DEVICE void add(const float (&s)[kLogits], float factor) {
     CE_UNROLL
@@ -56,16 +58,32 @@ struct ThreadRows {
         lse.raise(rounded_product(largest, factor));
         if (lse.shift != -INFINITY) shift = lse.shift;
       }
-      float sums[4] = {};
-      CE_UNROLL
-      for (int k = 0; k < kLogits / 2; ++k) {
-        const float logit = s[k / 2 * 4 + 2 * h + k % 2];
+      lse.sum += sum_of_row(s, h, [&](float logit) {
         // online: the product is rounded as the shift was, so the largest term is exactly 1 (docs/measurements.md)
         const float x = kOnline ? (rounded_product(logit, factor) - shift) * kLog2E : logit * (factor * kLog2E);
-        sums[k % 4] += exp2_fast(x);
-      }
-      lse.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        return exp2_fast(x);
+      });
     }
+  }
+
+  // In place, the exponentials of a tile without a shift, and their addition.
+  static CE_HOST_DEVICE void exponentiate(float (&s)[kLogits], float factor) {
+    CE_UNROLL
+    for (int k = 0; k < kLogits; ++k) s[k] = exp2_fast(s[k] * (factor * kLog2E));
+  }
+  CE_HOST_DEVICE void add_terms(const float (&terms)[kLogits]) {
+    CE_UNROLL
+    for (int h = 0; h < 2; ++h) partial[h].lse.sum += sum_of_row(terms, h, [](float term) { return term; });
+  }
+
+ private:
+  // Four sums in flight hide the latency of addition and keep its error small.
+  template <class Function>
+  static CE_HOST_DEVICE float sum_of_row(const float (&s)[kLogits], int h, const Function& function) {
+    float sums[4] = {};
+    CE_UNROLL
+    for (int k = 0; k < kLogits / 2; ++k) sums[k % 4] += function(s[k / 2 * 4 + 2 * h + k % 2]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
   }
 };
 

@@ -49,7 +49,7 @@ struct DevicePairs : ImageRule {
 // divisions only where there is one.
 class MaskedTiles {
  public:
-  // Rows [i0, i1) and tiles from `tile` on, of `width` of the m columns.
+  // Rows [i0, i1) and tiles of `width` columns from `tile` on. Those that reach beyond column m need a mask.
   CE_HOST_DEVICE MaskedTiles(const DevicePairs& pairs, int i0, int i1, int m, int width, int tile)
       : i0_(i0), i1_(i1), m_(m), width_(width) {
     find(pairs, tile);
@@ -71,6 +71,15 @@ class MaskedTiles {
   }
 
   int i0_, i1_, m_, width_, next_;
+};
+
+// Which of its logits a thread keeps, `bit` of row `h` as below: all, or those of a mask.
+struct AllKept {
+  CE_HOST_DEVICE bool operator()(int, int) const { return true; }
+};
+struct KeptBits {
+  uint32_t of_row[2];
+  CE_HOST_DEVICE bool operator()(int h, int bit) const { return of_row[h] >> bit & 1; }
 };
 
 // Bit 2 g + e: column j0 + column + 8 g + e is a negative of `row` (see Fragment), or in reverse the row one of it, for

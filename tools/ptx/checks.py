@@ -65,7 +65,45 @@ def forwards() -> dict[str, Forward]:
         ),
         "256 x 384": Forward(unit_rows(256), unit_rows(384, 1), scale=10.0, splits=2),
         **{f"{features} features, {name}": call for features in (64, 256) for name, call in _other_sizes(features)},
+        **{f"columns, {name}": call._replace(columns=True) for name, call in _with_columns()},
     }  # fmt: skip
+
+
+def _with_columns() -> list[tuple[str, Forward]]:
+    """Calls of the CUDA forward that also makes the statistics of the columns."""
+    ids = Forward(
+        whole_rows(140), whole_rows(300, 1), row_ids=some_ids(140, 2, 0.1), col_ids=some_ids(300, 3, 0.1),
+        num_images=70, positive_offset=33, scale=LN2, splits=2,
+    )  # fmt: skip
+    random = Forward(unit_rows(256), unit_rows(384, 1), num_images=256, scale=14.0)
+    bf16 = Forward(in_bf16(whole_rows(128, 5)), in_bf16(whole_rows(260, 6)), bfloat16=True, num_images=128, scale=LN2)
+    sizes = {k: (whole_rows(128, 5, k), whole_rows(5 * 128 + 3, 6, k)) for k in (64, 256)}
+    units = {k: (unit_rows(130, 5, k), unit_rows(260, 6, k)) for k in (64, 256)}
+    return [
+        ("whole tiles", Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2)),
+        ("positives", Forward(whole_rows(256), whole_rows(256, 1), num_images=256, scale=LN2)),
+        ("ragged, two splits in each of two windows",
+         Forward(whole_rows(130), whole_rows(5 * 128 - 3, 1), num_images=130, scale=LN2, splits=2, windows=2)),
+        ("rows for one consumer", Forward(whole_rows(40), whole_rows(200, 1), scale=LN2)),
+        ("ids and padding of both sides", ids),
+        ("padding of rows alone",
+         Forward(whole_rows(128), whole_rows(140, 1), row_ids=some_ids(128, 3, 0.5), scale=LN2)),
+        ("every row a positive", Forward(whole_rows(150), whole_rows(150, 1), num_images=1, scale=LN2)),
+        ("bf16", bf16),
+        ("random", random._replace(splits=2)),
+        ("random, scale on the device, an exponent", random._replace(scale_on_device=True, beta=0.5, splits=3)),
+        ("running maximum by temperature", random._replace(scale=100.0, splits=3, windows=1)),
+        ("running maximum by request, windows", random._replace(unit=False, windows=3)),
+        ("running maximum, a low temperature", random._replace(scale=1000.0)),
+        ("running maximum, ids and padding", ids._replace(
+            u=unit_rows(140), v=unit_rows(300, 1), scale=30.0, unit=False, splits=3)),
+        ("running maximum, every row a positive", Forward(
+            unit_rows(150), unit_rows(150, 1), num_images=1, scale=LN2 / 2, unit=False)),
+        *((f"{k} features, whole", Forward(u, v, num_images=128, scale=LN2)) for k, (u, v) in sizes.items()),
+        *((f"{k} features, running maximum", Forward(
+            u, v, row_ids=some_ids(130, 2, 0.1), num_images=130, scale=100.0, splits=2
+        )) for k, (u, v) in units.items()),
+    ]  # fmt: skip
 
 
 def _other_sizes(features: int) -> list[tuple[str, Forward]]:
@@ -83,12 +121,14 @@ def _other_sizes(features: int) -> list[tuple[str, Forward]]:
 
 def check_forward(call: Forward, schedule: Schedule) -> None:
     """Raises if the machine or the numbers object; shared memory begins where the program has to align it."""
-    lse, count, swept = call.run(schedule, shared_base=1024 if schedule.at_once else 1040)
-    expected, negatives = call.truth()
-    np.testing.assert_array_equal(count, negatives)
-    largest = max(1.0, np.abs(call.logits()[call.negatives()]).max(initial=0.0))
-    bound = ULPS * 2**-23 * (largest + np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
-    np.testing.assert_allclose(lse, expected, rtol=0, atol=bound)
+    results, swept = call.run(schedule, shared_base=1024 if schedule.at_once else 1040)
+    for reverse in (False, True) if call.columns else (False,):
+        lse, count = results[2:] if reverse else results[:2]
+        expected, negatives = call.truth(reverse)
+        np.testing.assert_array_equal(count, negatives)
+        largest = max(1.0, np.abs(call.logits(reverse)[call.negatives(reverse)]).max(initial=0.0))
+        bound = ULPS * 2**-23 * (largest + np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+        np.testing.assert_allclose(lse, expected, rtol=0, atol=bound)
     if call.scale == LN2:
         assert call.is_exact(swept), "partial results are not those of whole scores"
 
@@ -205,7 +245,7 @@ def check_backward(sweep: Backward, schedule: Schedule) -> None:
 
 def why_not(program: str) -> str | None:
     """Why a program cannot be had here."""
-    if program in ("forward", "backward"):
+    if program in ("forward", "columns", "backward"):
         return None if kernels.cuda_gate.find_nvcc() else "nvcc was not found (CUDA_HOME, PATH)."
     release = tuple(map(int, version("triton").split(".")[:2]))
     if program == "ring" and release < (3, 9):
@@ -218,9 +258,9 @@ def why_not(program: str) -> str | None:
 @lru_cache
 def runner(program: str) -> tuple[str, Callable[[str, Schedule], bool]]:
     """(text of a program that is right, a function of a text and a schedule: whether every bit of its result is)."""
-    if program == "forward":
-        call = Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2)
-        text = kernels.only_entry(kernels.forward_ptx(), "OperandE0ELi128E")
+    if program in ("forward", "columns"):
+        call = Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2, columns=program == "columns")
+        text = kernels.only_entry(kernels.forward_ptx(), kernels.entry_of(128, False, call.columns))
         return text, lambda text, schedule: call.is_exact(call.sweep(schedule, text))
     if program == "backward":
         sweep = whole_gradient(Forward(whole_rows(128), whole_rows(5 * 128, 1), scale=LN2), "both")

@@ -35,13 +35,13 @@ ISSUE, EXPONENTIALS, FLOPS, L2, SHARED = 4, 16, 4096, 30, 128
 FEW, MANY = 4, 6  # column tiles of 128
 
 
-def forward_counts(features: int) -> Counter[str]:
-    """Of the CUDA forward."""
+def forward_counts(features: int, columns: bool = False, scale: float = 10.0) -> Counter[str]:
+    """Of the CUDA forward, without a shift up to a scale of 69."""
 
     def run(tiles: int) -> Counter[str]:
         u, v = unit_rows(128, 0, features), unit_rows(tiles * 128, 1, features)
-        report = kernels.Forward(u, v, scale=10.0).sweep(Schedule()).report
-        return report.classes(_code("row_stats_forward", f"OperandE0ELi{features}E")) + report.sums
+        report = kernels.Forward(u, v, scale=scale, columns=columns).sweep(Schedule()).report
+        return report.classes(_code("row_stats_forward", kernels.entry_of(features, False, columns))) + report.sums
 
     return _per_pairs(run, 128)
 
@@ -106,7 +106,9 @@ def table() -> str:
     kinds = {}
     for features in (64, 128, 256):
         kinds[f"CUDA forward, D = {features}"] = forward_counts(features)
+        kinds[f"CUDA forward with columns, D = {features}"] = forward_counts(features, columns=True)
         kinds[f"CUDA backward, D = {features}"] = backward_counts(features)
+    kinds["CUDA forward with columns, D = 128, running maximum"] = forward_counts(128, columns=True, scale=100.0)
     for features in (128, 256):
         kinds[f"Triton forward, D = {features}"] = triton_counts("row_stats_forward_kernel", features, 256)
         kinds[f"Triton backward, D = {features}"] = triton_counts("row_stats_backward_kernel", features, 256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import struct
@@ -53,13 +54,14 @@ def forward_ptx() -> str:
     return ptx_of("row_stats_forward")
 
 
-def shared_bytes(features: int, columns: int, vectors: int) -> int:
+def shared_bytes(features: int, columns: int, vectors: int, sums: int = 0) -> int:
     """Of a block: csrc/cuda/shape.h once more."""
     tile = columns * features * 2
     stages = 4 if 4 * tile <= 128 << 10 else 2
     numbers = stages * max(1, vectors) * columns * 4
     barriers = -(-(1 + 2 * stages) * 8 // 16) * 16
-    return TILE * features * 2 + stages * tile + numbers + barriers + 1024  # room to align the first tile
+    of_warps = 2 * sums * 8 * columns * 4
+    return of_warps + TILE * features * 2 + stages * tile + numbers + barriers + 1024  # room to align the first tile
 
 
 def matrix_map(address: int, rows: int, features: int, box_rows: int) -> TensorMap:
@@ -81,20 +83,30 @@ class Forward(NamedTuple):
     scale: float = 1.0
     scale_on_device: bool = False
     unit: bool = True
-    splits: int = 1
+    splits: int = 1  # of a window
+    columns: bool = False  # their statistics too
+    windows: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.u), len(self.u if self.v is None else self.v)
 
+    def spans(self) -> list[tuple[int, int]]:
+        """The column tiles of each window."""
+        tiles = -(-self.shape[1] // TILE)
+        bounds = [tiles * k // self.windows for k in range(self.windows + 1)]
+        return list(itertools.pairwise(bounds))
+
     def sweep(self, schedule: Schedule, ptx: str = "", shared_base: int = 1024) -> Result:
-        """Partial results of every split; whatever is not written stays NaN."""
+        """Partial results of every split, of columns those of every window; whatever is not written stays NaN."""
         n, m = self.shape
         memory, nan = GlobalMemory(), np.float32(np.nan)
+        splits, row_tiles = self.windows * self.splits, -(-n // TILE)
         at = {
             "u": memory.place(self.u, "u"),
-            "partials": memory.place(np.full((self.splits, PARTS, n), nan), "partials"),
+            "partials": memory.place(np.full((splits, PARTS, n), nan), "partials"),
         }
+        places = []
         at["v"] = at["u"] if self.v is None else memory.place(self.v, "v")
         for name in ("row_ids", "col_ids"):
             ids = getattr(self, name)
@@ -104,26 +116,42 @@ class Forward(NamedTuple):
         at["scale"] = memory.place(np.array(self.scale, np.float32), "scale") if self.scale_on_device else 0
         features = self.u.shape[1]
         maps = [matrix_map(at["u"], n, features, TILE), matrix_map(at["v"], m, features, TILE)]
-        arguments = struct.pack(
-            "<qqqqQQqqffQ?7xQ", n, self.num_images, self.positive_offset, 0, at["row_ids"], at["col_ids"], n, m,
-            self.beta, -1.0 if self.scale_on_device else self.scale, at["scale"], self.unit, at["partials"],
-        )  # fmt: skip
-        entry = f"row_stats_forward_kernel.*OperandE{int(self.bfloat16)}ELi{features}E"
-        sweep = program(ptx or only_entry(forward_ptx(), entry), entry)
-        report = sweep.launch(
-            (-(-n // TILE), self.splits), THREADS, [arguments, *maps], memory,
-            shared=shared_bytes(features, TILE, 0), schedule=schedule, shared_base=shared_base, counts_banks=True,
-        )  # fmt: skip
-        return Result(memory, at["partials"], report)
+        entry = entry_of(features, self.bfloat16, self.columns)
+        program_of_sweep = program(ptx or only_entry(forward_ptx(), entry), entry)
+        for window, (begin, end) in enumerate(self.spans()):
+            width = min(m, end * TILE) - begin * TILE
+            of_columns = 0
+            if self.columns:
+                of_columns = memory.place(np.full((row_tiles, PARTS, width), nan), f"columns of window {window}")
+                places.append(of_columns)
+            arguments = struct.pack(
+                "<qqqqQQqqffQ?7xQQii", n, self.num_images, self.positive_offset, 0, at["row_ids"], at["col_ids"], n, m,
+                self.beta, -1.0 if self.scale_on_device else self.scale, at["scale"], self.unit,
+                at["partials"] + window * self.splits * PARTS * n * 4, of_columns, begin, end,
+            )  # fmt: skip
+            report = program_of_sweep.launch(
+                (row_tiles, self.splits), THREADS, [arguments, *maps], memory,
+                shared=shared_bytes(features, TILE, 0, PARTS if self.columns else 0), schedule=schedule,
+                shared_base=shared_base, counts_banks=True,
+            )  # fmt: skip
+        return Result(memory, at["partials"], report, places)
 
-    def run(self, schedule: Schedule, shared_base: int = 1024) -> tuple[np.ndarray, np.ndarray, Result]:
-        """(lse, count, partial results): the sweep, then the merge."""
-        swept, n = self.sweep(schedule, shared_base=shared_base), self.shape[0]
-        nan = np.full(n, np.float32(np.nan))
-        outputs = [swept.memory.place(nan, name) for name in ("lse", "count")]
-        merge = program(only_entry(forward_ptx(), "merge_kernel"))
-        merge.launch((-(-n // 128),), 128, [swept.partials, n, self.splits, *outputs], swept.memory, schedule=schedule)
-        return swept.memory.array("lse"), swept.memory.array("count"), swept
+    def run(self, schedule: Schedule, shared_base: int = 1024) -> tuple[list[np.ndarray], Result]:
+        """([lse, count] and, where asked, of columns, partial results): the sweep, then the merges."""
+        swept, (n, m) = self.sweep(schedule, shared_base=shared_base), self.shape
+        memory, program_of_merge = swept.memory, program(only_entry(forward_ptx(), "merge_kernel"))
+        names = {"lse": n, "count": n} | ({"col_lse": m, "col_count": m} if self.columns else {})
+        at = {name: memory.place(np.full(size, np.float32(np.nan)), name) for name, size in names.items()}
+
+        def merge(partials, anchors, splits, lse, count):
+            arguments = [partials, anchors, splits, lse, count]
+            program_of_merge.launch((-(-anchors // 128),), 128, arguments, memory, schedule=schedule)
+
+        merge(swept.partials, n, self.windows * self.splits, at["lse"], at["count"])
+        for (begin, end), partials in zip(self.spans(), swept.column_partials, strict=False):
+            width, first = min(m, end * TILE) - begin * TILE, 4 * begin * TILE
+            merge(partials, width, -(-n // TILE), at["col_lse"] + first, at["col_count"] + first)
+        return [memory.array(name) for name in names], swept
 
     # ---- what is right
 
@@ -149,23 +177,34 @@ class Forward(NamedTuple):
         u = as_float(self.u).astype(np.float64)
         return u, u if self.v is None else as_float(self.v).astype(np.float64)
 
-    def logits(self) -> np.ndarray:
+    def logits(self, reverse: bool = False) -> np.ndarray:
         """[n, m] in float64, -inf where a pair does not count."""
         u, v = self.operands()
-        return np.where(self.negatives(), (u @ v.T) * self.beta * self.scale, -np.inf)
+        return np.where(self.negatives(reverse), (u @ v.T) * self.beta * self.scale, -np.inf)
 
-    def truth(self) -> tuple[np.ndarray, np.ndarray]:
-        """(lse, count)"""
-        logits = self.logits()
-        largest = np.where(np.isinf(logits.max(1)), 0, logits.max(1))
+    def truth(self, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(lse, count) of rows, or in reverse of columns"""
+        axis = 0 if reverse else 1
+        logits = self.logits(reverse)
+        largest = logits.max(axis, keepdims=True)
+        largest = np.where(np.isinf(largest), 0, largest)
         with np.errstate(divide="ignore"):
-            return largest + np.log(np.exp(logits - largest[:, None]).sum(1)), self.negatives().sum(1)
+            lse = largest + np.log(np.exp(logits - largest).sum(axis, keepdims=True))
+        return lse.ravel(), self.negatives(reverse).sum(axis)
 
     def is_exact(self, swept: Result) -> bool:
         """Every bit: with whole scores, a static shift and scale ln 2 the sums are of powers of two."""
-        partials = swept.memory.array("partials").astype(np.float64)
-        sums = np.exp2(np.rint(self.logits() / (self.beta * self.scale))).sum(1)
-        right = (partials[:, 1].sum(0) == sums) & (partials[:, 2].sum(0) == self.negatives().sum(1))
+        exact = self._is_exact(swept.memory.array("partials"), slice(None))
+        for window, (begin, end) in enumerate(self.spans() if self.columns else []):
+            partials = swept.memory.array(f"columns of window {window}")
+            exact &= self._is_exact(partials, slice(begin * TILE, end * TILE), reverse=True)
+        return exact
+
+    def _is_exact(self, partials: np.ndarray, anchors: slice, reverse: bool = False) -> bool:
+        axis, partials = 0 if reverse else 1, partials.astype(np.float64)
+        sums = np.exp2(np.rint(self.logits(reverse) / (self.beta * self.scale))).sum(axis)[anchors]
+        counts = self.negatives(reverse).sum(axis)[anchors]
+        right = (partials[:, 1].sum(0) == sums) & (partials[:, 2].sum(0) == counts)
         return bool(right.all() and (partials[:, 0] == 0).all())
 
 
@@ -174,7 +213,13 @@ class Result(NamedTuple):
 
     memory: GlobalMemory
     partials: int  # their address
-    report: Report
+    report: Report  # of the last window
+    column_partials: list[int]  # their addresses, window by window
+
+
+def entry_of(features: int, bfloat16: bool, columns: bool = False) -> str:
+    """What the mangled name of a kernel matches."""
+    return f"OperandE{int(bfloat16)}ELi{features}ELb{int(columns)}E"
 
 
 @lru_cache

@@ -19,7 +19,7 @@ PRODUCT_BY_ROWS = r"(wgmma\.mma_async[^;]*\}, )(%rd\d+)(, [^;]*, 1, 1, 1;)"  # b
 class Mutation(NamedTuple):
     """An edit of a program's text."""
 
-    program: str  # ring, sm_80, sm_90, sm_90 TMA, forward, backward
+    program: str  # ring, sm_80, sm_90, sm_90 TMA, forward, columns, backward
     fault: str
     edit: Edit
     caught: str | tuple[str, str, str]
@@ -84,6 +84,8 @@ GROUP_WAIT = r"wgmma\.wait_group[^;]*;"
 LINE = r"cp\.async\.bulk\.shared::cluster\.global[^;]*;"
 LINE_TO = r"(cp\.async\.bulk\.shared::cluster\.global\S* \[%r\d+)(\][^;]*;)"
 PACK = r"(cvt\.rn\.f16x2\.f32\s+%r\d+, )(%f\d+), (%f\d+);"
+LEFT = r"(st\.shared\.v4\.f32\s+\[%r\d+)\]"  # a lane's sums for the columns
+TURN = r"(mad\.lo\.s32\s+%r\d+, )%r\d+, 12288"  # where they lie: bytes of a buffer
 LAST_WAIT = r"wgmma\.wait_group\.sync\.aligned 0;"  # of the CUDA kernels, which wait for all but one group before
 FIRST_STAGE = 2  # of the forward's mbarriers: rows, then full and empty of each stage
 
@@ -228,6 +230,12 @@ MUTATIONS = [
     Mutation("forward", "half the bytes of a tile are expected", replaced(EXPECT, r"\1, 16384;", -1), "barrier|race"),
     Mutation("forward", "a box is never asked for", dropped(r"cp\.async\.bulk\.tensor[^;]*;", -1), "deadlock"),
     Mutation("forward", "a descriptor without swizzle", descriptor(PRODUCT, 1 << 62), "result|uninitialised|race"),
+    # ---- the CUDA forward with columns
+    Mutation("columns", "sums are not waited for", dropped(r"bar\.sync\s+[34], 256;"), "race|uninitialised"),
+    Mutation("columns", "no sums are left", dropped(r"bar\.arrive\s+[34], 256;"), "deadlock"),
+    Mutation("columns", "sums of two tiles in one buffer", replaced(TURN, r"\g<1>0, 12288"), "race"),
+    Mutation("columns", "a warp's sums lie 16 bytes further", replaced(LEFT, r"\1+16 ]"), "uninitialised|race"),
+    Mutation("columns", "lanes share with the wrong half", replaced(r"(mov\.u32\s+%r\d+, )16;", r"\g<1>8;"), "result"),
     # ---- the CUDA backward
     Mutation("backward", "the consumers do not wait for columns", not_waited(2, 3), "race|uninitialised"),
     Mutation("backward", "the consumers flip their parity", flipped(2, 3), "race|uninitialised|deadlock"),

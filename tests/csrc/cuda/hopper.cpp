@@ -24,6 +24,7 @@
 #include "cuda/shape.h"
 #include "cuda/shared_layout.h"
 #include "cuda/terms.h"
+#include "cuda/thread_columns.h"
 #include "cuda/thread_rows.h"
 #include "cuda/thread_weights.h"
 #include "cuda/tile_mask.h"
@@ -141,6 +142,74 @@ std::vector<std::pair<float, float>> play_blocks(const py::array_t<float, py::ar
   std::vector<std::pair<float, float>> out;
   for (int64_t row = 0; row < n; ++row) {
     const RowPartial total = merge_splits(partials.data(), n, splits, row);
+    out.emplace_back(total.lse.lse(), total.count);
+  }
+  return out;
+}
+
+// What lane `lane` has of the sum of bit `bit` when lanes have shared theirs down to `half`: the butterfly.
+template <class Sum, class Leaf>
+Sum shared_sum(const Leaf& leaf, int lane, int half, int k) {
+  if (half == kSumsOfThread) return leaf(lane, k);
+  const auto before = [&](int of_lane, int index) { return shared_sum<Sum>(leaf, of_lane, 2 * half, index); };
+  const auto shares = [&](int of_lane) {
+    return Shares<Sum>(before(of_lane, k), before(of_lane, k + half), of_lane & half);
+  };
+  Sum sum = shares(lane).kept;
+  sum.merge(shares(lane ^ half).given);
+  return sum;
+}
+
+// Columns of every block, with float products: threads, lanes, warps, then blocks. Returns (lse, count) of each.
+template <bool kOnline>
+std::vector<std::pair<float, float>> play_columns(const py::array_t<float, py::array::c_style>& s,
+                                                  const DevicePairs& pairs, float factor) {
+  const int n = static_cast<int>(s.shape(0)), m = static_cast<int>(s.shape(1)), blocks = (n + 127) / 128;
+  std::vector<float> partials(static_cast<size_t>(blocks * kParts * m), std::numeric_limits<float>::quiet_NaN());
+  for (int block = 0; block < blocks; ++block) {
+    const int i0 = block * 128;
+    MaskedTiles masked(pairs, i0, std::min(i0 + 128, n), i0 + 128 <= n ? m : 0, 128, 0);
+    for (int tile = 0; tile < (m + 127) / 128; ++tile) {
+      const int j0 = tile * 128;
+      const bool is_masked = masked.meets(pairs, tile);
+      for (int place = 0; place < 128; ++place) {
+        const int j = j0 + column_of_place(place);
+        if (j >= m) continue;
+        RowPartial total;
+        ColumnSum<kOnline> sum{};
+        total.count = is_masked ? 0 : 128;
+        for (int warp = 0; warp < 8; ++warp) {
+          const auto row_of = [&](int lane) { return i0 + warp / 4 * 64 + Fragment(warp % 4 * 32 + lane).row; };
+          const auto kept_of = [&](int lane) {
+            return negatives_of_columns(row_of(lane), n, Fragment(lane).column, j0, pairs, m);
+          };
+          const auto leaf = [&](int lane, int bit) {
+            float logits[64];
+            for (int k = 0; k < 64; ++k) {
+              const int i = row_of(lane) + 8 * (k / 2 % 2), c = j0 + Fragment(lane).column + k / 4 * 8 + k % 2;
+              logits[k] = i < n && c < m ? s.at(i, c) : 0;
+            }
+            if (!kOnline) ThreadRows<64>::exponentiate(logits, factor);
+            return is_masked ? sum_of_rows<kOnline>(logits, factor, kept_of(lane), bit)
+                             : sum_of_rows<kOnline>(logits, factor, AllKept(), bit);
+          };
+          const auto count = [&](int lane, int bit) { return count_of_rows(kept_of(lane), bit); };
+          const int lane = place / kSumsOfLane, k = place % kSumsOfLane;
+          const auto more = shared_sum<ColumnSum<kOnline>>(leaf, lane, kSumsOfLane, k);
+          if (warp == 0)
+            sum = more;
+          else
+            sum.merge(more);
+          if (is_masked) total.count += shared_sum<ColumnSum<false>>(count, lane, kSumsOfLane, k).sum;
+        }
+        total.lse = sum.lse();
+        total.store(partials.data(), m, block, j);
+      }
+    }
+  }
+  std::vector<std::pair<float, float>> out;
+  for (int64_t j = 0; j < m; ++j) {
+    const RowPartial total = merge_splits(partials.data(), m, blocks, j);
     out.emplace_back(total.lse.lse(), total.count);
   }
   return out;
@@ -398,6 +467,13 @@ PYBIND11_MODULE(hopper_headers, m) {
                           bool online, int splits) {
     const DevicePairs pairs = make_rules(u.shape(0), num_images, positive_offset, row_ids, col_ids);
     return online ? play_blocks<true>(u, v, pairs, factor, splits) : play_blocks<false>(u, v, pairs, factor, splits);
+  });
+  m.def("column_of_place", column_of_place);
+  m.def("choose_windows", choose_windows);
+  m.def("play_columns", [](py::array_t<float, py::array::c_style> s, int64_t num_images, int64_t positive_offset,
+                           Ids row_ids, Ids col_ids, float factor, bool online) {
+    const DevicePairs pairs = make_rules(s.shape(0), num_images, positive_offset, row_ids, col_ids);
+    return online ? play_columns<true>(s, pairs, factor) : play_columns<false>(s, pairs, factor);
   });
   m.def("play", [](int stages, int tiles, int seed, int delays) {
     const py::gil_scoped_release release;

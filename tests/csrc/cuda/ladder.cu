@@ -227,47 +227,87 @@ void climb_weighted_tile(int64_t rows) {
   verdict("  WGMMA, weights in registers by the tile's rows", error, 1e-4);
 }
 
-// The whole forward against the definition, and again, bit for bit.
+// Statistics of one side against the definition: lse and counts of `anchors`, whose logits with the others are
+// logit(anchor, other), NaN where a pair is ignored.
+template <class Logit>
+void compare_statistics(const std::vector<float>& lse, const std::vector<float>& count, int64_t others, float scale,
+                        const Logit& logit) {
+  double worst = 0, miscounted = 0;
+  for (size_t i = 0; i < lse.size(); i += lse.size() > 5000 ? 37 : 1) {
+    double largest = -INFINITY, sum = 0;
+    std::vector<double> logits;
+    for (int64_t j = 0; j < others; ++j) {
+      const double s = logit(static_cast<int64_t>(i), j);
+      if (!std::isnan(s)) logits.push_back(s);
+    }
+    for (double s : logits) largest = s > largest ? s : largest;
+    for (double s : logits) sum += std::exp(s - largest);
+    const double exact = logits.empty() ? -INFINITY : largest + std::log(sum);
+    const double error = exact == lse[i] ? 0 : std::fabs(lse[i] - exact);
+    if (!(error <= worst)) worst = error;
+    miscounted += static_cast<double>(logits.size()) != count[i];
+  }
+  verdict("  counts that differ", miscounted, 0);
+  verdict("  lse", worst, 4e-7 * (10 + 4 * scale));  // a few ulps of the largest logit and of the result
+}
+
+// The whole forward against the definition, with the statistics of the columns where asked, and again, bit for bit.
 template <class T>
-void climb_forward(const char* rung, int64_t n, int64_t m, int splits, float scale, bool unit, DevicePairs pairs,
-                   int features = kFeatures) {
+void climb_forward(const char* rung, int64_t n, int64_t m, ForwardPlan plan, float scale, bool unit, DevicePairs pairs,
+                   int features = kFeatures, bool has_columns = false) {
   const Matrix<T> u(n, 3, features), v(m, 4, features);
   const Matrix<T>& columns = m == n ? u : v;
   const DeviceArray<T> u_data(u.bits), v_data(columns.bits);
-  const DeviceArray<float> lse(n), count(n), partials(static_cast<size_t>(splits) * kParts * n);
+  const DeviceArray<float> lse(n), count(n), col_lse(m), col_count(m), partials(plan.partials(n));
+  const DeviceArray<float> column_partials(plan.column_partials(n, m));
   ForwardArguments arguments{};
   arguments.pairs = pairs, arguments.pairs.num_rows = n;
   arguments.n = n, arguments.m = m, arguments.beta = 1, arguments.scale = scale, arguments.unit = unit;
-  arguments.partials = partials.data;
+  arguments.partials = partials.data, arguments.column_partials = has_columns ? column_partials.data : nullptr;
+  const ForwardResults results{lse.data, count.data, has_columns ? col_lse.data : nullptr,
+                               has_columns ? col_count.data : nullptr};
   std::vector<float> first;
   for (int run = 0; run < 3; ++run) {
-    check(cudaMemset(partials.data, 0xFF, partials.size * sizeof(float)), "poison");  // NaN
+    for (const auto* array : {&partials, &column_partials})
+      check(cudaMemset(array->data, 0xFF, array->size * sizeof(float)), "poison");  // NaN
     const char* error = row_stats_forward(u_data.data, v_data.data, features, operand<T> == Operand::kBfloat16,
-                                          arguments, splits, lse.data, count.data, nullptr);
+                                          arguments, plan, results, nullptr);
     if (error) std::printf("FAILED %s: %s\n", rung, error), std::exit(1);
-    const std::vector<float> got = lse.host(rung), counted = count.host(rung);
+    const std::vector<float> of_rows = lse.host(rung), of_columns = col_lse.host(rung);
+    std::vector<float> got = of_rows;
+    if (has_columns) got.insert(got.end(), of_columns.begin(), of_columns.end());
     if (run > 0) {
       if (std::memcmp(first.data(), got.data(), got.size() * sizeof(float))) verdict("  a second run, bits", 1, 0);
       continue;
     }
     first = got;
-    double worst = 0, miscounted = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      double largest = -INFINITY, sum = 0, kept = 0;
-      std::vector<double> logits;
-      for (int64_t j = 0; j < m; ++j)
-        if (!arguments.pairs.same_image(i, j)) logits.push_back(scale * u.product(i, columns, j));
-      for (double s : logits) largest = s > largest ? s : largest;
-      for (double s : logits) sum += std::exp(s - largest), kept += 1;
-      const double exact = logits.empty() ? -INFINITY : largest + std::log(sum);
-      const double error = exact == got[i] ? 0 : std::fabs(got[i] - exact);
-      if (!(error <= worst)) worst = error;
-      miscounted += kept != counted[i];
-    }
-    std::printf("%s: %ld x %ld, %d splits\n", rung, static_cast<long>(n), static_cast<long>(m), splits);
-    verdict("  counts that differ", miscounted, 0);
-    verdict("  lse", worst, 4e-7 * (10 + 4 * scale));  // a few ulps of the largest logit and of the result
+    std::printf("%s: %ld x %ld, D = %d, %d x %d splits\n", rung, static_cast<long>(n), static_cast<long>(m), features,
+                plan.windows, plan.splits);
+    const auto logit = [&](int64_t i, int64_t j) {
+      return arguments.pairs.same_image(i, j) ? NAN : scale * u.product(i, columns, j);
+    };
+    compare_statistics(of_rows, count.host(rung), m, scale, logit);
+    if (has_columns)
+      compare_statistics(of_columns, col_count.host(rung), n, scale, [&](int64_t j, int64_t i) { return logit(i, j); });
   }
+}
+
+// Sums of columns by warps, by consumers, over tiles of rows, over windows.
+template <class T>
+void climb_columns(int features) {
+  const auto climb = [&](const char* rung, int64_t n, int64_t m, ForwardPlan plan, float scale, bool unit,
+                         DevicePairs pairs) {
+    climb_forward<T>(rung, n, m, plan, scale, unit, pairs, features, /*has_columns=*/true);
+  };
+  DevicePairs none, pairs;
+  pairs.num_images = 600;
+  climb("columns: one block, one tile", 128, 128, {1, 1}, 10, true, none);
+  climb("columns: both buffers again and again", 128, 21 * 128, {1, 1}, 10, true, none);
+  climb("columns: tails of both sides", 70, 333, {1, 1}, 10, true, none);
+  climb("columns: pairs, splits and windows", 600, 600, {2, 2}, 10, true, pairs);
+  climb("columns: running maximum by temperature", 600, 600, {1, 2}, 200, true, pairs);
+  climb("columns: running maximum by request", 130, 700, {1, 3}, 10, false, none);
+  climb("columns: more blocks than processors", 40000, 200, {1, 1}, 10, true, none);
 }
 
 enum class Anchors { kRows, kColumns, kBoth };
@@ -350,21 +390,22 @@ void climb(const char* name) {
   std::printf("---- %s\n", name);
   climb_tile<T>(name, 128, 128);
   climb_tile<T>(name, 100, 37);
-  climb_forward<T>("one block, one tile, nothing masked", 128, 128, 1, 10, true, images(0));
-  climb_forward<T>("one block, ring without reuse, ping-pong", 128, 4 * 128, 1, 10, true, images(0));
-  climb_forward<T>("one block, ring with reuse", 128, 21 * 128, 1, 10, true, images(0));
-  climb_forward<T>("tails of rows and columns", 70, 333, 1, 10, true, images(0));
-  climb_forward<T>("splits and merge", 130, 21 * 128 + 5, 7, 10, true, images(0));
-  climb_forward<T>("two views: the mask", 600, 600, 2, 10, true, images(300));
-  climb_forward<T>("every column is a positive: empty rows", 200, 200, 1, 10, true, images(1));
-  climb_forward<T>("a shard of gathered columns", 140, 900, 3, 10, true, images(70, 333));
-  climb_forward<T>("online maximum by temperature", 600, 600, 2, 200, true, images(300));
-  climb_forward<T>("online maximum by request", 130, 700, 3, 10, false, images(0));
-  climb_forward<T>("more blocks than processors", 40000, 200, 1, 10, true, images(0));
+  climb_forward<T>("one block, one tile, nothing masked", 128, 128, {1, 1}, 10, true, images(0));
+  climb_forward<T>("one block, ring without reuse, ping-pong", 128, 4 * 128, {1, 1}, 10, true, images(0));
+  climb_forward<T>("one block, ring with reuse", 128, 21 * 128, {1, 1}, 10, true, images(0));
+  climb_forward<T>("tails of rows and columns", 70, 333, {1, 1}, 10, true, images(0));
+  climb_forward<T>("splits and merge", 130, 21 * 128 + 5, {1, 7}, 10, true, images(0));
+  climb_forward<T>("two views: the mask", 600, 600, {1, 2}, 10, true, images(300));
+  climb_forward<T>("every column is a positive: empty rows", 200, 200, {1, 1}, 10, true, images(1));
+  climb_forward<T>("a shard of gathered columns", 140, 900, {1, 3}, 10, true, images(70, 333));
+  climb_forward<T>("online maximum by temperature", 600, 600, {1, 2}, 200, true, images(300));
+  climb_forward<T>("online maximum by request", 130, 700, {1, 3}, 10, false, images(0));
+  climb_forward<T>("more blocks than processors", 40000, 200, {1, 1}, 10, true, images(0));
   climb_weighted_tile<T>(128);
   climb_weighted_tile<T>(37);
   for (int features : {128, 64, 256}) {
-    if (features != 128) climb_forward<T>("forward, other sizes", 600, 2000, 3, 10, true, images(0), features);
+    if (features != 128) climb_forward<T>("forward, other sizes", 600, 2000, {1, 3}, 10, true, images(0), features);
+    climb_columns<T>(features);
     climb_backward<T>("one block, one tile", features, 128, 128, 1, 10, true, Anchors::kRows, images(0));
     climb_backward<T>("ring with reuse", features, 128, 21 * 128, 1, 10, true, Anchors::kRows, images(0));
     climb_backward<T>("terms of columns", features, 128, 21 * 128, 1, 10, true, Anchors::kColumns, images(0));

@@ -38,9 +38,10 @@ def _call(u, v, scale, scale_value, exponent, num_images, positive_offset, row_i
 
 
 def _forward(*arguments):
-    *problem, _stream = arguments
-    lse, count, _ = _call(*problem).run(Schedule())
-    return torch.from_numpy(lse)[None], torch.from_numpy(count)[None]
+    *problem, columns, _stream = arguments
+    results, _ = _call(*problem)._replace(columns=columns).run(Schedule())
+    nothing = [] if columns else [torch.empty(0), torch.empty(0)]
+    return *(torch.from_numpy(x)[None] for x in results), *nothing
 
 
 def _backward(*arguments):
@@ -69,7 +70,15 @@ CALLS = {  # rows, columns, features, dtype, options
     "two views with padding": (40, None, 64, torch.bfloat16, {"num_images": 20, "ids": True}),
     "a shard of columns, an exponent": (30, 150, 128, torch.float16, {"num_images": 30, "positive_offset": 70}),
     "a low temperature": (24, None, 256, torch.float16, {"num_images": 12, "scale": 90.0}),
+    "pairs, both sides": (40, 40, 64, torch.bfloat16, {"num_images": 40, "columns": True}),
+    "ids and padding, both sides": (40, 150, 128, torch.float16, {"num_images": 40, "columns": True, "ids": True}),
+    "a low temperature, both sides": (24, 24, 128, torch.float16, {"num_images": 24, "columns": True, "scale": 200.0}),
 }
+
+
+def _ids(count: int, first: int) -> torch.Tensor:
+    rows = torch.arange(first, first + count)
+    return rows.remainder(9).where(rows % 7 > 0, torch.tensor(UNFILLED))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -80,22 +89,27 @@ def test_statistics_and_gradients_are_those_of_the_torch_backend(on_the_machine,
     u, v = (None if x is None else x.to(dtype).float().requires_grad_() for x in (u, v))
     options = {"scale": 14.0, "operand_dtype": dtype, "unit": True, "exponents": (0.5,)} | options
     if options.pop("ids", False):
-        options["row_ids"] = torch.arange(n).remainder(9).where(torch.arange(n) % 7 > 0, torch.tensor(UNFILLED))
+        options |= {"row_ids": _ids(n, 0)} | ({} if m is None else {"col_ids": _ids(m, 3)})
     scale = torch.tensor(options.pop("scale"), requires_grad=True)
-    weights = torch.randn(n)
+    weights, column_weights = torch.randn(n), torch.randn(n if m is None else m)
 
     def results(backend, dtype):
         inputs = [x.detach().to(dtype).requires_grad_() for x in (u, v, scale) if x is not None]
         at = iter(inputs)
         stats = row_stats(next(at), None if v is None else next(at), scale=next(at), backend=backend, **options)
-        return stats, torch.autograd.grad((stats.lse[0] * weights.to(dtype)).sum(), inputs)
+        total = (stats.lse[0] * weights.to(dtype)).sum()
+        if stats.col_lse.numel():
+            total = total + (stats.col_lse[0] * column_weights.to(dtype)).sum()
+        return stats, torch.autograd.grad(total, inputs)
 
     options["operand_dtype"] = dtype
     ours, gradients = results("cuda", torch.float32)
     options.pop("operand_dtype")
     exact, expected = results("torch", torch.float64)
-    torch.testing.assert_close(ours.aux.double(), exact.aux, rtol=0, atol=0)
-    torch.testing.assert_close(ours.lse.double(), exact.lse, rtol=0, atol=4 * 2**-23 * (scale.item() + 10))
+    for counts, expected_counts in ((ours.aux, exact.aux), (ours.col_aux, exact.col_aux)):
+        torch.testing.assert_close(counts.double(), expected_counts, rtol=0, atol=0)
+    for lse, expected_lse in ((ours.lse, exact.lse), (ours.col_lse, exact.col_lse)):
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=4 * 2**-23 * (scale.item() + 10))
     # weights are rounded to 16 bits; of rows at random a sum and its error grow with the square root of their number
     rounding = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
     for got, truth in zip(gradients, expected, strict=True):

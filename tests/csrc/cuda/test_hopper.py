@@ -280,6 +280,61 @@ def test_blocks_add_up_to_the_definition(
     np.testing.assert_allclose(got[:, 0], exact, rtol=0, atol=4 * np.finfo(np.float32).eps * (scale + 10))
 
 
+# ---- columns
+
+
+def test_lanes_hold_every_column_of_a_tile_once(hopper: ModuleType) -> None:
+    """Four neighbouring places are of columns of one lane's fragment, and a warp of places is 32 columns in a row."""
+    columns = [hopper.column_of_place(place) for place in range(TILE)]
+    assert sorted(columns) == list(range(TILE))
+    for lane in range(32):
+        first = hopper.fragment(lane)[1]
+        assert all((column - first) % 8 in (0, 1) for column in columns[4 * lane : 4 * lane + 4])
+    for warp in range(4):
+        assert sorted(columns[32 * warp : 32 * warp + 32]) == list(range(32 * warp, 32 * warp + 32))
+
+
+@pytest.mark.parametrize("online", [False, True], ids=["static", "online"])
+@pytest.mark.parametrize("n, m, images, offset, has_ids, splits, reason", PROBLEMS, ids=[p[-1] for p in PROBLEMS])
+def test_columns_of_blocks_add_up_to_the_definition(
+    hopper: ModuleType, n, m, images, offset, has_ids, splits, reason, online: bool
+) -> None:
+    """Padding of one side is left out by the other alone; logits of -200 beside 200 need their own shifts."""
+    scale = 60.0 if not online else 200.0
+    rng = np.random.default_rng(n)
+    u, v = rng.standard_normal((n, 8)), rng.standard_normal((m, 8))
+    v = u if n == m else v
+    u, v = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (u, v))
+    cosines = (u @ v.T).astype(np.float32)
+    row_ids, col_ids = ids_of(n, m, "both", hopper.UNFILLED) if has_ids else (None, None)
+    problem = PairProblem(n, m, images, offset, row_ids=row_ids, col_ids=col_ids)
+    _, kept = problem.expected(hopper.UNFILLED)
+    logits = np.where(kept, scale * cosines.astype(float), -np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        top = np.where(kept.any(0), logits.max(0), 0)
+        exact = top + np.log(np.exp(logits - top).sum(0))
+    got = np.array(hopper.play_columns(cosines, images, offset, row_ids, col_ids, scale, online))
+    np.testing.assert_array_equal(got[:, 1], kept.sum(0))
+    # a few ulps of the largest logit and of the result
+    np.testing.assert_allclose(got[:, 0], exact, rtol=0, atol=4 * np.finfo(np.float32).eps * (scale + 10))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_logits_reach_their_column_and_no_other(hopper: ModuleType, bad: float) -> None:
+    for online in (False, True):
+        logits = np.random.default_rng(0).standard_normal((130, 140)).astype(np.float32)
+        logits[37, 5] = bad
+        got = np.array(hopper.play_columns(logits, 0, 0, None, None, 1.0, online))[:, 0]
+        assert not np.isfinite(got[5]) and np.isfinite(np.delete(got, 5)).all()
+
+
+def test_windows_bound_what_columns_leave(hopper: ModuleType) -> None:
+    mib = 1 << 20
+    assert hopper.choose_windows(8, 0) == hopper.choose_windows(8, 64 * mib) == hopper.choose_windows(0, 0) == 1
+    assert hopper.choose_windows(256, 96 * mib) == 2  # 32,768 x 32,768
+    assert hopper.choose_windows(512, 384 * mib) == 6 and hopper.choose_windows(3, 640 * mib) == 3
+
+
 # ---- weights
 
 

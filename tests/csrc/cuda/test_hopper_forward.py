@@ -1,4 +1,4 @@
-"""The `cuda` backend over what it supports, on a Hopper GPU: 64, 128, 256 features, 16 bits, one exponent, rows.
+"""The `cuda` backend over what it supports, on a Hopper GPU: 64, 128, 256 features, 16 bits, one exponent.
 
 Everywhere else these tests skip with the backend's reason. `make gpu` runs them plainly and under compute-sanitizer.
 """
@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str
 
 DTYPES = [torch.float16, torch.bfloat16]
 ONE_EXPONENT = [loss for loss in LOSSES if not loss.name.startswith("hard")]
-ROWS_ONLY = [u for u in USAGES if u.name in ("two_view", "one_way", "one_way_more_columns", "shared_negatives")]
+NO_QUEUE = [
+    u for u in USAGES if u.name in ("two_view", "one_way", "one_way_more_columns", "shared_negatives", "symmetric")
+]
 
 # rows, columns (None: one set), options, reason
 PROBLEMS = [
@@ -50,6 +52,9 @@ def _request(n: int, m: int | None, options: dict, dtype: torch.dtype, features:
     if options.pop("ids", False):
         ids = torch.randint(0, 40, (n,), device=DEVICE)
         options["row_ids"] = ids.masked_fill(ids == 7, UNFILLED)
+        if m is not None:
+            ids = torch.randint(0, 40, (m,), device=DEVICE)
+            options["col_ids"] = ids.masked_fill(ids == 7, UNFILLED)
     return u, v, options | {"operand_dtype": dtype}
 
 
@@ -66,6 +71,31 @@ def test_statistics_match_the_definition(n, m, options, reason, dtype, temperatu
     # a few ulps of the largest logit and of the result
     allowed = 4 * torch.finfo(torch.float32).eps * (scale + 10)
     torch.testing.assert_close(ours.lse.double(), exact.lse, rtol=0, atol=allowed)
+
+
+TWO_SETS = [p for p in PROBLEMS if p[1] is not None] + [
+    (1000, 1000, {"num_images": 1000}, "pairs, tails of both sides"),
+    (300, 400, {"num_images": 300, "ids": True}, "ids and padding of two sets"),
+    (6000, 300000, {}, "windows of columns"),
+]
+
+
+@pytest.mark.parametrize("n, m, options, reason", TWO_SETS, ids=[reason for *_, reason in TWO_SETS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
+@pytest.mark.parametrize("temperature", [0.5, 0.07, 0.01, 0.005])
+@pytest.mark.parametrize("unit, features", [(True, 128), (False, 128), (True, 64), (True, 256)])
+def test_statistics_of_both_sides_match_the_definition(n, m, options, reason, dtype, temperature, unit, features):
+    u, v, options = _request(n, m, options, dtype, features)
+    options |= {"scale": 1 / temperature, "columns": True}
+    ours, again = (row_stats(u, v, unit=unit, backend="cuda", **options) for _ in range(2))
+    exact = row_stats(u.double(), v.double(), backend="torch", **options)
+    for ours_of_side, exact_of_side in ((ours.aux, exact.aux), (ours.col_aux, exact.col_aux)):
+        torch.testing.assert_close(ours_of_side, exact_of_side.float(), rtol=0, atol=0)
+    # a few ulps of the largest logit and of the result
+    allowed = 4 * torch.finfo(torch.float32).eps * (1 / temperature + 10)
+    for ours_of_side, exact_of_side in ((ours.lse, exact.lse), (ours.col_lse, exact.col_lse)):
+        torch.testing.assert_close(ours_of_side.double(), exact_of_side, rtol=0, atol=allowed)
+    assert torch.equal(ours.lse, again.lse) and torch.equal(ours.col_lse, again.col_lse)
 
 
 @pytest.mark.parametrize("n, m, options, reason", PROBLEMS, ids=IDS)
@@ -98,7 +128,7 @@ def test_gradients_match_the_definition(n, m, options, reason, dtype, temperatur
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp16", "bf16"])
-@pytest.mark.parametrize("usage", ROWS_ONLY, ids=lambda u: u.name)
+@pytest.mark.parametrize("usage", NO_QUEUE, ids=lambda u: u.name)
 @pytest.mark.parametrize("loss", ONE_EXPONENT, ids=lambda x: x.name)
 def test_losses_and_gradients_obey_the_error_rule(loss, usage, dtype, inputs):
     z1, z2 = INPUTS[inputs](150, 128, dtype, DEVICE)
@@ -150,12 +180,11 @@ def test_bad_numbers_reach_the_statistics():
     [
         ({"exponents": (1.0, 2.0)}, "second exponent"),
         ({"diagnostics": True}, "diagnostics"),
-        ({"columns": True}, "column statistics"),
         ({}, "means of frozen columns"),
     ],
 )
 def test_what_the_kernels_lack_raises_and_says_so(call, says):
-    u, v, options = _request(8, 8 if "columns" in call or "frozen" in says else None, {}, torch.bfloat16)
+    u, v, options = _request(8, 8 if "frozen" in says else None, {}, torch.bfloat16)
     with pytest.raises(RuntimeError, match=f"'cuda' cannot run this call.*{says}"):
         row_stats(u.requires_grad_(), v, scale=2.0, backend="cuda", **options, **call)
 
