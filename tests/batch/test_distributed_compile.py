@@ -162,4 +162,5 @@ print(any("gloo" in name for name in names()))
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted as Linux shows them")
 def test_the_threads_of_a_group_end_with_it():
     done = subprocess.run([sys.executable, "-c", _ALONE], capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "False"], done.stderr
+    said = [word for word in done.stdout.split() if word in ("True", "False")]  # gloo of torch 2.10 talks there, too
+    assert said == ["True", "False"], done.stderr
