@@ -28,10 +28,22 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
 
 def note(operand_dtype: torch.dtype | str) -> str:
     """Who multiplies bf16 operands, for `explain`."""
+    who, reason = _bf16_products(operand_dtype)
+    return f"bf16 products widened to float32: {reason}" if reason else f"bf16 products: {who}" if who else ""
+
+
+def has_tile_registers(operand_dtype: torch.dtype | str) -> bool:
+    """Whether products of such operands run on AMX, which reads three layouts of them."""
+    who, reason = _bf16_products(operand_dtype)
+    return bool(who) and not reason
+
+
+def _bf16_products(operand_dtype: torch.dtype | str) -> tuple[str, str]:
+    """Who multiplies, "" for other operands, and why they are widened, if they are."""
     if operand_dtype != torch.bfloat16 or native.why_missing() is not None:
-        return ""
+        return "", ""
     who, _, reason = native.build_info()["cpu_bf16"].partition(": ")
-    return f"bf16 products widened to float32: {reason}" if reason else f"bf16 products: {who}"
+    return who, reason
 
 
 def forward(problem: Problem, *, columns: bool, means: bool, diagnostics: bool, maximum: bool) -> Statistics:

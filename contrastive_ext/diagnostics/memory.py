@@ -61,7 +61,7 @@ def mebibytes(size: int) -> str:
 class _Sizes:
     """A call in numbers: anchors and columns of the matrix; numbers in z1 and z2, in the queue and in the columns of
     other ranks that are there at a time; how often these are held, with gradients; D; bytes of a number of the inputs
-    and of one of the statistics; where it runs.
+    and of one of the statistics; where it runs, and whether the CPU multiplies there by AMX.
     """
 
     anchors: int
@@ -74,6 +74,7 @@ class _Sizes:
     item: int
     stats: int
     device: str
+    tile_registers: bool
 
     @property
     def matrix(self) -> int:
@@ -104,7 +105,7 @@ def _cpu(c: _Sizes) -> float:
     tiles = min(0.8 * MIB * torch.get_num_threads(), 0.75 * c.matrix)
     widened = 0 if c.item == c.stats else c.queue
     columns = max(c.others, c.queue) + c.held * c.others + widened
-    rows = (3 if c.others else 2) * c.stats + c.item
+    rows = (3 if c.others else 2) * c.stats + c.item + (3 * c.item if c.tile_registers else 0)
     return rows * c.own + columns * c.stats + tiles
 
 
@@ -212,6 +213,7 @@ def estimate_memory(
         item=dtype.itemsize,
         stats=stats_dtype(dtype).itemsize,
         device=device.type,
+        tile_registers=cpu.has_tile_registers(dtype),
     )
     dense = int(_dense(sizes))
     if exchange == "ring" and world_size > 1:

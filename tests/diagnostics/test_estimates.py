@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import contrastive_ext as ce
+from contrastive_ext.backends import native
 from contrastive_ext.diagnostics.memory import mebibytes
 from peak_memory import needs_proc, peak_growths
 from repository import ROOT
@@ -94,6 +95,22 @@ queue = torch.nn.functional.normalize(torch.randn({queue}, {dim}), dim=1).to({dt
     (growth,) = peak_growths(setup, call, 32, batch)
     estimate = ce.estimate_memory(batch, dim, layout=layout, queue_size=queue, dtype=dtype, backend=backend)
     assert_close(estimate.fused, growth, backend)
+
+
+@needs_proc
+@pytest.mark.parametrize("batch", [1024, 2048])
+def test_estimate_knows_the_layouts_of_amx(batch, monkeypatch):
+    """By the model of its instructions, which reads the same."""
+    if "cpu" not in ce.available_backends():
+        pytest.skip("the native library is not built")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "build_info", lambda: {"cpu_bf16": "model"})
+    bf16 = SETUP.replace(".requires_grad_()", ".bfloat16().requires_grad_()")
+    model = "ce.available_backends(); torch.ops.contrastive_ext.use_bf16_products_cpu('model')\n"
+    call = "ce.fused_infonce_loss(z1, z2, 0.5, backend='cpu').backward()"
+    (growth,) = peak_growths(model + bf16, call, 64, 2 * batch)
+    assert_close(ce.estimate_memory(batch, DIM, dtype=torch.bfloat16, backend="cpu").fused, growth, "model")
 
 
 def _of_an_h200() -> list:
