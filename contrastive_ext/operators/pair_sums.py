@@ -53,7 +53,7 @@ def pair_sums(
         col_ids=col_ids, only_equal_ids=only_equal_ids, ignored=ignored, gate=gate, operand_dtype=operand_dtype,
         backend=backend,
     )  # fmt: skip
-    return PairSums(*route("pair_sums", _PairSums.apply, u)(*call, offset, float(sign)))
+    return PairSums(*route("pair_sums", _PairSums.apply, u, v, offset)(*call, offset, float(sign)))
 
 
 def checked_sums(u: Tensor, v: Tensor, offset: Tensor, sign: int, **options) -> ProblemCall:
@@ -87,7 +87,7 @@ class _PairSums(torch.autograd.Function):
     def forward(ctx, *args):
         call, (offset, ctx.sign) = of_arguments(args)
         with torch._C._AutoDispatchBelowAutograd():
-            total, slope, count = route("pair_sums", _forward, call.u)(*args)
+            total, slope, count = route("pair_sums", _forward, call.u, call.v, offset)(*args)
         ctx.numbers = call.numbers()
         ctx.save_for_backward(*call.tensors(), offset, slope)
         ctx.mark_non_differentiable(slope, count)
@@ -102,7 +102,7 @@ class _PairSums(torch.autograd.Function):
         if grad_sum is not None:
             if need_u or need_v or need_scale:
                 call = of_saved(tensors, ctx.numbers)
-                gradient = route("pair_sums_backward", _backward, call.u, grad_sum)
+                gradient = route("pair_sums_backward", _backward, call.u, call.v, grad_sum)
                 du, dv = once_differentiable(
                     gradient, *call, offset, ctx.sign, grad_sum.contiguous(), need_u or need_scale, need_v
                 )

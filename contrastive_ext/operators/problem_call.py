@@ -72,7 +72,7 @@ class ProblemCall(NamedTuple):
 
         Only a call that computes is asked for its sizes: a traced graph has the operators and no guard.
         """
-        return self._select().kept if holds_numbers(self.u) else None
+        return self._select().kept if holds_numbers(self.u, self.v) else None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """u, v and scale, then those of the pair rules: what a backward saves beside `numbers`."""

@@ -56,7 +56,7 @@ def ranked_stats(
         u, v, scale=scale, num_images=num_images, positive_offset=positive_offset, row_ids=row_ids, col_ids=col_ids,
         ignored=ignored, gate=gate, unit=unit, operand_dtype=operand_dtype, backend=backend_of(ranking, backend, u),
     )  # fmt: skip
-    operator = route("ranked_stats", _RankedStats.apply, u)
+    operator = route("ranked_stats", _RankedStats.apply, u, v)
     return RankedStatistics(*operator(*call, *ranking_arguments(ranking), bool(diagnostics)))
 
 
@@ -105,7 +105,7 @@ def _forward_and_kept(args, call, wanted) -> tuple[tuple[Tensor, ...], ModuleTyp
         if made is not None:
             return tuple(made.stats), keeper, [*made.blocks, *made.sums]
     with torch._C._AutoDispatchBelowAutograd():
-        return route("ranked_stats", _forward, call.u)(*args), None, []
+        return route("ranked_stats", _forward, call.u, call.v)(*args), None, []
 
 
 def _ranking(priors: Tensor | None, parameters: list[float], bins: int) -> Ranking:
@@ -150,7 +150,7 @@ class _RankedStats(torch.autograd.Function):
             else:
                 *pair_tensors, priors, lse, aux, axis, below = saved
                 call = of_saved((u, v, scale, *pair_tensors), ctx.numbers)
-                gradient = route("ranked_stats_backward", _backward, u, grad_lse)
+                gradient = route("ranked_stats_backward", _backward, u, v, grad_lse)
                 du, dv = once_differentiable(
                     gradient, *call, priors, *ctx.ranking, lse, aux, axis, below, grad_lse.contiguous(), *needs
                 )

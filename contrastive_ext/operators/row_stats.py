@@ -75,7 +75,7 @@ def row_stats(
     frozen = v is not None and not v.requires_grad and not columns
     means = means or (frozen and needs_gradient and torch.is_grad_enabled())
     wanted = [bool(flag) for flag in (columns, means, diagnostics, maximum)]  # as the operator would, not its route
-    return Statistics(*route("row_stats", _RowStats.apply, u)(*call, *wanted))
+    return Statistics(*route("row_stats", _RowStats.apply, u, v)(*call, *wanted))
 
 
 def checked_call(
@@ -136,7 +136,7 @@ def _forward_and_kept(args, call, wanted) -> tuple[tuple[Tensor, ...], ModuleTyp
         if made is not None:
             return tuple(made.stats), keeper, [*made.blocks, *made.sums]
     with torch._C._AutoDispatchBelowAutograd():
-        return route("row_stats", _forward, call.u)(*args), None, []
+        return route("row_stats", _forward, call.u, call.v)(*args), None, []
 
 
 def _forward_shapes(u, v, scale, scale_value, exponents, *rest) -> tuple[Tensor, ...]:
@@ -200,7 +200,7 @@ class _RowStats(torch.autograd.Function):
                 )
             else:
                 call = of_saved((u, v, scale, *saved), ctx.numbers)
-                gradient = route("row_stats_backward", _backward, u, grad_lse, grad_col_lse)
+                gradient = route("row_stats_backward", _backward, u, v, grad_lse, grad_col_lse)
                 du, dv = once_differentiable(gradient, *call, lse, grad_lse, col_lse, grad_col_lse, *needs)
             if need_scale:
                 dscale = (u * du).sum() / (scale if v is not None else 2 * scale)

@@ -62,7 +62,7 @@ class _WholeLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operators, z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction):
         z1, z2 = z1.contiguous(), z2.contiguous()
-        forward = operators.directly[0] if operators.directly and holds_numbers(z1) else operators.forward
+        forward = operators.directly[0] if operators.directly and holds_numbers(z1, z2, scale) else operators.forward
         loss, *state, clamped = forward(
             z1, z2, scale, scale_value, layout, normalize, name, parameters, exponents, reduction
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -293,3 +295,34 @@ def test_lists_belong_to_somebody_and_may_be_empty(run):
         plain = row_stats(u, scale=2.0, num_images=6, backend=backend)
         torch.testing.assert_close(listed.lse, plain.lse, rtol=1e-14, atol=1e-14)
         assert listed.aux.equal(plain.aux)
+
+
+class _Watched(torch.Tensor):
+    """A tensor that only its operators reach; notes which."""
+
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad
+        )
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(function.overloadpacket.__name__)
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda x: x.inner, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_tensor_of_another_kind_on_either_side_meets_the_operator(run, which):
+    backend, device = run
+    u, v = (torch.randn(5, 16, device=device) for _ in range(2))
+    expected = row_stats(u, v, scale=2.0, backend=backend)
+    sides = [_Watched(x) if i == which else x for i, x in enumerate((u, v))]
+    _Watched.seen.clear()
+    torch.testing.assert_close(row_stats(*sides, scale=2.0, backend=backend).lse, expected.lse, rtol=0, atol=0)
+    assert "row_stats" in _Watched.seen

@@ -22,7 +22,7 @@ from . import kept
 
 
 def whole_loss(dtype: torch.dtype, numbers: int) -> WholeLossOps | None:
-    """The operators of the short road, where so many exponentials may be kept."""
+    """The operators of the short road, where a matrix of so many numbers may be kept."""
     return _OPERATORS if kept.fits(numbers, stats_dtype(dtype)) else None
 
 
