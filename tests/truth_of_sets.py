@@ -45,7 +45,10 @@ def false_negative(
         found = found & (order.indices.argsort(1) < top_k)
         if top_k < score.shape[1]:
             last, next_one = order.values[:, top_k - 1], order.values[:, top_k]
-            asked = next_one.isfinite() & ~((last == 0) & (next_one == 0))
+            # zeros of rows of zeros are equal in any arithmetic, those of terms that cancel are not
+            terms = torch.einsum("sbd,md->sbm", scorers.double().abs(), columns.detach().double().abs()).amax(0)
+            of_zeros = terms.gather(1, order.indices) == 0
+            asked = next_one.isfinite() & ~(of_zeros[:, top_k - 1] & of_zeros[:, top_k])
             if threshold is not None:
                 asked = asked & (last > threshold - 1e-3)
             how.decided((last - next_one).masked_fill(~asked, 1.0), asked, size, allowance=8)
