@@ -69,16 +69,25 @@ void for_each_strip_of_rows(const Tile<T>& tile, const F& f) {
   for (int64_t row = 0; row < tile.rows; row += kRowStep) f(rows_of(tile, row, std::min(kRowStep, tile.rows - row)));
 }
 
-// Calls f(j) for every column of whole rows that is a negative of `row`, in order.
-template <class T, class F>
-void for_each_negative(const Tile<T>& tile, int64_t row, const F& f) {
-  uint8_t pair[kPartCols];
-  for_each_part(rows_of(tile, row, 1), [&](const Tile<T>& part) {
-    tile_kernels<T>().classes(part, pair);
-    for (int64_t j = 0; j < part.cols; ++j)
-      if (pair[j] & kColumnIsNegative) f(part.j0 + j);
-  });
-}
+// Over the negatives of every row of a strip; without any the lowest is above the highest.
+template <class T>
+struct Extent {
+  T lowest[kRowStep], highest[kRowStep];
+  int64_t negatives[kRowStep] = {};
+
+  explicit Extent(Tile<T> strip) {
+    T part_min[kRowStep], part_max[kRowStep], part_count[kRowStep];
+    strip.row_count = part_count;
+    for (int64_t r = 0; r < kRowStep; ++r) lowest[r] = INFINITY, highest[r] = -INFINITY;
+    for_each_part(strip, [&](const Tile<T>& part) {
+      tile_kernels<T>().extremes(part, {part_min, part_max});
+      for (int64_t r = 0; r < strip.rows; ++r) {
+        lowest[r] = std::min(lowest[r], part_min[r]), highest[r] = std::max(highest[r], part_max[r]);
+        negatives[r] += static_cast<int64_t>(part_count[r]);
+      }
+    });
+  }
+};
 
 // Per row of a strip.
 template <class T>

@@ -6,36 +6,54 @@
 namespace contrastive_ext {
 namespace {
 
-// Adds log omega to the logit of every negative of a block of whole rows.
+// Adds log omega to the logit of every negative of a strip of whole rows.
 template <class T>
 class ExactRanks {
  public:
-  ExactRanks(const Problem<T>& problem, const RankRule& rule) : sort_(problem.m), weights_(rule.shape<T>()) {}
+  ExactRanks(const Problem<T>& problem, const RankRule& rule)
+      : columns_(padded_to(kColumnPad, problem.m)),
+        keys_(kRowStep * columns_),
+        ranks_(problem.m),
+        weights_(rule.shape<T>()) {}
 
   // Null: not wanted.
-  void operator()(const Tile<T>& tile, T* counts = nullptr, T* weight_sum = nullptr, T* weight_max = nullptr) {
-    for (int64_t row = 0; row < tile.rows; ++row) {
-      T* s = tile.s + row * tile.ld;
-      sort_.clear();
-      for_each_negative(tile, row, [&](int64_t j) { sort_.add(s[j], j); });
-      const int64_t count = sort_.size();
-      if (counts) counts[row] = static_cast<T>(count);
-      const auto* entry = sort_.sort();
-      const T* log_weight = weights_.of(count).data();
+  void operator()(const Tile<T>& strip, T* counts = nullptr, T* weight_sum = nullptr, T* weight_max = nullptr) {
+    const Extent<T> extent(strip);
+    find_keys(strip, extent);
+    for (int64_t row = 0; row < strip.rows; ++row) {
+      T* s = strip.s + row * strip.ld;
+      const T* log_weight = weights_.of(extent.negatives[row]).data();
+      const int32_t* keys = keys_.get() + row * columns_;
+      if (counts) counts[row] = static_cast<T>(extent.negatives[row]);
+      if (!weight_sum) {
+        ranks_.for_each(keys, s, strip.cols, [&](int64_t column, int64_t rank) { s[column] += log_weight[rank - 1]; });
+        continue;
+      }
       double sum = 0;
       T largest = 0;
-      for (int64_t k = 0, end = 0; k < count; k = end) {
-        while (end < count && entry[end].key == entry[k].key) ++end;  // equal logits share the largest rank
-        const T own = log_weight[end - 1];
-        for (int64_t tied = k; tied < end; ++tied) s[entry[tied].column] += own;
-        if (weight_sum) sum += static_cast<double>(end - k) * std::exp(own), largest = std::max(largest, std::exp(own));
-      }
-      if (weight_sum) weight_sum[row] = static_cast<T>(sum), weight_max[row] = largest;
+      ranks_.for_each(keys, s, strip.cols, [&](int64_t column, int64_t rank) {
+        s[column] += log_weight[rank - 1];
+        const T weight = std::exp(log_weight[rank - 1]);
+        sum += static_cast<double>(weight), largest = std::max(largest, weight);
+      });
+      weight_sum[row] = static_cast<T>(sum), weight_max[row] = largest;
     }
   }
 
  private:
-  RadixSort<T> sort_;
+  void find_keys(const Tile<T>& strip, const Extent<T>& extent) {
+    T per_logit[kRowStep];
+    for (int64_t r = 0; r < kRowStep; ++r)
+      per_logit[r] = static_cast<T>(ranks_.steps()) / (extent.highest[r] - extent.lowest[r]);
+    for_each_part(strip, [&](const Tile<T>& part) {
+      int32_t* keys = keys_.get() + (part.j0 - strip.j0);
+      tile_kernels<T>().rank_keys(part, {ranks_.steps(), extent.lowest, per_logit, keys, columns_});
+    });
+  }
+
+  int64_t columns_;
+  Workspace<int32_t> keys_;
+  RowRanks<T> ranks_;
   LogWeights<T> weights_;
 };
 

@@ -55,30 +55,19 @@ class HistogramForward : public ForwardBlocks<T> {
 
  private:
   // histogram_axis of contrastive_ext/problem/ranking.py
-  void find_range(Tile<T> strip, StripSums<T>& rows) {
-    T lowest[kRowStep], part_min[kRowStep], part_count[kRowStep];
-    int64_t negatives[kRowStep] = {};
-    strip.row_count = part_count;
-    for (int64_t r = 0; r < kRowStep; ++r) lowest[r] = INFINITY, rows.max[r] = -INFINITY;
-    for_each_part(strip, [&](const Tile<T>& part) {
-      tile_kernels<T>().extremes(part, {part_min, rows.part});
-      for (int64_t r = 0; r < strip.rows; ++r) {
-        lowest[r] = std::min(lowest[r], part_min[r]);
-        rows.max[r] = std::max(rows.max[r], rows.part[r]);
-        negatives[r] += static_cast<int64_t>(part_count[r]);
-      }
-    });
+  void find_range(const Tile<T>& strip, StripSums<T>& rows) {
+    const Extent<T> extent(strip);
     constexpr T kSlack = 16 * std::numeric_limits<T>::epsilon();
     const T bins = static_cast<T>(rule_.bins);
     for (int64_t r = 0; r < strip.rows; ++r) {
       const int64_t i = strip.i0 + r;
-      const T highest = rows.max[r];
-      T largest = std::max(std::abs(lowest[r]), std::abs(highest));
-      if (!(highest - lowest[r] > kSlack * largest) || !(largest < INFINITY))
-        largest += 1, lowest[r] = highest - largest;
-      low_[r] = axis(0, i) = lowest[r];
-      per_logit_[r] = axis(1, i) = bins / (highest - kSlack * largest - lowest[r]);
-      this->aux(0, i) = static_cast<T>(negatives[r]);
+      T lowest = extent.lowest[r];
+      const T highest = rows.max[r] = extent.highest[r];
+      T largest = std::max(std::abs(lowest), std::abs(highest));
+      if (!(highest - lowest > kSlack * largest) || !(largest < INFINITY)) largest += 1, lowest = highest - largest;
+      low_[r] = axis(0, i) = lowest;
+      per_logit_[r] = axis(1, i) = bins / (highest - kSlack * largest - lowest);
+      this->aux(0, i) = static_cast<T>(extent.negatives[r]);
       count_[r] = axis(2, i) = std::max(T(1), this->aux(0, i));
       inverse_count_[r] = 1 / count_[r];
     }

@@ -1,6 +1,7 @@
 // From logits to importance weights by rank: contrastive_ext/problem/ranking.py states the mathematics.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <utility>
@@ -33,57 +34,87 @@ inline uint64_t order_key(double x) {
   return bits ^ (static_cast<uint64_t>(-static_cast<int64_t>(bits >> 63)) | 0x8000000000000000u);
 }
 
-// Sorts one row of (key, column) pairs at a time: least significant digit first, 11 bits a pass, so 3 passes for float
-// whatever the values are. A comparison sort of the same pairs takes nine times as long (docs/measurements.md).
+// The ranks of one row at a time. A logit's place among 2^2b steps of the row's range (RankKeys) has two digits of b
+// bits: two passes of a radix sort, least significant digit first, order a row but for what shares a step, which is
+// sorted by the logits themselves.
 template <class T>
-class RadixSort {
+class RowRanks {
  public:
-  using Key = decltype(order_key(T()));
-  struct Entry {
-    Key key;
-    uint32_t column;
-  };
-
-  explicit RadixSort(int64_t most) : entries_(static_cast<size_t>(most)), other_(static_cast<size_t>(most)) {}
-
-  void clear() {
-    size_ = 0;
-    for (auto& digit : counts_)
-      for (uint32_t& count : digit) count = 0;
+  explicit RowRanks(int64_t columns) : entries_(static_cast<size_t>(columns)), sorted_(entries_.size()) {
+    while (digit_bits_ < kMostBits && (int64_t{1} << digit_bits_) < columns) ++digit_bits_;
+    lower_.resize(size_t{1} << digit_bits_), upper_.resize(lower_.size() + 1);  // one for pairs that are ignored
   }
-  void add(T x, int64_t column) {
-    const Key key = order_key(x);
-    entries_[static_cast<size_t>(size_++)] = {key, static_cast<uint32_t>(column)};
-    for (int pass = 0; pass < kPasses; ++pass) ++counts_[pass][digit(key, pass)];
-  }
-  int64_t size() const { return size_; }
+  int32_t steps() const { return 1 << 2 * digit_bits_; }
 
-  // The pairs in order, valid until the next clear().
-  const Entry* sort() {
-    Entry *from = entries_.data(), *to = other_.data();
-    for (int pass = 0; pass < kPasses; ++pass) {
-      uint32_t* next = counts_[pass];
-      if (size_ > 0 && next[digit(from[0].key, pass)] == size_) continue;  // one digit for all: nothing moves
-      uint32_t before = 0;
-      for (int value = 0; value < kDigits; ++value) {
-        const uint32_t count = next[value];
-        next[value] = before;
-        before += count;
-      }
-      for (int64_t k = 0; k < size_; ++k) to[next[digit(from[k].key, pass)]++] = from[k];
-      std::swap(from, to);
+  // Calls f(column, rank) for every negative, ascending; rank of them are not larger.
+  template <class F>
+  void for_each(const int32_t* key, const T* s, int64_t columns, const F& f) {
+    const int64_t count = sort(key, columns);
+    const Entry* sorted = sorted_.data();
+    for (int64_t k = 0, end; k < count; k = end) {
+      for (end = k + 1; end < count && sorted[end].key == sorted[k].key;) ++end;
+      if (end == k + 1)
+        f(sorted[k].column, end);
+      else
+        rank_one_step(s, k, end, f);
     }
-    return from;
   }
 
  private:
-  static constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
-  static constexpr int kPasses = (static_cast<int>(sizeof(Key)) * 8 + kDigitBits - 1) / kDigitBits;
-  static uint32_t digit(Key key, int pass) { return static_cast<uint32_t>(key >> (pass * kDigitBits)) & (kDigits - 1); }
+  struct Entry {
+    uint32_t key, column;
+  };
+  using Logit = std::pair<decltype(order_key(T())), uint32_t>;  // and its column
+  static constexpr int kMostBits = 11;
 
-  std::vector<Entry> entries_, other_;
-  uint32_t counts_[kPasses][kDigits] = {};
-  int64_t size_ = 0;
+  // Fills sorted_, ignored pairs last; returns how many come before them.
+  int64_t sort(const int32_t* key, int64_t columns) {
+    const int bits = digit_bits_;
+    const uint32_t digit = (1u << bits) - 1;
+    uint32_t *lower = lower_.data(), *upper = upper_.data();
+    Entry *entries = entries_.data(), *sorted = sorted_.data();
+    std::fill(lower_.begin(), lower_.end(), 0), std::fill(upper_.begin(), upper_.end(), 0);
+    for (int64_t j = 0; j < columns; ++j) {
+      const uint32_t own = static_cast<uint32_t>(key[j]);
+      ++lower[own & digit], ++upper[own >> bits];
+    }
+    const int64_t count = columns - upper_.back();
+    begin_buckets(lower_), begin_buckets(upper_);
+    for (int64_t j = 0; j < columns; ++j) {
+      const uint32_t own = static_cast<uint32_t>(key[j]);
+      entries[lower[own & digit]++] = {own, static_cast<uint32_t>(j)};
+    }
+    for (int64_t k = 0; k < columns; ++k) sorted[upper[entries[k].key >> bits]++] = entries[k];
+    return count;
+  }
+
+  static void begin_buckets(std::vector<uint32_t>& counts) {
+    uint32_t before = 0;
+    for (uint32_t& count : counts) before += std::exchange(count, before);
+  }
+
+  // Ranks of sorted_[begin, end), which share a step; equal logits share the largest rank.
+  template <class F>
+  void rank_one_step(const T* s, int64_t begin, int64_t end, const F& f) {
+    if (end == begin + 2) {  // nearly always
+      const uint32_t one = sorted_[begin].column, other = sorted_[begin + 1].column;
+      const T x = s[one], y = s[other];
+      f(one, x < y ? begin + 1 : end), f(other, y < x ? begin + 1 : end);
+      return;
+    }
+    logits_.clear();
+    for (int64_t k = begin; k < end; ++k) logits_.emplace_back(order_key(s[sorted_[k].column]), sorted_[k].column);
+    std::sort(logits_.begin(), logits_.end());
+    for (size_t k = 0, tied = 0; k < logits_.size(); ++k) {
+      while (tied < logits_.size() && logits_[tied].first == logits_[k].first) ++tied;
+      f(logits_[k].second, begin + static_cast<int64_t>(tied));
+    }
+  }
+
+  int digit_bits_ = 4;
+  std::vector<Entry> entries_, sorted_;
+  std::vector<uint32_t> lower_, upper_;
+  std::vector<Logit> logits_;
 };
 
 // log omega of the ranks 1 to count. Most rows of a call have the same count; ids make a few differ.

@@ -76,6 +76,9 @@ inline void combine_columns(T* out, const T* w, const Tile<T>& tile, const T* v,
   }
 }
 
+// Columns of wide tiles at a time in products with w^T, which read them twice and more.
+constexpr int64_t kTurnedColumns = 512;
+
 // out[cols, d] (+)= w^T u for the tile's weights w, u[rows, d] the tile's rows
 template <class T>
 inline void combine_rows(T* out, const Tile<T>& tile, const T* u, int64_t d, bool accumulate,
@@ -83,7 +86,7 @@ inline void combine_rows(T* out, const Tile<T>& tile, const T* u, int64_t d, boo
   for (int64_t j = 0, cols; j < tile.cols; j += cols) {
     const int64_t last = tile.j0 + j + kDiagonalStep - tile.i0;  // rows from here on are below the diagonal
     const bool cut = tile.upper && last < tile.rows;
-    cols = cut || bf16 ? std::min(kDiagonalStep, tile.cols - j) : tile.cols - j;
+    cols = std::min(cut || bf16 ? kDiagonalStep : kTurnedColumns, tile.cols - j);
     const int64_t rows = cut ? last : tile.rows;
     if constexpr (std::is_same_v<T, float>)
       if (bf16 && bf16.weigh_rows(out + j * d, tile.s + j, tile.ld, cols, tile.i0, rows, accumulate)) continue;

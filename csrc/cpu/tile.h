@@ -94,6 +94,16 @@ struct BinCounts {
   int32_t* counts;
 };
 
+// The step of every kept logit among `steps` equal ones of its row's range, and `steps` where a pair is ignored:
+// integers in the order of the logits, keys [rows, columns]. A NaN goes to step 0.
+template <class T>
+struct RankKeys {
+  int32_t steps;
+  const T *low, *per_logit;
+  int32_t* keys;
+  int64_t columns;  // whole vectors
+};
+
 // Sums of e = omega exp(s - row_shift), of e^2 and of omega over the kept pairs, the largest omega, and the largest
 // log(omega e^s), less than log 2 too low.
 template <class T>
@@ -156,10 +166,9 @@ struct TileKernels {
   void (*larger_of)(T* x, const T* y, int64_t n);
   // The first j in [begin, end) with x[j] > limit, or end; x is readable up to a multiple of kColumnPad.
   int64_t (*first_above)(const T* x, int64_t begin, int64_t end, T limit);
-  // The class of every pair, [rows, cols]; all negatives in a strip that takes the plain loop.
-  void (*classes)(const Tile<T>&, uint8_t* pair_class);
   void (*extremes)(const Tile<T>&, const Extremes<T>&);
   void (*bin_counts)(const Tile<T>&, const BinCounts<T>&);
+  void (*rank_keys)(const Tile<T>&, const RankKeys<T>&);
   void (*ranked_sums)(const Tile<T>&, const RankedSums<T>&);
   void (*ranked_weights)(const Tile<T>&, const RankedWeights<T>&);
   void (*softplus_sums)(const Tile<T>&, const SoftplusSums<T>&);

@@ -115,6 +115,27 @@ struct ExtremesStrip {
 };
 
 template <class T>
+struct RankKeysStrip {
+  template <bool kMasked>
+  static void run(const Tile<T>& tile, int64_t row, const StripClasses& classes, const RankKeys<T>& out) {
+    using V = typename Simd<T>::V;
+    typedef int32_t Keys __attribute__((vector_size(Simd<T>::kWidth * sizeof(int32_t))));
+    const V last = broadcast<T>(static_cast<T>(out.steps - 1)), ignored = broadcast<T>(static_cast<T>(out.steps));
+    for (int r = 0; r < kRowStep; ++r) {
+      const V low = broadcast<T>(out.low[row + r]), per_logit = broadcast<T>(out.per_logit[row + r]);
+      for (int64_t j = 0; j < tile.cols; j += Simd<T>::kWidth) {
+        V step = (load(tile.s + (row + r) * tile.ld + j) - low) * per_logit;
+        step = step > 0 ? step : V{};
+        step = step < last ? step : last;
+        if (kMasked) step = keep<T>(classes.pair[r] + j, kColumnIsNegative, step, ignored);
+        const Keys keys = __builtin_convertvector(step, Keys);
+        memcpy(out.keys + (row + r) * out.columns + j, &keys, sizeof(keys));
+      }
+    }
+  }
+};
+
+template <class T>
 struct BinCountsStrip {
   template <bool kMasked>
   static void run(const Tile<T>& tile, int64_t row, const StripClasses& classes, const BinCounts<T>& out) {
@@ -210,6 +231,11 @@ struct RankedWeightsStrip {
 template <class T>
 void extremes(const Tile<T>& tile, const Extremes<T>& out) {
   for_each_strip<ExtremesStrip<T>>(tile, out);
+}
+
+template <class T>
+void rank_keys(const Tile<T>& tile, const RankKeys<T>& out) {
+  for_each_strip<RankKeysStrip<T>>(tile, out);
 }
 
 template <class T>

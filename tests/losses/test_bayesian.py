@@ -147,6 +147,27 @@ def test_any_numbers_are_ranked_right(run, dtype):
     _assert_same([ours[-1].double()], [expected[-1]], **close)
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-6, 0.0], ids=["spread out", "beside a far one", "equal beside a far one"])
+@pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 40, 255, 700, 2049, 5000])
+def test_rows_of_any_length_are_ranked_right(run, m, spread):
+    """As above; a far number leaves the others a small part of the row's range. Every third column is left out."""
+    backend, device = run
+    if backend == "triton" and device.type == "cpu" and m > 256:
+        pytest.skip("half a minute in the interpreter, whose tiles are all of one kind")
+    x = (spread * torch.randn(m, 1)).to(device)
+    x[m // 2] = 1.0
+    ids = (torch.arange(m, device=device) + 1) % 3
+    keep = ids[None, :] != 0
+    if not keep.any():
+        keep, ids = ~keep, 1 + ids
+    one = torch.ones(1, 1, device=device)
+    expected = _dense(one.double(), x.double(), keep, 1.0, _exact_weight)
+    ours = _ranked(backend, one, x, row_ids=0 * ids[:1], col_ids=ids)
+    for i in (0, 1, 5, 6):  # lse, count, sum and largest of the weights
+        _assert_same([ours[i].double()], [expected[i]], rtol=2e-5, atol=1e-6)
+    _assert_same([ours[-1].double()], [expected[-1]], rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["two_view", "one_way", "symmetric"])
 def test_ties_share_the_largest_rank(run, layout, dtype):
