@@ -91,30 +91,33 @@ class HistogramForward : public ForwardBlocks<T> {
   }
 
   void add_weighted(const Tile<T>& strip, StripSums<T>& rows) {
-    T term_max[kRowStep];
-    sum_weighted(strip, rows, term_max);
+    sum_weighted(strip, rows, nullptr);
     // the largest logit may weigh next to nothing, and what matters lie below the range of exponentials relative to it
     constexpr double kSmall = 0x1p-40;
-    bool again = false;
+    if (std::none_of(rows.sum, rows.sum + strip.rows, [](double sum) { return sum < kSmall; })) return;
+    T term_max[kRowStep];
+    sum_weighted(strip, rows, term_max);
     for (int64_t r = 0; r < strip.rows; ++r)
-      if (rows.sum[r] < kSmall && term_max[r] > -INFINITY) rows.shift[r] = term_max[r], again = true;
-    if (again) sum_weighted(strip, rows, term_max);
+      if (rows.sum[r] < kSmall && term_max[r] > -INFINITY) rows.shift[r] = term_max[r];
+    sum_weighted(strip, rows, nullptr);
   }
 
+  // term_max null: not wanted.
   void sum_weighted(const Tile<T>& strip, StripSums<T>& rows, T* term_max) {
     T weights[kRowStep], largest[kRowStep], top[kRowStep];
     double weight_sum[kRowStep] = {};
     T weight_max[kRowStep] = {};
-    for (int64_t r = 0; r < kRowStep; ++r) rows.sum[r] = rows.square[r] = 0, term_max[r] = -INFINITY;
+    for (int64_t r = 0; r < kRowStep; ++r) rows.sum[r] = rows.square[r] = 0;
+    for (int64_t r = 0; term_max && r < kRowStep; ++r) term_max[r] = -INFINITY;
     const Histograms<T> table{
         rule_.bins, this->results_.below + strip.i0 * (rule_.bins + 1), low_, per_logit_, count_, inverse_count_};
     for_each_part(strip, [&](const Tile<T>& part) {
-      tile_kernels<T>().ranked_sums(
-          part, {rule_.shape<T>(), table, rows.shift, rows.part, rows.part_square, weights, largest, top});
+      tile_kernels<T>().ranked_sums(part, {rule_.shape<T>(), table, rows.shift, rows.part, rows.part_square, weights,
+                                           largest, term_max ? top : nullptr});
       for (int64_t r = 0; r < strip.rows; ++r) {
         rows.sum[r] += rows.part[r], rows.square[r] += rows.part_square[r];
         weight_sum[r] += weights[r], weight_max[r] = std::max(weight_max[r], largest[r]);
-        term_max[r] = std::max(term_max[r], top[r]);
+        if (term_max) term_max[r] = std::max(term_max[r], top[r]);
       }
     });
     if (!this->results_.diagnostics) return;

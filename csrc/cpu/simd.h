@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace contrastive_ext {
 namespace CE_ISA {
@@ -66,6 +67,27 @@ inline bool any(I lanes) {
   memcpy(words, &lanes, sizeof(lanes));
   for (uint64_t word : words) all |= word;
   return all != 0;
+}
+
+// Elements of two vectors by their numbers, those of the second counted from the end of the first; I: integer lanes.
+#if defined(__clang__)
+#define CE_SHUFFLE(I, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define CE_SHUFFLE(I, a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
+
+template <class T, int... k>
+inline void split_pairs(typename Simd<T>::V a, typename Simd<T>::V b, typename Simd<T>::V* firsts,
+                        typename Simd<T>::V* seconds, std::integer_sequence<int, k...>) {
+  *firsts = CE_SHUFFLE(typename Simd<T>::I, a, b, 2 * k...);
+  *seconds = CE_SHUFFLE(typename Simd<T>::I, a, b, 2 * k + 1 ...);
+}
+
+// The first and the second elements of the pairs that lie in two vectors.
+template <class T>
+inline void split_pairs(typename Simd<T>::V a, typename Simd<T>::V b, typename Simd<T>::V* firsts,
+                        typename Simd<T>::V* seconds) {
+  split_pairs<T>(a, b, firsts, seconds, std::make_integer_sequence<int, Simd<T>::kWidth>());
 }
 
 // The larger of the two; a NaN in x is ignored.

@@ -105,7 +105,7 @@ struct RankKeys {
 };
 
 // Sums of e = omega exp(s - row_shift), of e^2 and of omega over the kept pairs, the largest omega, and the largest
-// log(omega e^s), less than log 2 too low.
+// log(omega e^s), less than log 2 too low (null: not wanted).
 template <class T>
 struct RankedSums {
   RankShape<T> shape;

@@ -60,7 +60,7 @@ inline typename Simd<T>::V log_below(typename Simd<T>::V weight) {
 template <class T>
 struct RowBins {
   alignas(64) typename Simd<T>::Lane bin[kMaxTileCols];
-  alignas(64) T place[kMaxTileCols], start[kMaxTileCols], end[kMaxTileCols];
+  alignas(64) T place[kMaxTileCols], edges[2 * kMaxTileCols];  // lower, upper, lower, upper, ...
 
   void find(const T* s, int64_t cols, T low, T per_logit, int64_t bins) {
     for (int64_t j = 0; j < cols; j += Simd<T>::kWidth)
@@ -73,14 +73,13 @@ struct RowBins {
   }
   // `stride` apart are the tables of the columns; 0: one table, the row's.
   void load_edges(const T* below, int64_t stride, int64_t cols) {
-    for (int64_t j = 0; j < cols; ++j) {
-      const T* edges = below + j * stride + bin[j];
-      start[j] = edges[0], end[j] = edges[1];
-    }
+    for (int64_t j = 0; j < cols; ++j) memcpy(edges + 2 * j, below + j * stride + bin[j], 2 * sizeof(T));
   }
   typename Simd<T>::V weight(int64_t j, const RankShape<T>& shape, typename Simd<T>::V count,
                              typename Simd<T>::V inverse_count) const {
-    return rank_weight<T>(shape, load(place + j), load(start + j), load(end + j), count, inverse_count);
+    typename Simd<T>::V start, end;
+    split_pairs<T>(load(edges + 2 * j), load(edges + 2 * j + Simd<T>::kWidth), &start, &end);
+    return rank_weight<T>(shape, load(place + j), start, end, count, inverse_count);
   }
 
  private:
@@ -170,13 +169,11 @@ struct RankedSumsStrip {
         V weight = bins.weight(j, out.shape, count, inverse_count);
         // what weighs nothing may lie so far above the shift that its exponential is infinite; NaN stays NaN
         V e = weight >= smallest_weight<T>() ? weight * exp_shifted<T>(x, T(1), shift) : x - x;
-        V term = weight >= smallest_weight<T>() ? x + log_below<T>(weight) : -infinite;
         if (kMasked) {
           weight = keep<T>(classes.pair[r] + j, kColumnIsNegative, weight, V{});
           e = keep<T>(classes.pair[r] + j, kColumnIsNegative, e, V{});
-          term = keep<T>(classes.pair[r] + j, kColumnIsNegative, term, -infinite);
         }
-        top = larger<T>(term, top);
+        if (out.term_max) top = larger<T>(weight >= smallest_weight<T>() ? x + log_below<T>(weight) : -infinite, top);
         sum += e;
         square += e * e;
         weights += weight;
@@ -184,7 +181,7 @@ struct RankedSumsStrip {
       }
       out.row_sum[i] = horizontal_sum<T>(sum), out.row_square_sum[i] = horizontal_sum<T>(square);
       out.weight_sum[i] = horizontal_sum<T>(weights), out.weight_max[i] = horizontal_max<T>(largest);
-      out.term_max[i] = horizontal_max<T>(top);
+      if (out.term_max) out.term_max[i] = horizontal_max<T>(top);
     }
   }
 };

@@ -100,17 +100,11 @@ void product(const Product<T>& p) {
   } while (k0 < p.depth);
 }
 
-#if defined(__clang__)
-#define CE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define CE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I4{__VA_ARGS__})
-#endif
-
 // Four by four elements at a time; compilers would scatter single ones.
 template <class T>
 void transpose(T* y, int64_t y_row, const T* x, int64_t x_row, int64_t rows, int64_t d) {
   typedef T V4 __attribute__((vector_size(4 * sizeof(T))));
-  [[maybe_unused]] typedef typename Simd<T>::Lane I4 __attribute__((vector_size(4 * sizeof(T))));
+  typedef typename Simd<T>::Lane I4 __attribute__((vector_size(4 * sizeof(T))));
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     int64_t k = 0;
@@ -118,10 +112,10 @@ void transpose(T* y, int64_t y_row, const T* x, int64_t x_row, int64_t rows, int
       V4 a, b, c, e;
       memcpy(&a, x + i * x_row + k, sizeof(V4)), memcpy(&b, x + (i + 1) * x_row + k, sizeof(V4));
       memcpy(&c, x + (i + 2) * x_row + k, sizeof(V4)), memcpy(&e, x + (i + 3) * x_row + k, sizeof(V4));
-      const V4 ab = CE_SHUFFLE(a, b, 0, 4, 1, 5), ab_high = CE_SHUFFLE(a, b, 2, 6, 3, 7);
-      const V4 ce = CE_SHUFFLE(c, e, 0, 4, 1, 5), ce_high = CE_SHUFFLE(c, e, 2, 6, 3, 7);
-      const V4 lines[4] = {CE_SHUFFLE(ab, ce, 0, 1, 4, 5), CE_SHUFFLE(ab, ce, 2, 3, 6, 7),
-                           CE_SHUFFLE(ab_high, ce_high, 0, 1, 4, 5), CE_SHUFFLE(ab_high, ce_high, 2, 3, 6, 7)};
+      const V4 ab = CE_SHUFFLE(I4, a, b, 0, 4, 1, 5), ab_high = CE_SHUFFLE(I4, a, b, 2, 6, 3, 7);
+      const V4 ce = CE_SHUFFLE(I4, c, e, 0, 4, 1, 5), ce_high = CE_SHUFFLE(I4, c, e, 2, 6, 3, 7);
+      const V4 lines[4] = {CE_SHUFFLE(I4, ab, ce, 0, 1, 4, 5), CE_SHUFFLE(I4, ab, ce, 2, 3, 6, 7),
+                           CE_SHUFFLE(I4, ab_high, ce_high, 0, 1, 4, 5), CE_SHUFFLE(I4, ab_high, ce_high, 2, 3, 6, 7)};
       for (int r = 0; r < 4; ++r) memcpy(y + (k + r) * y_row + i, &lines[r], sizeof(V4));
     }
     for (; k < d; ++k)
@@ -130,7 +124,6 @@ void transpose(T* y, int64_t y_row, const T* x, int64_t x_row, int64_t rows, int
   for (; i < rows; ++i)
     for (int64_t k = 0; k < d; ++k) y[k * y_row + i] = x[i * x_row + k];
 }
-#undef CE_SHUFFLE
 
 }  // namespace CE_ISA
 }  // namespace contrastive_ext
