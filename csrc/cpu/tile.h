@@ -173,7 +173,9 @@ struct TileKernels {
   void (*ranked_weights)(const Tile<T>&, const RankedWeights<T>&);
   void (*softplus_sums)(const Tile<T>&, const SoftplusSums<T>&);
   void (*sigmoid_weights)(const Tile<T>&, const SigmoidWeights<T>&);
-  // For the tests: y = exp(x), and y = 2^(factor x - shift2) for arguments in range.
+  // For the tests: the class of every pair [rows, cols], all negatives in a strip that takes the plain loop,
+  // y = exp(x), and y = 2^(factor x - shift2) for arguments in range.
+  void (*classes)(const Tile<T>&, uint8_t* pair_class);
   void (*exp)(const T* x, T* y, int64_t n);
   void (*exp2_in_range)(const T* x, T* y, int64_t n, T factor, T factor_low, T shift2);
 };

@@ -206,6 +206,16 @@ int64_t first_above(const T* x, int64_t begin, int64_t end, T limit) {
 }
 
 template <class T>
+void tile_classes(const Tile<T>& tile, uint8_t* pair_class) {
+  StripClasses classes;
+  for (int64_t row = 0; row < tile.rows; row += kRowStep) {
+    if (!needs_classes(tile, row, classes)) memset(classes.pair, kBothNegative, sizeof(classes.pair));
+    for (int64_t r = 0; r < kRowStep && row + r < tile.rows; ++r)
+      memcpy(pair_class + (row + r) * tile.cols, classes.pair[r], static_cast<size_t>(tile.cols));
+  }
+}
+
+template <class T>
 void exp2_array(const T* x, T* y, int64_t n, T factor, T factor_low, T shift2) {
   for (int64_t i = 0; i < n; i += Simd<T>::kWidth) {
     const int64_t left = n - i < Simd<T>::kWidth ? n - i : Simd<T>::kWidth;
@@ -224,9 +234,9 @@ void exp_array(const T* x, T* y, int64_t n) {
 
 template <class T>
 constexpr TileKernels<T> all_kernels() {
-  return {product<T>,       transpose<T>,       moments<T>,    exp_sums<T>,  weights<T>,     larger_of<T>,
-          first_above<T>,   extremes<T>,        bin_counts<T>, rank_keys<T>, ranked_sums<T>, ranked_weights<T>,
-          softplus_sums<T>, sigmoid_weights<T>, exp_array<T>,  exp2_array<T>};
+  return {product<T>,       transpose<T>,       moments<T>,      exp_sums<T>,  weights<T>,     larger_of<T>,
+          first_above<T>,   extremes<T>,        bin_counts<T>,   rank_keys<T>, ranked_sums<T>, ranked_weights<T>,
+          softplus_sums<T>, sigmoid_weights<T>, tile_classes<T>, exp_array<T>, exp2_array<T>};
 }
 
 extern const TileKernels<float> kKernelsF32;
