@@ -179,7 +179,8 @@ def _arrange(
     positives = logits.gather(2, others[:, None].expand(-1, images, -1))
 
     columns = [shown.flatten(0, 1)]
-    candidates = [Candidates(columns[0].detach(), num_images=images)]
+    own_scorers = support is None and aggregate == "max"
+    candidates = [Candidates(columns[0].detach(), num_images=images, are_scorers=own_scorers)]
     if ranks is not None:
         for of_others, ids in _of_other_ranks(columns[0], views.dtype, labels, ranks):
             columns.append(of_others)

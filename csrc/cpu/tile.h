@@ -156,6 +156,8 @@ struct TileKernels {
   void (*larger_of)(T* x, const T* y, int64_t n);
   // The first j in [begin, end) with x[j] > limit, or end; x is readable up to a multiple of kColumnPad.
   int64_t (*first_above)(const T* x, int64_t begin, int64_t end, T limit);
+  // The same with x[j] > limit or x[j] > limits[j].
+  int64_t (*first_above_either)(const T* x, int64_t begin, int64_t end, T limit, const T* limits);
   // The class of every pair, [rows, cols]; all negatives in a strip that takes the plain loop.
   void (*classes)(const Tile<T>&, uint8_t* pair_class);
   void (*extremes)(const Tile<T>&, const Extremes<T>&);
