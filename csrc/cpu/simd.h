@@ -68,10 +68,31 @@ inline bool any(I lanes) {
   return all != 0;
 }
 
+// Which lanes of 64 are not 0, lane 0 in the lowest bit; lanes hold 0 or -1.
+template <class T, int kVectors>
+inline uint64_t lane_bits(const typename Simd<T>::I (&lanes)[kVectors]) {
+  static_assert(kVectors * Simd<T>::kWidth == 64);
+  uint64_t words[8], bits = 0;
+  for (int v = 0; v < kVectors; ++v) {
+    const typename Simd<T>::Bytes bytes = __builtin_convertvector(lanes[v], typename Simd<T>::Bytes);
+    memcpy(reinterpret_cast<unsigned char*>(words) + v * Simd<T>::kWidth, &bytes, sizeof(bytes));
+  }
+  for (int w = 0; w < 8; ++w) {
+    const uint64_t ones = words[w] & 0x0101010101010101u;  // byte i becomes bit i of the highest byte
+    bits |= ones * 0x0102040810204080u >> 56 << 8 * w;
+  }
+  return bits;
+}
+
 // The larger of the two; a NaN in x is ignored.
 template <class T>
 inline typename Simd<T>::V larger(typename Simd<T>::V x, typename Simd<T>::V than) {
   return x > than ? x : than;
+}
+
+template <class T>
+inline typename Simd<T>::V smaller(typename Simd<T>::V x, typename Simd<T>::V than) {
+  return x < than ? x : than;
 }
 
 // Rounds here: the compiler may not fuse what produced x with what follows.

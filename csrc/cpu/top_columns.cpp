@@ -46,11 +46,30 @@ struct BestLists {
   }
 };
 
+// Puts -inf, which is in nobody's list, in place of the scores of image `image` with the columns that show it.
+template <class T>
+void hide_own_image(const TopColumns<T>& p, int64_t image, T* x, int64_t j0, int64_t cols) {
+  const int64_t images = p.num_images;
+  if (images == 0) return;
+  const int64_t after = (j0 - image) % images;  // columns since one that shows it; the image may lie right of j0
+  for (int64_t j = after > 0 ? images - after : -after; j < cols; j += images) x[j] = static_cast<T>(-INFINITY);
+}
+
+// Whether image g may take column j, which does not show it, into its list.
 template <class T>
 bool is_candidate(const TopColumns<T>& p, int64_t g, int64_t j, T score) {
-  if (p.num_images > 0 && j % p.num_images == g) return false;
   if (p.col_ids && (p.col_ids[j] == kUnfilled || (p.row_ids && p.col_ids[j] == p.row_ids[g]))) return false;
   return !(p.excluded && p.excluded[g] == j) && !(p.below && !(score < p.below[g]));
+}
+
+// Calls take(j) for the columns j in [begin, cols) of a row of scores that limit(), which take may raise, or limits may
+// let through; limits may be null. A column may come that is above neither any more.
+template <class T, class Limit, class Take>
+void for_each_above(const T* x, int64_t begin, int64_t cols, const T* limits, const Limit& limit, const Take& take) {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  int64_t block = 0;
+  for (; uint64_t found = kernels.above(x, begin, cols, limit(), limits, &block); begin = block + kLaneBlock)
+    for (; found; found &= found - 1) take(block + __builtin_ctzll(found));
 }
 
 // Two sets: a list of every image.
@@ -77,10 +96,14 @@ class TwoSetsWorker {
   void end(int64_t, int64_t) {}
 
  private:
-  void take_from(const T* x, int64_t g, int64_t j0, int64_t cols) {
-    const TileKernels<T>& kernels = tile_kernels<T>();
-    for (int64_t j = -1; (j = kernels.first_above(x, j + 1, cols, lists_.limit(g))) < cols;)
-      if (is_candidate(problem_, g, j0 + j, x[j])) lists_.insert(g, x[j], j0 + j);
+  void take_from(T* x, int64_t g, int64_t j0, int64_t cols) {
+    hide_own_image(problem_, g, x, j0, cols);
+    for_each_above(
+        x, 0, cols, static_cast<const T*>(nullptr), [&] { return lists_.limit(g); },
+        [&](int64_t j) {
+          const int64_t column = j0 + j;
+          if (x[j] > lists_.limit(g) && is_candidate(problem_, g, column, x[j])) lists_.insert(g, x[j], column);
+        });
   }
 
   const TopColumns<T>& problem_;
@@ -98,6 +121,7 @@ class OneSetWorker {
       : problem_(problem),
         lists_(lists),
         ld_(padded_to(kColumnPad, grid.tile_cols) + kVectorPad),
+        has_rules_(problem.col_ids || problem.excluded || problem.below),
         scores_(grid.block_rows * ld_),
         limits_(ld_) {}
 
@@ -110,30 +134,36 @@ class OneSetWorker {
   }
 
   void add_columns(const TileRange& range) {
-    for (int64_t j = range.j0; j < range.j1; ++j) limits_.get()[j - range.j0] = lists_.limit(j);
+    for (int64_t j = range.j0; j < range.j1; ++j) {
+      limits_.get()[j - range.j0] = lists_.limit(j);
+      __builtin_prefetch(lists_.columns + j * lists_.k, /*to write*/ 1);
+    }
     for (int64_t i = range.i0; i < range.i1; ++i) take_from(scores_.get() + (i - range.i0) * ld_, i, range);
   }
 
   void end(int64_t, int64_t) {}
 
  private:
-  void take_from(const T* x, int64_t i, const TileRange& range) {
-    const TileKernels<T>& kernels = tile_kernels<T>();
-    const int64_t groups = problem_.by.groups, cols = range.j1 - range.j0;
+  void take_from(T* x, int64_t i, const TileRange& range) {
+    const int64_t groups = problem_.by.groups, cols = range.j1 - range.j0, diagonal = i - range.j0;
+    hide_own_image(problem_, i % groups, x, range.j0, cols);
     T* limits = limits_.get();
-    for (int64_t j = std::max<int64_t>(i - range.j0, 0) - 1;
-         (j = kernels.first_above_either(x, j + 1, cols, lists_.limit(i), limits)) < cols;) {
+    const auto limit = [&] { return lists_.limit(i); };
+    for_each_above(x, std::max<int64_t>(diagonal, 0), cols, limits, limit, [&](int64_t j) {
       const int64_t column = range.j0 + j;
-      if (x[j] > lists_.limit(i) && is_candidate(problem_, i % groups, column, x[j])) lists_.insert(i, x[j], column);
-      if (column == i || !(x[j] > limits[j]) || !is_candidate(problem_, column % groups, i, x[j])) continue;
+      if (x[j] > limit() && (!has_rules_ || is_candidate(problem_, i % groups, column, x[j])))
+        lists_.insert(i, x[j], column);
+      if (!(x[j] > limits[j]) || j == diagonal) return;
+      if (has_rules_ && !is_candidate(problem_, column % groups, i, x[j])) return;
       lists_.insert(column, x[j], i);
       limits[j] = lists_.limit(column);
-    }
+    });
   }
 
   const TopColumns<T>& problem_;
   const BestLists<T>& lists_;
   int64_t ld_;
+  bool has_rules_;
   Workspace<T> scores_, limits_;
 };
 
