@@ -39,9 +39,10 @@ struct BestLists {
   void insert(int64_t list, T score, int64_t column) const {
     T* own_scores = scores + list * k;
     int64_t* own_columns = columns + list * k;
-    int64_t at = k - 1;
-    for (; at > 0 && own_scores[at - 1] < score; --at)
-      own_scores[at] = own_scores[at - 1], own_columns[at] = own_columns[at - 1];
+    int64_t at = 0;
+    for (int64_t c = 0; c + 1 < k; ++c) at += own_scores[c] >= score;
+    std::copy_backward(own_scores + at, own_scores + k - 1, own_scores + k);
+    std::copy_backward(own_columns + at, own_columns + k - 1, own_columns + k);
     own_scores[at] = score, own_columns[at] = column;
   }
 };
@@ -193,14 +194,17 @@ void merge_views(const TopColumns<T>& p, const BestLists<T>& views, const BestLi
   }
 }
 
-// No score can be NaN: a column that one view of an image scores as NaN is none of its candidates, whatever the others
-// say, and lists of views do not know of each other.
+// Whether the triangle makes the lists of images. Not if a score may be NaN: a column that one view of an image scores
+// as NaN is none of its candidates, whatever the others say, and lists of views do not know of each other. Nor if it
+// would be slower: long lists of a tile's columns do not stay in the cache, and there is one for each view
+// (docs/measurements.md).
 template <class T>
-bool all_scores_are_numbers(const Scorers<T>& by) {
-  const T bound = std::sqrt(std::numeric_limits<T>::max() / static_cast<T>(by.dim + 1)) / 2;
-  const int64_t count = by.count * by.groups * by.dim;
+bool takes_triangle(const TopColumns<T>& p) {
+  constexpr int64_t kLongest = 64, kProductsWorthAPlace = 10000;
+  if (!p.one_set || p.k > kLongest || p.m * p.by.dim < p.k * kProductsWorthAPlace) return false;
+  const T bound = std::sqrt(std::numeric_limits<T>::max() / static_cast<T>(p.by.dim)) / 2;
   bool inside = true;
-  for (int64_t c = 0; c < count; ++c) inside &= std::abs(by.scorers[c]) <= bound;
+  for (int64_t c = 0; p.by.count > 1 && c < p.m * p.by.dim; ++c) inside &= std::abs(p.by.scorers[c]) <= bound;
   return inside;
 }
 
@@ -210,7 +214,6 @@ void sweep_one_set(const TopColumns<T>& problem, const BestLists<T>& lists) {
   grid.rows = grid.cols = problem.m, grid.depth = problem.by.dim;
   choose_tile_sizes(grid);
   grid.triangle = grid.column_results = true;
-  lists.clear(problem.m);
   sweep_tiles(grid, [&] { return OneSetWorker<T>(problem, lists, grid); });
 }
 
@@ -219,12 +222,13 @@ void sweep_one_set(const TopColumns<T>& problem, const BestLists<T>& lists) {
 template <class T>
 void top_columns(const TopColumns<T>& problem) {
   const BestLists<T> best{problem.scores, problem.columns, problem.k};
-  if (problem.one_set && problem.by.count == 1) return sweep_one_set(problem, best);
   best.clear(problem.by.groups);
-  if (problem.one_set && all_scores_are_numbers(problem.by)) {
+  if (takes_triangle(problem)) {
+    if (problem.by.count == 1) return sweep_one_set(problem, best);
     const Workspace<T> scores(problem.m * problem.k);
     const Workspace<int64_t> columns(problem.m * problem.k);
     const BestLists<T> views{scores.get(), columns.get(), problem.k};
+    views.clear(problem.m);
     sweep_one_set(problem, views);
     return merge_views(problem, views, best);
   }
