@@ -194,17 +194,19 @@ void merge_views(const TopColumns<T>& p, const BestLists<T>& views, const BestLi
   }
 }
 
-// Whether the triangle makes the lists of images. Not if a score may be NaN: a column that one view of an image scores
-// as NaN is none of its candidates, whatever the others say, and lists of views do not know of each other. Nor if it
+// Whether the triangle makes the lists of images. Not where lists of views would have to know of each other: a score
+// that is NaN to one view of an image, or not `below` its limit, keeps the column from the lists of all. Nor where it
 // would be slower: long lists of a tile's columns do not stay in the cache, and there is one for each view
 // (docs/measurements.md).
 template <class T>
 bool takes_triangle(const TopColumns<T>& p) {
   constexpr int64_t kLongest = 64, kProductsWorthAPlace = 10000;
   if (!p.one_set || p.k > kLongest || p.m * p.by.dim < p.k * kProductsWorthAPlace) return false;
-  const T bound = std::sqrt(std::numeric_limits<T>::max() / static_cast<T>(p.by.dim)) / 2;
+  if (p.by.count == 1) return true;
+  if (p.below) return false;
+  const T bound = std::sqrt(std::numeric_limits<T>::max() / static_cast<T>(p.by.dim)) / 2;  // sums stay finite
   bool inside = true;
-  for (int64_t c = 0; p.by.count > 1 && c < p.m * p.by.dim; ++c) inside &= std::abs(p.by.scorers[c]) <= bound;
+  for (int64_t c = 0; c < p.m * p.by.dim; ++c) inside &= std::abs(p.by.scorers[c]) <= bound;
   return inside;
 }
 
