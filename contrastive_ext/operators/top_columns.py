@@ -45,8 +45,7 @@ def top_columns(
     """The k columns most similar to any scorer of an image.
 
     scorers     [S, G, E] float32 or float64, S views of each of G images
-    features    [M, E] same dtype, of the columns; None: the columns are the scorers' own rows, one set, column s G + g is
-                scorers[s, g]
+    features    [M, E] same dtype, of the columns; None: the scorers' own rows, one set, column s G + g is scorers[s, g]
     k           >= 1, how many
     num_images, col_ids, row_ids, excluded, below
                 which columns are candidates, see `problem.pairs.Candidates`
