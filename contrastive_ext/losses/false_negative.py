@@ -173,10 +173,7 @@ def _arrange(
     scorers = made(support.detach()) if support is not None else shown.detach()
     if aggregate == "mean":
         scorers = scorers.mean(0, keepdim=True)
-    logits = scale * numerics.product(anchors.transpose(0, 1), shown.permute(1, 2, 0)).transpose(0, 1)
-    view = torch.arange(num_views, device=views.device)
-    others = (view[:, None] + view[1:]) % num_views  # indices, not a mask: its size would have to be waited for
-    positives = logits.gather(2, others[:, None].expand(-1, images, -1))
+    positives = scale * _products_with_other_views(anchors, shown)
 
     columns = [shown.flatten(0, 1)]
     own_scorers = support is None and aggregate == "max"
@@ -194,6 +191,17 @@ def _arrange(
         anchors, tuple(columns), keys is None, candidates, scorers, scale, positives.flatten(0, 1),
         tuple(unit), views.dtype,
     )  # fmt: skip
+
+
+def _products_with_other_views(anchors: Tensor, shown: Tensor) -> Tensor:
+    """[V, B, V - 1] of anchors [V, B, D] and shown [V, B, D]."""
+    num_views, images, _ = anchors.shape
+    if num_views == 2:  # a matrix of four for every image and its gradient take four times as long
+        return (anchors * shown.flip(0)).sum(2, keepdim=True)
+    every = numerics.product(anchors.transpose(0, 1), shown.permute(1, 2, 0)).transpose(0, 1)
+    view = torch.arange(num_views, device=anchors.device)
+    others = (view[:, None] + view[1:]) % num_views  # indices, not a mask: its size would have to be waited for
+    return every.gather(2, others[:, None].expand(-1, images, -1))
 
 
 def _of_other_ranks(own: Tensor, wire: torch.dtype, labels: Tensor | None, ranks) -> list[tuple[Tensor, Tensor | None]]:
