@@ -163,7 +163,7 @@ class _Batch:
 def _arrange(
     views, scale, support, aggregate, keys, queue: Columns | None, labels, normalize, ranks, backend
 ) -> _Batch:
-    num_views, images, _ = views.shape
+    images = views.shape[1]
     made = partial(operand, unit=normalize, backend=backend)
     anchors = made(views)
     older = None if queue is None else queue.as_set(views.dtype)
