@@ -112,7 +112,7 @@ def fused_false_negative_loss(
                  `keys` score; the queue has to be the same on all ranks
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [V, B] for "none"
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
-    Memory       O(V B D + K D + B top_k); time O(V^2 B^2 D); a threshold alone is asked again in every pass, which
+    Memory       O(V B D + K D + V B top_k); time O(V^2 B^2 D); a threshold alone is asked again in every pass, which
                  costs time, not memory; once differentiable
     Paper        arXiv:2011.11765. Attraction with a threshold <= .8 alone is known to collapse; published best top_k: 4
                  for attraction, 8 for elimination.
