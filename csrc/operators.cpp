@@ -81,7 +81,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(contrastive_ext, m) {
   define("pair_sums_backward_cpu(" + kProblem +
          ", Tensor offset, float sign, Tensor grad_sum, bool need_u, bool need_v) -> (Tensor du, Tensor dv)");
   define(
-      "top_columns_cpu(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids, Tensor? row_ids, "
+      "top_columns_cpu(Tensor scorers, Tensor? features, int k, int num_images, Tensor? col_ids, Tensor? row_ids, "
       "Tensor? excluded, Tensor? below) -> (Tensor scores, Tensor columns)");
   define("unit_rows_cpu(Tensor z, ScalarType operand_dtype) -> (Tensor unit, Tensor norm)");
   define("unit_rows_backward_cpu(Tensor z, Tensor norm, Tensor grad) -> Tensor dz");

@@ -65,7 +65,7 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     )
 
 
-def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
+def top_columns(scorers: Tensor, features: Tensor | None, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
     """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py."""
     return torch.ops.contrastive_ext.top_columns_cpu(
         scorers, features, k, which.num_images, which.col_ids, which.row_ids, which.excluded, which.below

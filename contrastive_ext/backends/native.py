@@ -39,7 +39,7 @@ OPERATORS = {
     "ranked_stats_backward_cpu": schema.ranked_stats_backward(schema.NATIVE_PROBLEM, _RANKED),
     "pair_sums_forward_cpu": schema.pair_sums(schema.NATIVE_PROBLEM),
     "pair_sums_backward_cpu": schema.pair_sums_backward(schema.NATIVE_PROBLEM),
-    "top_columns_cpu": "(Tensor scorers, Tensor features, int k, int num_images, Tensor? col_ids, Tensor? row_ids, "
+    "top_columns_cpu": "(Tensor scorers, Tensor? features, int k, int num_images, Tensor? col_ids, Tensor? row_ids, "
     "Tensor? excluded, Tensor? below) -> (Tensor scores, Tensor columns)",
     "unit_rows_cpu": "(Tensor z, ScalarType operand_dtype) -> (Tensor unit, Tensor norm)",
     "unit_rows_backward_cpu": "(Tensor z, Tensor norm, Tensor grad) -> Tensor dz",

@@ -31,11 +31,15 @@ _library.define(
 
 @dataclass(frozen=True)
 class Candidates:
-    """One set of columns: features [M, E], ids [M] (UNFILLED: nobody's candidate); num_images > 0: see pairs.py."""
+    """One set of columns: features [M, E], ids [M] (UNFILLED: nobody's candidate); num_images > 0: see pairs.py.
+
+    are_scorers  features are those of the scorers, row s G + g scorers[s, g]: one set
+    """
 
     features: Tensor
     num_images: int = 0
     ids: Tensor | None = None
+    are_scorers: bool = False
 
 
 class Detected(Protocol):
@@ -62,7 +66,8 @@ def detect(
         return Limits(tuple(sets), scorers, limit, views)
     found, before = None, 0
     for one in sets:
-        best = top_columns(scorers, one.features, top_k, num_images=one.num_images, col_ids=one.ids, backend=backend)
+        features = None if one.are_scorers else one.features
+        best = top_columns(scorers, features, top_k, num_images=one.num_images, col_ids=one.ids, backend=backend)
         found = best if found is None else merge(found, best, before)
         before += one.features.shape[0]
     assert found is not None

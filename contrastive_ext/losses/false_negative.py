@@ -112,7 +112,7 @@ def fused_false_negative_loss(
                  `keys` score; the queue has to be the same on all ranks
     Returns      float32 (float64 for float64 inputs), nats: 0-d, or [V, B] for "none"
     Raises       ValueError/TypeError on shapes, dtypes, ranges; RuntimeError if `backend` cannot run, with the reason
-    Memory       O(V B D + K D + B top_k); time O(V^2 B^2 D); a threshold alone is asked again in every pass, which
+    Memory       O(V B D + K D + V B top_k); time O(V^2 B^2 D); a threshold alone is asked again in every pass, which
                  costs time, not memory; once differentiable
     Paper        arXiv:2011.11765. Attraction with a threshold <= .8 alone is known to collapse; published best top_k: 4
                  for attraction, 8 for elimination.
@@ -163,7 +163,7 @@ class _Batch:
 def _arrange(
     views, scale, support, aggregate, keys, queue: Columns | None, labels, normalize, ranks, backend
 ) -> _Batch:
-    num_views, images, _ = views.shape
+    images = views.shape[1]
     made = partial(operand, unit=normalize, backend=backend)
     anchors = made(views)
     older = None if queue is None else queue.as_set(views.dtype)
@@ -173,13 +173,11 @@ def _arrange(
     scorers = made(support.detach()) if support is not None else shown.detach()
     if aggregate == "mean":
         scorers = scorers.mean(0, keepdim=True)
-    logits = scale * numerics.product(anchors.transpose(0, 1), shown.permute(1, 2, 0)).transpose(0, 1)
-    view = torch.arange(num_views, device=views.device)
-    others = (view[:, None] + view[1:]) % num_views  # indices, not a mask: its size would have to be waited for
-    positives = logits.gather(2, others[:, None].expand(-1, images, -1))
+    positives = scale * _products_with_other_views(anchors, shown)
 
     columns = [shown.flatten(0, 1)]
-    candidates = [Candidates(columns[0].detach(), num_images=images)]
+    own_scorers = support is None and aggregate == "max"
+    candidates = [Candidates(columns[0].detach(), num_images=images, are_scorers=own_scorers)]
     if ranks is not None:
         for of_others, ids in _of_other_ranks(columns[0], views.dtype, labels, ranks):
             columns.append(of_others)
@@ -193,6 +191,17 @@ def _arrange(
         anchors, tuple(columns), keys is None, candidates, scorers, scale, positives.flatten(0, 1),
         tuple(unit), views.dtype,
     )  # fmt: skip
+
+
+def _products_with_other_views(anchors: Tensor, shown: Tensor) -> Tensor:
+    """[V, B, V - 1] of anchors [V, B, D] and shown [V, B, D]."""
+    num_views, images, _ = anchors.shape
+    if num_views == 2:  # a matrix of four for every image and its gradient take four times as long
+        return (anchors * shown.flip(0)).sum(2, keepdim=True)
+    every = numerics.product(anchors.transpose(0, 1), shown.permute(1, 2, 0)).transpose(0, 1)
+    view = torch.arange(num_views, device=anchors.device)
+    others = (view[:, None] + view[1:]) % num_views  # indices, not a mask: its size would have to be waited for
+    return every.gather(2, others[:, None].expand(-1, images, -1))
 
 
 def _of_other_ranks(own: Tensor, wire: torch.dtype, labels: Tensor | None, ranks) -> list[tuple[Tensor, Tensor | None]]:

@@ -32,7 +32,7 @@ class TopColumns(NamedTuple):
 @torch.no_grad()
 def top_columns(
     scorers: Tensor,
-    features: Tensor,
+    features: Tensor | None,
     k: int,
     *,
     num_images: int = 0,
@@ -45,26 +45,27 @@ def top_columns(
     """The k columns most similar to any scorer of an image.
 
     scorers     [S, G, E] float32 or float64, S views of each of G images
-    features    [M, E] same dtype, of the columns
+    features    [M, E] same dtype, of the columns; None: the scorers' own rows, one set, column s G + g is scorers[s, g]
     k           >= 1, how many
     num_images, col_ids, row_ids, excluded, below
                 which columns are candidates, see `problem.pairs.Candidates`
     Returns     `TopColumns`; a NaN score is never among the best
-    Cost        2 S G M E flops, O(G k) memory
+    Cost        2 S G M E flops, O(G k) memory; on `cpu` for one set half of them, O(S G k) memory
     """
-    if scorers.dim() != 3 or features.dim() != 2 or scorers.shape[2] != features.shape[1]:
+    columns = scorers.flatten(0, -2) if features is None else features
+    if scorers.dim() != 3 or columns.dim() != 2 or scorers.shape[2] != columns.shape[1]:
         raise ValueError(
-            f"scorers must be [S, G, E] and features [M, E]; got {list(scorers.shape)} and {list(features.shape)}."
+            f"scorers must be [S, G, E] and features [M, E]; got {list(scorers.shape)} and {list(columns.shape)}."
         )
-    if scorers.dtype not in (torch.float32, torch.float64) or features.dtype != scorers.dtype:
+    if scorers.dtype not in (torch.float32, torch.float64) or columns.dtype != scorers.dtype:
         raise TypeError(
-            f"scorers and features must both be float32 or float64; got {scorers.dtype} and {features.dtype}."
+            f"scorers and features must both be float32 or float64; got {scorers.dtype} and {columns.dtype}."
         )
     if k < 1 or num_images not in (0, scorers.shape[1]):
         raise ValueError(f"need k >= 1 and num_images 0 or {scorers.shape[1]}; got {k=}, {num_images=}.")
     groups = scorers.shape[1]
     for name, x, dtype, length in (
-        ("col_ids", col_ids, torch.int64, features.shape[0]), ("row_ids", row_ids, torch.int64, groups),
+        ("col_ids", col_ids, torch.int64, columns.shape[0]), ("row_ids", row_ids, torch.int64, groups),
         ("excluded", excluded, torch.int64, groups), ("below", below, scorers.dtype, groups),
     ):  # fmt: skip
         if x is not None and (x.dtype != dtype or x.shape != (length,) or x.device != scorers.device):
@@ -85,7 +86,7 @@ def merge(one: TopColumns, other: TopColumns, columns_before: int) -> TopColumns
 def _top_columns(scorers, features, k, num_images, *rules_and_backend) -> tuple[Tensor, Tensor]:
     *rules, backend = rules_and_backend
     chosen = dispatch.select(backend, scorers.device, scorers.dtype, scorers.dtype, scorers.shape[2])
-    scorers, features = scorers.detach().contiguous(), features.detach().contiguous()
+    scorers, features = (None if x is None else x.detach().contiguous() for x in (scorers, features))
     which = Candidates(num_images, *(None if x is None else x.contiguous() for x in rules))
     return chosen.top_columns(scorers, features, k, which)
 
@@ -97,7 +98,7 @@ def _shapes(scorers, features, k, *_) -> tuple[Tensor, Tensor]:
 
 register(
     "top_columns",
-    "(Tensor scorers, Tensor features, int k, SymInt num_images, Tensor? col_ids, Tensor? row_ids, Tensor? excluded, "
+    "(Tensor scorers, Tensor? features, int k, SymInt num_images, Tensor? col_ids, Tensor? row_ids, Tensor? excluded, "
     "Tensor? below, str backend) -> (Tensor scores, Tensor columns)",
     _top_columns,
     _shapes,

@@ -132,16 +132,17 @@ std::tuple<Tensor, Tensor> pair_sums_backward_cpu(const Request& request, const 
   return gradients.results();
 }
 
-std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& features, int64_t k, int64_t num_images,
+std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, MaybeTensor features, int64_t k, int64_t num_images,
                                            MaybeTensor col_ids, MaybeTensor row_ids, MaybeTensor excluded,
                                            MaybeTensor below) {
   const ScalarType dtype = scorers.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "scorers must be float32 or float64.");
-  STD_TORCH_CHECK(scorers.dim() == 3 && scorers.size(0) > 0 && features.dim() == 2,
+  STD_TORCH_CHECK(scorers.dim() == 3 && scorers.size(0) > 0 && (!features || features->dim() == 2),
                   "scorers must be [S, G, E] and features [M, E].");
-  const int64_t views = scorers.size(0), groups = scorers.size(1), dim = scorers.size(2), m = features.size(0);
+  const int64_t views = scorers.size(0), groups = scorers.size(1), dim = scorers.size(2),
+                m = features ? features->size(0) : views * groups;
   check_tensor(scorers, "scorers", dtype, {views, groups, dim});
-  check_tensor(features, "features", dtype, {m, dim});
+  if (features) check_tensor(*features, "features", dtype, {m, dim});
   if (col_ids) check_tensor(*col_ids, "col_ids", ScalarType::Long, {m});
   if (row_ids) check_tensor(*row_ids, "row_ids", ScalarType::Long, {groups});
   if (excluded) check_tensor(*excluded, "excluded", ScalarType::Long, {groups});
@@ -152,7 +153,9 @@ std::tuple<Tensor, Tensor> top_columns_cpu(const Tensor& scorers, const Tensor& 
   const Tensor columns = torch::stable::new_empty(scorers, {sizes, 2}, ScalarType::Long);
   for_float_or_double(dtype, [&](auto zero) {
     using T = decltype(zero);
-    top_columns<T>({{data<T>(scorers), views, groups, dim, {data<T>(features), m, dim}},
+    const T* vectors = data<T>(scorers);
+    top_columns<T>({{vectors, views, groups, dim, {features ? data<T>(features) : vectors, m, dim}},
+                    !features,
                     m,
                     k,
                     num_images,

@@ -22,6 +22,7 @@ struct Simd<float> {
   typedef float V __attribute__((vector_size(CE_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(CE_VECTOR_BYTES)));
   typedef uint8_t Bytes __attribute__((vector_size(CE_VECTOR_BYTES / 4)));
+  typedef uint16_t Halves __attribute__((vector_size(CE_VECTOR_BYTES / 2)));
 };
 
 template <>
@@ -31,6 +32,8 @@ struct Simd<double> {
   typedef double V __attribute__((vector_size(CE_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(CE_VECTOR_BYTES)));
   typedef uint8_t Bytes __attribute__((vector_size(CE_VECTOR_BYTES / 8)));
+  typedef uint16_t Halves __attribute__((vector_size(CE_VECTOR_BYTES / 4)));
+  typedef uint32_t Words __attribute__((vector_size(CE_VECTOR_BYTES / 2)));
 };
 
 template <class T>
@@ -50,14 +53,33 @@ inline typename Simd<T>::V broadcast(T x) {
   return x - typename Simd<T>::V{};  // x - 0 keeps -0 and NaN
 }
 
+// Bytes as lanes and back, one width at a time: GCC 12 takes wider steps element by element.
+template <class T>
+inline typename Simd<T>::I widen(typename Simd<T>::Bytes bytes) {
+  const auto halves = __builtin_convertvector(bytes, typename Simd<T>::Halves);
+  if constexpr (sizeof(T) == 8)
+    return __builtin_convertvector(__builtin_convertvector(halves, typename Simd<T>::Words), typename Simd<T>::I);
+  else
+    return __builtin_convertvector(halves, typename Simd<T>::I);
+}
+
+template <class T>
+inline typename Simd<T>::Bytes narrow(typename Simd<T>::I lanes) {
+  typename Simd<T>::Halves halves;
+  if constexpr (sizeof(T) == 8)
+    halves = __builtin_convertvector(__builtin_convertvector(lanes, typename Simd<T>::Words), typename Simd<T>::Halves);
+  else
+    halves = __builtin_convertvector(lanes, typename Simd<T>::Halves);
+  return __builtin_convertvector(halves, typename Simd<T>::Bytes);
+}
+
 // Lanes whose pair class has `bit` keep x, the others become `other`, whatever x was.
 template <class T>
 inline typename Simd<T>::V keep(const uint8_t* pair_class, uint8_t bit, typename Simd<T>::V x,
                                 typename Simd<T>::V other) {
   typename Simd<T>::Bytes bytes;
   memcpy(&bytes, pair_class, sizeof(bytes));
-  const typename Simd<T>::I lanes = __builtin_convertvector(bytes, typename Simd<T>::I);
-  return (lanes & bit) != 0 ? x : other;
+  return (widen<T>(bytes) & bit) != 0 ? x : other;
 }
 
 // Whether a lane is not 0.
@@ -90,10 +112,31 @@ inline void split_pairs(typename Simd<T>::V a, typename Simd<T>::V b, typename S
   split_pairs<T>(a, b, firsts, seconds, std::make_integer_sequence<int, Simd<T>::kWidth>());
 }
 
+// Which lanes of 64 are not 0, lane 0 in the lowest bit; lanes hold 0 or -1.
+template <class T, int kVectors>
+inline uint64_t lane_bits(const typename Simd<T>::I (&lanes)[kVectors]) {
+  static_assert(kVectors * Simd<T>::kWidth == 64);
+  uint64_t words[8], bits = 0;
+  for (int v = 0; v < kVectors; ++v) {
+    const typename Simd<T>::Bytes bytes = narrow<T>(lanes[v]);
+    memcpy(reinterpret_cast<unsigned char*>(words) + v * Simd<T>::kWidth, &bytes, sizeof(bytes));
+  }
+  for (int w = 0; w < 8; ++w) {
+    const uint64_t ones = words[w] & 0x0101010101010101u;  // byte i becomes bit i of the highest byte
+    bits |= ones * 0x0102040810204080u >> 56 << 8 * w;
+  }
+  return bits;
+}
+
 // The larger of the two; a NaN in x is ignored.
 template <class T>
 inline typename Simd<T>::V larger(typename Simd<T>::V x, typename Simd<T>::V than) {
   return x > than ? x : than;
+}
+
+template <class T>
+inline typename Simd<T>::V smaller(typename Simd<T>::V x, typename Simd<T>::V than) {
+  return x < than ? x : than;
 }
 
 // Rounds here: the compiler may not fuse what produced x with what follows.

@@ -28,7 +28,7 @@ inline bool apply_ids(const PairRules& rules, int64_t i, int64_t j0, int64_t col
     memcpy(&col, rules.col_ids + j0 + j, sizeof(col));
     I bits = col == kUnfilledId ? padding : both;
     bits = (rules.only_equal_ids ? col != row : col == row) ? none : bits;
-    const Simd<float>::Bytes bytes = __builtin_convertvector(bits, Simd<float>::Bytes);
+    const Simd<float>::Bytes bytes = narrow<float>(bits);
     memcpy(pair + j, &bytes, sizeof(bytes));
     lost |= bits ^ kBothNegative;
   }
@@ -50,7 +50,7 @@ inline bool apply_gate(const Tile<T>& tile, int64_t row, uint8_t* pair) {
     if (tile.col_limit) bits |= score > load(tile.col_limit + j) ? row_lost : none;
     Bytes bytes;
     memcpy(&bytes, pair + j, sizeof(bytes));
-    bytes &= ~__builtin_convertvector(bits, Bytes);
+    bytes &= ~narrow<T>(bits);
     memcpy(pair + j, &bytes, sizeof(bytes));
     lost |= bits;
   }

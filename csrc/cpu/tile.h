@@ -12,6 +12,7 @@ constexpr int64_t kMaxTileCols = 1024;
 // Kernels read and write whole vectors: every per-column array is padded to kColumnPad elements, a tile's rows to whole
 // vectors, its number of rows and every per-row array to kRowStep.
 constexpr int64_t kColumnPad = 64;
+constexpr int64_t kLaneBlock = 64;  // columns that are looked at together, a bit for each
 constexpr int64_t kVectorPad = 16;  // elements of the longest vector
 constexpr int64_t kRowStep = 4;
 
@@ -164,8 +165,10 @@ struct TileKernels {
   void (*weights)(const Tile<T>&, const Weights<T>&);
   // x[i] = the larger of x[i] and y[i], NaN if one of them is; n a multiple of kVectorPad.
   void (*larger_of)(T* x, const T* y, int64_t n);
-  // The first j in [begin, end) with x[j] > limit, or end; x is readable up to a multiple of kColumnPad.
-  int64_t (*first_above)(const T* x, int64_t begin, int64_t end, T limit);
+  // From begin on the first kLaneBlock columns, a whole block of them, where an x[j] > limit or, unless limits is null,
+  // x[j] > limits[j] for j in [begin, end): a bit for each such column, the block's first column in `block`. 0: none.
+  // x and limits are readable up to a multiple of kLaneBlock.
+  uint64_t (*above)(const T* x, int64_t begin, int64_t end, T limit, const T* limits, int64_t* block);
   void (*extremes)(const Tile<T>&, const Extremes<T>&);
   void (*bin_counts)(const Tile<T>&, const BinCounts<T>&);
   void (*rank_keys)(const Tile<T>&, const RankKeys<T>&);

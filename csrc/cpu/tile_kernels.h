@@ -190,19 +190,34 @@ void larger_of(T* x, const T* y, int64_t n) {
   }
 }
 
-template <class T>
-int64_t first_above(const T* x, int64_t begin, int64_t end, T limit) {
-  constexpr int64_t kStep = 4 * Simd<T>::kWidth;
-  static_assert(kColumnPad % kStep == 0, "whole steps are readable");
-  const typename Simd<T>::V bound = broadcast<T>(limit);
-  for (int64_t j = begin / kStep * kStep; j < end; j += kStep) {
-    typename Simd<T>::I above{};
-    for (int64_t k = 0; k < kStep; k += Simd<T>::kWidth) above |= load(x + j + k) > bound;
-    if (!any(above)) continue;
-    for (int64_t at = j > begin ? j : begin; at < end && at < j + kStep; ++at)
-      if (x[at] > limit) return at;
+template <class T, bool kLimits>
+uint64_t above_one_or_both(const T* x, int64_t begin, int64_t end, T limit, const T* limits, int64_t* block) {
+  using V = typename Simd<T>::V;
+  constexpr int64_t kVectors = kLaneBlock / Simd<T>::kWidth;
+  static_assert(kColumnPad % kLaneBlock == 0, "whole blocks are readable");
+  const V bound = broadcast<T>(limit);
+  for (int64_t j = begin / kLaneBlock * kLaneBlock; j < end; j += kLaneBlock) {
+    typename Simd<T>::I above[kVectors], either{};
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const int64_t at = j + v * Simd<T>::kWidth;
+      above[v] = load(x + at) > (kLimits ? smaller<T>(load(limits + at), bound) : bound);
+      either |= above[v];
+    }
+    if (!any(either)) continue;
+    uint64_t found = lane_bits<T, kVectors>(above);
+    if (begin > j) found &= ~uint64_t{0} << (begin - j);
+    if (end < j + kLaneBlock) found &= ~(~uint64_t{0} << (end - j));
+    if (!found) continue;
+    *block = j;
+    return found;
   }
-  return end;
+  return 0;
+}
+
+template <class T>
+uint64_t above(const T* x, int64_t begin, int64_t end, T limit, const T* limits, int64_t* block) {
+  const auto search = limits ? above_one_or_both<T, true> : above_one_or_both<T, false>;
+  return search(x, begin, end, limit, limits, block);
 }
 
 template <class T>
@@ -235,7 +250,7 @@ void exp_array(const T* x, T* y, int64_t n) {
 template <class T>
 constexpr TileKernels<T> all_kernels() {
   return {product<T>,       transpose<T>,       moments<T>,      exp_sums<T>,  weights<T>,     larger_of<T>,
-          first_above<T>,   extremes<T>,        bin_counts<T>,   rank_keys<T>, ranked_sums<T>, ranked_weights<T>,
+          above<T>,         extremes<T>,        bin_counts<T>,   rank_keys<T>, ranked_sums<T>, ranked_weights<T>,
           softplus_sums<T>, sigmoid_weights<T>, tile_classes<T>, exp_array<T>, exp2_array<T>};
 }
 

@@ -9,6 +9,7 @@ namespace contrastive_ext {
 template <class T>
 struct TopColumns {
   Scorers<T> by;
+  bool one_set;  // the columns are the scorers' rows: column s groups + g is scorers[s, g]
   int64_t m, k;
   int64_t num_images;  // 0, or groups: column j is no candidate of image j % num_images
   // Each null or: columns whose id is kUnfilled are nobody's candidates; with row_ids those of an image's own id are

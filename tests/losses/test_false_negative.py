@@ -295,3 +295,19 @@ def test_sums_over_what_a_threshold_detects(monkeypatch, of_images):
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(operator(*arguments), expected)
     opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("mode", ["attract", "eliminate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_views_that_score_themselves_are_their_own_support(run, mode, dtype):
+    """Detection sees the views as one set in one call, as two in the other: the same lists, so the same loss."""
+    backend, device = run
+    shape = (2, 40, 1100) if backend == "triton" and device.type == "cpu" else (2, 300, 160)  # wide: the triangle pays
+    views = torch.randn(shape, dtype=dtype, device=device).requires_grad_()
+
+    def step(**options):
+        loss = fused(views, 0.1, mode=mode, top_k=8, threshold=None, backend=backend, reduction="none", **options)
+        return loss, torch.autograd.grad(loss.square().sum(), views)[0]
+
+    for a, b in zip(step(), step(support=views.detach()), strict=True):
+        assert torch.equal(a, b)

@@ -56,6 +56,26 @@ def test_best_columns(run, problem, dtype, monkeypatch):
         assert torch.equal(found.scores.cpu().float(), expected.scores)
 
 
+# scorers per image, images, features, k: enough features that `cpu` takes the triangle, in the last case too few
+ONE_SETS = [(1, 5, 4500, 2), (2, 7, 7200, 10), (3, 40, 340, 4), (2, 6, 3, 20)]
+
+
+@pytest.mark.parametrize("problem", ONE_SETS, ids=str)
+def test_columns_that_are_the_scorers_themselves(run, problem, monkeypatch):
+    backend, device = run
+    monkeypatch.setitem(torch_blocks.TILE, "cpu", 8)
+    s, g, e, k = problem
+    scorers = torch.randint(-2, 3, (s, g, e)).float()
+    scorers[..., 50:] = 0  # small sums: many are equal
+    ids = torch.where(torch.arange(s * g) % 4 == 1, UNFILLED, NO_COLUMN_ID)
+    for images, col_ids in ((g, None), (0, None), (g, ids)):
+        expected = _expected(scorers, scorers.flatten(0, 1), k, images, col_ids)
+        moved = None if col_ids is None else col_ids.to(device)
+        found = top_columns(scorers.to(device), None, k, num_images=images, col_ids=moved, backend=backend)
+        assert torch.equal(found.columns.cpu(), expected.columns)
+        assert torch.equal(found.scores.cpu(), expected.scores)
+
+
 def test_many_columns_and_random_scores(run):
     backend, device = run
     size = 200 if backend == "triton" and device.type == "cpu" else 1500
@@ -97,6 +117,8 @@ def test_sets_of_columns_merge():
         ({"k": 0}, ValueError, "k >= 1"),
         ({"num_images": 3}, ValueError, "num_images 0 or 4"),
         ({"col_ids": torch.zeros(4, dtype=torch.int64)}, ValueError, r"int64 \[5\]"),
+        ({"features": None, "col_ids": torch.zeros(5, dtype=torch.int64)}, ValueError, r"int64 \[4\]"),
+        ({"features": None, "scorers": torch.ones(4, 3)}, ValueError, r"\[S, G, E\]"),
     ],
 )
 def test_bad_arguments_say_what_to_do(arguments, error, says):

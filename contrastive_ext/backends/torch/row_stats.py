@@ -72,8 +72,9 @@ def backward(problem: Problem, upstream: Upstream) -> tuple[Tensor, Tensor]:
     return u.new_empty(0) if du is None else du.mul_(problem.scale), u.new_empty(0) if dv is None else dv
 
 
-def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
+def top_columns(scorers: Tensor, features: Tensor | None, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
     """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py."""
+    features = scorers.flatten(0, 1) if features is None else features
     groups, device = scorers.shape[1], scorers.device
     best = scorers.new_full((groups, k), -torch.inf)
     columns = torch.full((groups, k), NO_COLUMN, device=device)

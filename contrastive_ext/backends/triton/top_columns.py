@@ -10,14 +10,15 @@ from ..torch import row_stats as torch_blocks
 from . import launch, replay
 
 
-def top_columns(scorers: Tensor, features: Tensor, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
+def top_columns(scorers: Tensor, features: Tensor | None, k: int, which: Candidates) -> tuple[Tensor, Tensor]:
     """Scores and columns [G, k] of the k best columns of every image; see operators/top_columns.py.
 
     Lists longer than triton_kernels.top_columns.MAX_LISTED do not fit a program: the `torch` backend makes them.
     """
     if k > launch.kernels().top_columns.MAX_LISTED:
         return torch_blocks.top_columns(scorers, features, k, which)
-    scorers, features = launch.rounded(scorers), launch.rounded(features)
+    scorers = launch.rounded(scorers)
+    features = scorers.flatten(0, 1) if features is None else launch.rounded(features)
     num_scorers, groups, _ = scorers.shape
     of_rows = any(x is not None for x in (which.row_ids, which.excluded, which.below))
     config = launch.config_of("top_columns", features, "ids" if of_rows else "images")

@@ -184,9 +184,18 @@ Array<T> transpose(const std::string& isa, Array<T> x) {
   return y;
 }
 
+// Every place, as callers go through the blocks; no limits: an empty array.
 template <class T>
-int64_t first_above(const std::string& isa, Array<T> x, int64_t begin, int64_t end, T limit) {
-  return kernels<T>(isa).first_above(x.data(), begin, end, limit);
+std::vector<int64_t> above(const std::string& isa, Array<T> x, int64_t begin, int64_t end, T limit, Array<T> limits) {
+  std::vector<int64_t> places;
+  int64_t block = 0;
+  while (uint64_t found =
+             kernels<T>(isa).above(x.data(), begin, end, limit, limits.size() ? limits.data() : nullptr, &block)) {
+    for (int64_t bit = 0; bit < kLaneBlock; ++bit)
+      if (found >> bit & 1) places.push_back(block + bit);
+    begin = block + kLaneBlock;
+  }
+  return places;
 }
 
 template <class T>
@@ -275,7 +284,7 @@ void define(py::module_& m, const char* suffix) {
   m.def(name("product_").c_str(), product<T>);
   m.def(name("transpose_").c_str(), transpose<T>);
   m.def(name("larger_of_").c_str(), larger_of<T>);
-  m.def(name("first_above_").c_str(), first_above<T>);
+  m.def(name("above_").c_str(), above<T>);
   m.def(name("moments_").c_str(), moments<T>);
   m.def(name("exp_sums_").c_str(), exp_sums<T>);
   m.def(name("weights_").c_str(), weights<T>);

@@ -59,6 +59,18 @@ def best(u, v, k):
     ops.top_columns_cpu(u.view(views, groups, u.shape[1]), v, k, 0, ids, *rules)
 
 
+def best_of_one_set(groups, dtype):
+    """Views as columns of their own, with enough features that the triangle takes them (top_columns.cpp)."""
+    for views, k in ((1, 3), (2, 1), (3, 7)):
+        z = torch.randn(views, groups, 11000 * k // (views * groups) + 1, dtype=dtype)
+        m = views * groups
+        ops.top_columns_cpu(z, None, k, groups, None, None, None, None)
+        rules = torch.arange(groups) % 3, torch.arange(groups) - 1, torch.randn(groups, dtype=dtype)
+        ops.top_columns_cpu(z, None, k, 0, torch.where(torch.rand(m) < 0.3, UNFILLED, 0), *rules)
+        z[0, 0] = torch.nan
+        ops.top_columns_cpu(z, None, k, groups, None, None, None, None)
+
+
 def run_sums(u, v, images, scale, ids, rule):
     request = (u, v, scale, [1.0], *pair_arguments(u, v, images, ids, rule), False)
     offset, sign = torch.randn_like(u[:, 0]), 1.0 if ids else -1.0
@@ -105,6 +117,8 @@ for threads in (1, 2, 4):
         for scale, ids in itertools.product((2.0, 200.0), (False, True)):
             run_sums(u, v, n if n <= m else 0, scale, ids, next(rules))
         next(rules)  # another rule meets the next size's options
+    for groups, dtype in itertools.product((1, 2, 37, 301), (torch.float32, torch.float64)):
+        best_of_one_set(groups, dtype)
     u[0, 0] = float("nan")
     run(u, None, 7, [1.0], 2.0, True, False, False, False, True)
     best(u, v, 3)

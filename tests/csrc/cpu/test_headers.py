@@ -195,18 +195,22 @@ def test_larger_of_two_and_nan_of_either(native: ModuleType, isa: str, kind: str
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-def test_first_above_finds_every_place_in_order(native: ModuleType, isa: str, kind: str) -> None:
+@pytest.mark.parametrize("columns", [False, True], ids=["one limit", "limits of columns"])
+def test_search_finds_every_place_above_a_limit_in_order(
+    native: ModuleType, isa: str, kind: str, columns: bool
+) -> None:
     rng = np.random.default_rng(5)
-    first_above = getattr(native, f"first_above_{kind}")
-    for end in (0, 1, 15, 64, 130, 192):
+    above = getattr(native, f"above_{kind}")
+    for begin, end in ((0, 0), (0, 1), (3, 15), (0, 64), (64, 64), (63, 130), (70, 192), (0, 192)):
         x = np.where(rng.random(192) < 0.1, rng.integers(0, 3, 192), -1.0).astype(DTYPES[kind])
         x[rng.integers(0, 192, 5)] = np.nan
-        x[end:] = 7.0  # beyond the end: never found
-        found, j = [], -1
-        while (j := first_above(isa, x, j + 1, end, 0.0)) < end:
-            found.append(j)
-        assert j == end
-        assert found == np.flatnonzero(x[:end] > 0).tolist()
+        x[:begin], x[end:] = 7.0, 7.0  # outside: never found
+        limits = np.where(rng.random(192) < 0.2, -2.0, 1.0).astype(DTYPES[kind])
+        limits[rng.integers(0, 192, 5)] = math.inf
+        expected = x > np.minimum(limits, 1.0) if columns else x > 1
+        expected[:begin] = expected[end:] = False
+        found = above(isa, x, begin, end, 1.0, limits if columns else limits[:0])
+        assert found == np.flatnonzero(expected).tolist()
 
 
 # ---- online log-sum-exp

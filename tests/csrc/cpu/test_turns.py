@@ -126,13 +126,12 @@ def reaches(grid: Grid, block: int, column: int) -> bool:
 
 
 def check(grid: Grid, state: State) -> None:
-    busy = [set(grid.columns(t.block, t.tile)) for t in state.threads if t.at in ("add", "pass")]
-    # end() of a triangle adds to the block's own rows, which as columns others add to
-    busy += [
-        set(range(t.block * grid.block_rows, (t.block + 1) * grid.block_rows))
-        for t in state.threads
-        if t.at == "end" and grid.triangle
-    ]
+    def rows(block: int) -> set[int]:
+        """A block's own, which as columns others add to; add_columns() of a triangle may change them as well."""
+        return set(range(block * grid.block_rows, (block + 1) * grid.block_rows)) if grid.triangle else set()
+
+    busy = [set(grid.columns(t.block, t.tile)) | rows(t.block) for t in state.threads if t.at in ("add", "pass")]
+    busy += [rows(t.block) for t in state.threads if t.at == "end"]
     assert sum(map(len, busy)) == len(set().union(*busy)), f"two add to one column at a time: {state}"
     for blocks in state.added:
         assert list(blocks) == sorted(set(blocks)), f"out of order: {state}"
