@@ -206,7 +206,7 @@ def test_sums_over_pairs():
         ("ours", torch.float32, {"backend": "cpu", "operand_dtype": SPLIT}),
     ):
         leaves = {n: x.to(dtype).requires_grad_() for n, x in (("u", u), ("v", v))}
-        sums = pair_sums(*leaves.values(), offset.to(dtype), scale=20.0, sign=-1.0, **how)
+        sums = pair_sums(*leaves.values(), offset=offset.to(dtype), scale=20.0, sign=-1, **how)
         grads = torch.autograd.grad(sums.sum.sum(), list(leaves.values()))
         exact[name] = Result(sums.sum.detach(), dict(zip(leaves, grads, strict=True)))
     assert_as_accurate_as_dense(exact["ours"], exact["plain"], exact["truth"], 20.0, {}, torch.float32)
