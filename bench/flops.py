@@ -6,8 +6,6 @@ import math
 
 import torch
 
-from contrastive_ext.numerics import SPLIT_PRODUCTS
-
 from .case import Case
 from .losses import dense_of, is_ranked
 from .own_losses import OwnLoss

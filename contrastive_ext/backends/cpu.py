@@ -19,7 +19,6 @@ from ..problem.short_road import WholeLossOps, backward_shapes, forward_shapes
 from . import native
 from .backend import Backend, UnitRows, lacks_products
 
-
 SPLIT = "bf16x3"  # of numerics.SPLIT_PRODUCTS
 
 

@@ -35,9 +35,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(
-    z1: Tensor, z2: Tensor | None = None, *, operand_dtype: torch.dtype | str | None = None
-) -> Explanation:
+def explain(z1: Tensor, z2: Tensor | None = None, *, operand_dtype: torch.dtype | str | None = None) -> Explanation:
     """Say which backend a loss on z1 (and z2) would run on, and why not on the others; computes nothing.
 
     z1, z2         [B, D] as given to the loss; z2 is only checked to match

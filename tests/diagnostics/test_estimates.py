@@ -179,11 +179,11 @@ def test_estimates_that_the_documents_name_are_those_of_today(monkeypatch):
 
 
 @needs_proc
-@pytest.mark.parametrize("batch", [1024, 2048])
-def test_estimate_knows_the_layouts_of_three_parts(batch, monkeypatch):
+def test_estimate_knows_the_layouts_of_three_parts(monkeypatch):
     """float32 operands on AMX, by its model: three layouts of three parts."""
     if "cpu" not in ce.available_backends():
         pytest.skip("the native library is not built")
+    batch = 512  # the model is slow
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(native, "build_info", lambda: {"cpu_bf16": "model"})
