@@ -87,7 +87,7 @@ class Case:
     @property
     def products_dtype(self) -> torch.dtype:
         """The dtype whose matrix products the case is made of."""
-        return torch.float16 if self.dtype in SPLIT_PRODUCTS else self.torch_dtype
+        return {"fp16x3": torch.float16, "bf16x3": torch.bfloat16}.get(self.dtype, self.torch_dtype)
 
     @property
     def name(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from contrastive_ext.backends import cpu
+
 from .case import Case, short_name
 from .losses import LOSSES, PAIR_LOSSES
 
@@ -42,6 +44,8 @@ def cpu_long_cases() -> list[Case]:
         _case("infonce", "two_view", 16384),
         _case("infonce", "two_view", 128),
         _case("infonce", "two_view", 4096, dtype="bfloat16"),
+        # products that a CPU has with AMX alone
+        *([_case("infonce", "two_view", 4096, dtype=cpu.SPLIT)] if cpu.bytes_in_tile_registers(cpu.SPLIT) else []),
         # small: `torch` keeps its block and must not be slower than eager
         *(_case(loss, "two_view", 256) for loss in ("debiased", "hard_negative")),
         *(_case(loss, layout, 256) for loss, layout in (("false_negative", "views"), ("supcon", "labelled"))),

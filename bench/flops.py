@@ -6,8 +6,6 @@ import math
 
 import torch
 
-from contrastive_ext.numerics import SPLIT_PRODUCTS
-
 from .case import Case
 from .losses import dense_of, is_ranked
 from .own_losses import OwnLoss
@@ -71,8 +69,8 @@ def executed_flops(method: str, case: Case, processors: int | None = None) -> tu
         forward, backward = _as_laid_out(case, processors, forward, backward)
     columns = case.m + (case.n if isinstance(dense, OwnLoss) and dense.batch_keys else 0)
     elements = float(case.n) * columns * case.dim
-    if method == "triton" and case.dtype in SPLIT_PRODUCTS:
-        elements *= 3
+    if method in ("triton", "cpu"):
+        elements *= {"fp16x3": 3, "bf16x3": 6}.get(case.dtype, 1)
     return forward * elements, backward * elements
 
 

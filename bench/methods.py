@@ -88,7 +88,7 @@ def backends_for(case: Case, device: Device) -> list[Method]:
         reasons["cuda"] = _why_not_cuda(case)
     names = [name for name, reason in reasons.items() if name not in {"reference", *left_out} and reason is None]
     if case.dtype in SPLIT_PRODUCTS:
-        names = [name for name in names if name == "triton"]
+        names = [name for name in names if name == ("triton" if case.dtype == "fp16x3" else "cpu")]
     if not is_ranked(case):
         return [_backend(name) for name in names]
     exact = [_backend(name, ranks="exact") for name in names]

@@ -17,9 +17,10 @@ from torch import Tensor
 from .checks import can_read
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Products of float32 operands on matrix units for 16 bits: every operand is the sum of two parts of 16 bits, a product
-# the three products of parts that matter. Parts in fp16 keep 22 bits. Not every backend has them.
-SPLIT_PRODUCTS = ("fp16x3",)
+# Products of float32 operands on matrix units for 16 bits: every operand is the sum of parts of 16 bits, a product the
+# products of parts that matter. fp16x3 (Triton): three products of two parts, which keep 22 bits. bf16x3 (cpu, AMX):
+# six products of three parts, which keep all. Not every backend has them.
+SPLIT_PRODUCTS = ("fp16x3", "bf16x3")
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -53,7 +53,7 @@ std::string use_bf16_products(std::string name) {
 const std::string kProblem =
     "Tensor u, Tensor? v, float scale, float[] exponents, int num_images, int positive_offset, bool only_equal_ids, "
     "Tensor? row_ids, Tensor? col_ids, Tensor? ignored, Tensor? gate_scorers, Tensor? gate_features, "
-    "Tensor? gate_row_limit, Tensor? gate_col_limit, bool unit";
+    "Tensor? gate_row_limit, Tensor? gate_col_limit, bool unit, bool split_products";
 // The problem of the Hopper kernels; a scale tensor is read on the device.
 [[maybe_unused]] const std::string kCudaProblem =
     "Tensor u, Tensor? v, Tensor? scale, float scale_value, float exponent, int num_images, int positive_offset, "

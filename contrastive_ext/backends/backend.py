@@ -15,9 +15,10 @@ from ..problem.ranking import RankedStatistics
 from ..problem.short_road import WholeLossOps
 
 
-def lacks_products(operand_dtype: torch.dtype | str) -> str | None:
-    """Why a backend without products of split operands cannot take a call that wants them; None where it does not."""
-    return f"it has no {operand_dtype!r} products." if isinstance(operand_dtype, str) else None
+def lacks_products(operand_dtype: torch.dtype | str, own: str = "") -> str | None:
+    """Why a backend whose products of split operands are `own` cannot take a call that wants others; otherwise None."""
+    split = isinstance(operand_dtype, str) and operand_dtype != own
+    return f"it has no {operand_dtype!r} products." if split else None
 
 
 class UnitRows(NamedTuple):

@@ -1,6 +1,7 @@
 """The `cpu` backend: hand-written C++ tiles (csrc/), float32 and float64.
 
-16-bit operands are widened to float32; products of bf16 ones run on AMX where the CPU has it, with the same accuracy.
+16-bit operands are widened to float32; products of bf16 ones run on AMX where the CPU has it, with the same accuracy,
+and so do products of float32 ones cut into three bf16 parts, on request (operand_dtype="bf16x3").
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ from ..problem.short_road import WholeLossOps, backward_shapes, forward_shapes
 from . import native
 from .backend import Backend, UnitRows, lacks_products
 
+SPLIT = "bf16x3"  # of numerics.SPLIT_PRODUCTS
+
 
 def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype | str, dim: int) -> str | None:
     """None, or why the native CPU kernels cannot take this call."""
     if device.type != "cpu":
         return f"it computes on the CPU and the tensors are on {device}."
-    return lacks_products(operand_dtype) or native.why_missing()
+    lacking = lacks_products(operand_dtype, SPLIT) or native.why_missing()
+    if lacking is not None or operand_dtype != SPLIT:
+        return lacking
+    _, reason = _bf16_products(operand_dtype)
+    return f"its {SPLIT!r} products need AMX: {reason}." if reason else None
 
 
 def note(operand_dtype: torch.dtype | str) -> str:
@@ -32,15 +39,15 @@ def note(operand_dtype: torch.dtype | str) -> str:
     return f"bf16 products widened to float32: {reason}" if reason else f"bf16 products: {who}" if who else ""
 
 
-def has_tile_registers(operand_dtype: torch.dtype | str) -> bool:
-    """Whether products of such operands run on AMX, which reads three layouts of them."""
+def bytes_in_tile_registers(operand_dtype: torch.dtype | str) -> int:
+    """Of a number as AMX reads it, in three layouts; 0 where products of such operands do not run on it."""
     who, reason = _bf16_products(operand_dtype)
-    return bool(who) and not reason
+    return 0 if not who or reason else 6 if operand_dtype == SPLIT else 2
 
 
 def _bf16_products(operand_dtype: torch.dtype | str) -> tuple[str, str]:
     """Who multiplies, "" for other operands, and why they are widened, if they are."""
-    if operand_dtype != torch.bfloat16 or native.why_missing() is not None:
+    if operand_dtype not in (torch.bfloat16, SPLIT) or native.why_missing() is not None:
         return "", ""
     who, _, reason = native.build_info()["cpu_bf16"].partition(": ")
     return who, reason
@@ -127,7 +134,8 @@ def _arguments(problem: Problem) -> tuple:
     """In the order of `schema.NATIVE_PROBLEM`."""
     scale = float(problem.scale)  # already on the host
     col_ids = None if problem.one_set else problem.pairs.col_ids
-    return problem.u, problem.v, scale, list(problem.exponents), *pair_arguments(problem.pairs, col_ids, problem.unit)
+    pairs = pair_arguments(problem.pairs, col_ids, problem.unit)
+    return problem.u, problem.v, scale, list(problem.exponents), *pairs, bool(problem.products)
 
 
 BACKEND = Backend(

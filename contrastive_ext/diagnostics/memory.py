@@ -21,7 +21,7 @@ from ..batch.distributed import EXCHANGES, Exchange
 from ..batch.request import LAYOUTS
 from ..batch.ring import OVERLAPS
 from ..checks import check_choice
-from ..numerics import SUPPORTED_DTYPES, stats_dtype
+from ..numerics import SUPPORTED_DTYPES, resolve_operand_dtype, stats_dtype
 
 MIB = 2**20
 # How often the columns of other ranks are held, gradients included: those of all ranks, and of one where transfers run
@@ -74,7 +74,7 @@ class _Sizes:
     item: int
     stats: int
     device: str
-    tile_registers: bool
+    tile_registers: int  # bytes of a number in one of three layouts, 0 without
 
     @property
     def matrix(self) -> int:
@@ -105,7 +105,7 @@ def _cpu(c: _Sizes) -> float:
     tiles = min(0.8 * MIB * torch.get_num_threads(), 0.75 * c.matrix)
     widened = 0 if c.item == c.stats else c.queue
     columns = max(c.others, c.queue) + c.held * c.others + widened
-    rows = (3 if c.others else 2) * c.stats + c.item + (3 * c.item if c.tile_registers else 0)
+    rows = (3 if c.others else 2) * c.stats + c.item + 3 * c.tile_registers
     return rows * c.own + columns * c.stats + tiles
 
 
@@ -173,13 +173,14 @@ def estimate_memory(
     world_size: int = 1,
     exchange: Exchange = "gather",
     dtype: torch.dtype = torch.float32,
+    operand_dtype: torch.dtype | str | None = None,
     backend: str = "auto",
 ) -> MemoryEstimate:
     """Estimate peak memory of InfoNCE, forward and backward, for the dense formula and for a backend of this library.
 
     batch_size   B, pairs of one rank
     dim          D, features
-    layout, queue_size, dtype  as in the loss
+    layout, queue_size, dtype, operand_dtype  as in the loss
     world_size   ranks of `group`
     exchange     as in `AllRanks`: "gather", every rank holds the candidates of all, "ring", of one other at a time
     backend      a name, also of one that cannot run here; "auto": the one that a call would take on this machine's GPU
@@ -198,9 +199,11 @@ def estimate_memory(
             "need batch_size, dim, world_size >= 1 and queue_size >= 0; "
             f"got {batch_size}, {dim}, {world_size}, {queue_size}."
         )
+    resolved = resolve_operand_dtype(dtype, operand_dtype)
+    operands = operand_dtype if isinstance(operand_dtype, str) else resolved
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if backend == "auto":
-        backend = dispatch.select(backend, device, stats_dtype(dtype), dtype, dim).name
+        backend = dispatch.select(backend, device, stats_dtype(dtype), operands, dim).name
     anchors = 2 * batch_size if layout == "two_view" else batch_size
     sizes = _Sizes(
         anchors=anchors,
@@ -213,7 +216,7 @@ def estimate_memory(
         item=dtype.itemsize,
         stats=stats_dtype(dtype).itemsize,
         device=device.type,
-        tile_registers=cpu.has_tile_registers(dtype),
+        tile_registers=cpu.bytes_in_tile_registers(operands),
     )
     dense = int(_dense(sizes))
     if exchange == "ring" and world_size > 1:

@@ -50,7 +50,7 @@ class LossOptions(TypedDict, total=False):
     reduction: Literal["mean", "sum", "none"]
     return_stats: bool
     backend: str
-    operand_dtype: torch.dtype | Literal["fp16x3"] | None
+    operand_dtype: torch.dtype | Literal["fp16x3", "bf16x3"] | None
     group: dist.ProcessGroup | distributed.AllRanks | None
 
 
@@ -76,7 +76,7 @@ def fused_row_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_stats: bool = False,
     backend: str = "auto",
-    operand_dtype: torch.dtype | Literal["fp16x3"] | None = None,
+    operand_dtype: torch.dtype | Literal["fp16x3", "bf16x3"] | None = None,
     group: dist.ProcessGroup | distributed.AllRanks | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Any row loss over a batch of pairs, without forming the similarity matrix; every public loss is this call.
@@ -112,7 +112,8 @@ def fused_row_loss(
                  torch.float16 or torch.bfloat16 for float32 z1 and z2: products at the 16-bit rate of a GPU from unit
                  rows rounded once (fp16 keeps as much of them as TF32); everything else and the gradients stay float32.
                  "fp16x3" (Triton, D <= 256): nothing is rounded, products as three of fp16 parts on tensor cores, as
-                 exact as in float32 (histograms of ranks stay in float32)
+                 exact as in float32 (histograms of ranks stay in float32). "bf16x3" (cpu, with AMX; an error without):
+                 nothing is rounded, products as six of bf16 parts, as exact as in float32
     group        `AllRanks()` or a torch.distributed process group: candidates are those of all its ranks. Every rank
                  makes the same call with as many rows (`backend` and `return_stats` may differ, with
                  `AllRanks(uneven=True)` numbers of rows too), gets loss and statistics of its own anchors and calls

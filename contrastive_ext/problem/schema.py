@@ -13,7 +13,7 @@ _PAIRS = (
     "int num_images, int positive_offset, bool only_equal_ids, Tensor? row_ids, Tensor? col_ids, Tensor? ignored, "
     "Tensor? gate_scorers, Tensor? gate_features, Tensor? gate_row_limit, Tensor? gate_col_limit, bool unit"
 )
-NATIVE_PROBLEM = f"Tensor u, Tensor? v, float scale, float[] exponents, {_PAIRS}"
+NATIVE_PROBLEM = f"Tensor u, Tensor? v, float scale, float[] exponents, {_PAIRS}, bool split_products"
 PROBLEM = (
     f"Tensor u, Tensor? v, Tensor? scale, float scale_value, float[] exponents, {_PAIRS.replace('int ', 'SymInt ')}, "
     "ScalarType operand_dtype, str products, str backend"

@@ -24,7 +24,7 @@ struct Block {
   std::vector<uint16_t> a, b;
 
   // Small integers make sums that are exact in any order; otherwise numbers of all magnitudes between 2^-6 and 2.
-  explicit Block(bool integers) : a(kWeightParts * kPaddedRows * kPaddedDepth), b(kPaddedRows * kPaddedDepth) {
+  explicit Block(bool integers) : a(kParts * kPaddedRows * kPaddedDepth), b(kPaddedRows * kPaddedDepth) {
     uint64_t state = 88172645463325252u;
     const auto draw = [&] {
       state ^= state << 13, state ^= state >> 7, state ^= state << 17;
@@ -34,7 +34,7 @@ struct Block {
       memcpy(&bits, &small, sizeof(bits));
       return static_cast<uint16_t>(integers ? bits >> 16 : wide);
     };
-    for (int64_t part = 0; part < kWeightParts; ++part)
+    for (int64_t part = 0; part < kParts; ++part)
       for (int64_t i = 0; i < kRows; ++i)
         for (int64_t k = 0; k < kDepth; ++k) a[(part * kPaddedRows + i) * kPaddedDepth + k] = draw();
     for (uint16_t& x : b) x = draw();
@@ -43,8 +43,9 @@ struct Block {
   std::vector<float> multiply(const Bf16Kernels& kernels, const std::vector<uint16_t>& left,
                               const std::vector<uint16_t>& right) const {
     std::vector<float> c(kRows * kCols, 1.0f);
-    kernels.product({c.data(), kCols, left.data(), kPaddedDepth, kPaddedRows * kPaddedDepth, kWeightParts, right.data(),
-                     kTileRows * kPaddedDepth, kRows, kCols, kDepth, 0.5f, /*accumulate=*/true});
+    kernels.product({c.data(), kCols, left.data(), kPaddedDepth, kPaddedRows * kPaddedDepth, right.data(),
+                     kTileRows * kPaddedDepth,
+                     /*b_part=*/0, kOfWeight, kRows, kCols, kDepth, 0.5f, /*accumulate=*/true});
     return c;
   }
   std::vector<float> multiply(const Bf16Kernels& kernels) const { return multiply(kernels, a, b); }
@@ -99,7 +100,7 @@ bool multiplies_like_the_model(const Bf16Kernels& kernels) {
   const std::vector<float> ours = rounded.multiply(kernels), expected = rounded.multiply(model),
                            sizes = rounded.sizes(model);
   // two orders of one sum differ by at most twice the roundings of one
-  constexpr float kAllowed = 2 * kWeightParts * Block::kPaddedDepth * 0x1p-24f;
+  constexpr float kAllowed = 2 * kParts * Block::kPaddedDepth * 0x1p-24f;
   for (size_t i = 0; i < ours.size(); ++i)
     if (!(std::fabs(ours[i] - expected[i]) <= kAllowed * sizes[i])) return false;
   return true;

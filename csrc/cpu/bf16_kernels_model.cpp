@@ -44,7 +44,7 @@ struct Registers {
 namespace contrastive_ext {
 namespace amx_model {
 namespace {
-const Bf16Kernels kKernels = {bf16_product, bf16_split};
+const Bf16Kernels kKernels = {bf16_product, bf16_split, bf16_cut};
 }
 const Bf16Kernels* const kBf16Kernels = &kKernels;
 }  // namespace amx_model

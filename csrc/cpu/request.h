@@ -23,7 +23,7 @@ struct Request {
   bool only_equal_ids;
   const MaybeTensor &row_ids, &col_ids, &ignored;
   const MaybeTensor &gate_scorers, &gate_features, &gate_row_limit, &gate_col_limit;
-  bool unit;
+  bool unit, split_products;
 
   int64_t n() const { return u.size(0); }
   int64_t m() const { return v ? v->size(0) : u.size(0); }
@@ -33,6 +33,8 @@ struct Request {
     STD_TORCH_CHECK(u.dim() == 2 && (!v || v->dim() == 2), "u and v must be matrices [N, D] and [M, D].");
     const ScalarType dtype = u.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "u must be float32 or float64.");
+    STD_TORCH_CHECK(!split_products || (dtype == ScalarType::Float && chosen_bf16().kernels),
+                    "products of float32 numbers in bf16 parts need AMX: ", chosen_bf16().reason, ".");
     check_tensor(u, "u", dtype, {n(), u.size(1)});
     if (v) check_tensor(*v, "v", dtype, {m(), u.size(1)});
     if (row_ids) check_tensor(*row_ids, "row_ids", ScalarType::Long, {n()});
@@ -95,7 +97,7 @@ struct Request {
                  u.size(1),  /*one_set=*/!v,
                  unit,       scale,
                  exponents,  tables.rules(),
-                 {}};
+                 {},         split_products};
     for (double& beta : p.exponents)
       beta = static_cast<double>(static_cast<T>(beta));  // as the dense formula rounds it
     if (!gate_scorers) return p;
@@ -143,10 +145,11 @@ struct Flat<kFunction> {
   static Results call(const Tensor& u, MaybeTensor v, double scale, std::vector<double> exponents, int64_t num_images,
                       int64_t positive_offset, bool only_equal_ids, MaybeTensor row_ids, MaybeTensor col_ids,
                       MaybeTensor ignored, MaybeTensor gate_scorers, MaybeTensor gate_features,
-                      MaybeTensor gate_row_limit, MaybeTensor gate_col_limit, bool unit, Own... own) {
-    const Request request{u,       v,       scale,   exponents,    num_images,    positive_offset, only_equal_ids,
-                          row_ids, col_ids, ignored, gate_scorers, gate_features, gate_row_limit,  gate_col_limit,
-                          unit};
+                      MaybeTensor gate_row_limit, MaybeTensor gate_col_limit, bool unit, bool split_products,
+                      Own... own) {
+    const Request request{
+        u,       v,       scale,        exponents,     num_images,     positive_offset, only_equal_ids, row_ids,
+        col_ids, ignored, gate_scorers, gate_features, gate_row_limit, gate_col_limit,  unit,           split_products};
     request.check();
     return kFunction(request, static_cast<Own&&>(own)...);
   }

@@ -48,8 +48,9 @@ struct Problem {
   std::vector<double> exponents;  // numbers of T
   PairRules pairs;
   Gate<T> gate;
+  bool split_products = false;  // those of float32 numbers in bf16 parts (bf16_operands.h)
   // u and v again, as products read them
-  Bf16Operands bf16{u, n, v, m, d, one_set};
+  Bf16Operands bf16{u, n, v, m, d, one_set, split_products};
   Panels<T> columns = bf16 ? Panels<T>() : Panels<T>(v, m, d);
 
   // exp(beta s_ij) for unit rows lies between 2^-reach and 2^reach.

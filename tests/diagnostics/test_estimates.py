@@ -176,3 +176,20 @@ def test_estimates_that_the_documents_name_are_those_of_today(monkeypatch):
         keywords = ast.literal_eval("{" + quoted + "}")
         estimate = ce.estimate_memory(int(batch), int(dim), backend="cpu", **keywords)
         assert mebibytes(estimate.fused) == mib
+
+
+@needs_proc
+def test_estimate_knows_the_layouts_of_three_parts(monkeypatch):
+    """float32 operands on AMX, by its model: three layouts of three parts."""
+    if "cpu" not in ce.available_backends():
+        pytest.skip("the native library is not built")
+    batch = 512  # the model is slow
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "build_info", lambda: {"cpu_bf16": "model"})
+    model = "ce.available_backends(); torch.ops.contrastive_ext.use_bf16_products_cpu('model')\n"
+    call = "ce.fused_infonce_loss(z1, z2, 0.5, backend='cpu', operand_dtype='bf16x3').backward()"
+    (growth,) = peak_growths(model + SETUP, call, 64, 2 * batch)
+    estimate = ce.estimate_memory(batch, DIM, operand_dtype="bf16x3", backend="cpu").fused
+    assert_close(estimate, growth, "three parts")
+    assert estimate > ce.estimate_memory(batch, DIM, backend="cpu").fused

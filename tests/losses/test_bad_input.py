@@ -85,7 +85,7 @@ Z = torch.randn(4, 3)
         (
             {"operand_dtype": torch.float64},
             ValueError,
-            "torch.float16, torch.bfloat16, 'fp16x3' or None; got torch.float64",
+            "torch.float16, torch.bfloat16, 'fp16x3', 'bf16x3' or None; got torch.float64",
         ),
         ({"operand_dtype": "fp16"}, ValueError, "got 'fp16'"),
         ({"z1": Z.half(), "z2": Z.half(), "operand_dtype": torch.bfloat16}, ValueError, "torch.float16 or None"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...problem.problem import Problem, Statistics, Upstream
+from ..backend import lacks_products
 from . import launch
 from .forward import Forward
 from .gradient import Term, gradients, total
@@ -25,6 +26,9 @@ def why_not(device: torch.device, dtype: torch.dtype, operand_dtype: torch.dtype
     if missing is not None:
         return missing
     most = launch.kernels().configs.RESIDENT_FEATURES
+    lacking = lacks_products(operand_dtype, "fp16x3")
+    if lacking is not None:
+        return lacking
     if isinstance(operand_dtype, str) and dim > most:
         return f"its {operand_dtype!r} products end at {most} features; these rows have {dim}."
     if device.type == "cpu":

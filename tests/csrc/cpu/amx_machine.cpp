@@ -100,22 +100,23 @@ void on_illegal(int, siginfo_t*, void* raw) {
 }
 
 struct Case {
-  int64_t rows, cols, depth, parts;
+  int64_t rows, cols, depth;
+  Bf16Terms terms;
   bool accumulate;
 };
 
 bool equal(const Case& x, bool hardware) {
   const auto whole = [](int64_t n) { return (n + kTileBlock - 1) / kTileBlock * kTileBlock; };
   const int64_t depth = whole(x.depth), panel = kTileRows * depth, c_row = x.cols + 3;
-  std::vector<uint16_t> a(x.parts * whole(x.rows) * depth), b(whole(x.cols) * depth);
+  std::vector<uint16_t> a(kParts * whole(x.rows) * depth), b(kParts * whole(x.cols) * depth);
   for (auto* matrix : {&a, &b})
     for (uint16_t& y : *matrix) y = static_cast<uint16_t>((rand() & 0x8000) | (0x3d00 + rand() % 0x300));
   std::vector<float> ours(x.rows * c_row, 0.25f), expected = ours;
   for (const auto& [c, kernels] : {std::pair(&ours, amx::kBf16Kernels), std::pair(&expected, amx_model::kBf16Kernels)})
-    kernels->product({c->data(), c_row, a.data(), depth, whole(x.rows) * depth, x.parts, b.data(), panel, x.rows,
-                      x.cols, x.depth, x.accumulate ? 0.5f : 1.5f, x.accumulate});
+    kernels->product({c->data(), c_row, a.data(), depth, whole(x.rows) * depth, b.data(), panel, whole(x.cols) * depth,
+                      x.terms, x.rows, x.cols, x.depth, x.accumulate ? 0.5f : 1.5f, x.accumulate});
   if (!hardware) return memcmp(ours.data(), expected.data(), ours.size() * sizeof(float)) == 0;
-  const float terms = static_cast<float>(x.parts * depth), largest = 4 * terms + 1;  // every number is below 2
+  const float terms = static_cast<float>(x.terms.count * depth), largest = 4 * terms + 1;  // every number is below 2
   for (size_t i = 0; i < ours.size(); ++i)
     if (!(fabsf(ours[i] - expected[i]) <= 2 * terms * 0x1p-24f * largest)) return false;
   return true;
@@ -131,10 +132,16 @@ int main() {
     action.sa_sigaction = on_illegal, action.sa_flags = SA_SIGINFO;
     sigaction(SIGILL, &action, nullptr);
   }
-  for (const Case& x : {Case{32, 32, 32, 1, false}, Case{1, 1, 1, 1, false}, Case{45, 41, 83, 3, true},
-                        Case{70, 100, 128, 1, false}, Case{17, 33, 64, 3, false}})
+  for (const Case& x :
+       {Case{32, 32, 32, kWhole, false}, Case{1, 1, 1, kWhole, false}, Case{45, 41, 83, kOfWeight, true},
+        Case{70, 100, 128, kWhole, false}, Case{17, 33, 64, kOfWeight, false}, Case{45, 41, 83, kOfBoth, true},
+        Case{33, 70, 96, kSymmetric, false}})
     if (!equal(x, hardware)) return printf("differs: %ld x %ld x %ld\n", long(x.rows), long(x.cols), long(x.depth)), 1;
   if (!multiplies_like_the_model(*amx::kBf16Kernels)) return printf("the check of the first use fails\n"), 1;
+  uint16_t parts[2][kParts * 3];
+  const float numbers[3] = {1.0f / 3, -3e-5f, 16777215.0f};
+  amx::kBf16Kernels->cut(numbers, 3, 0.5f, parts[0]), amx_model::kBf16Kernels->cut(numbers, 3, 0.5f, parts[1]);
+  if (memcmp(parts[0], parts[1], sizeof(parts[0])) != 0) return printf("the cut differs\n"), 1;
   if (hardware) return printf("on AMX\n"), 0;
   printf("interpreted: %ld configurations, %ld releases, %ld products\n", executed[kConfigure], executed[kRelease],
          executed[kDot]);

@@ -33,12 +33,14 @@ Array<float> dot(Array<float> c, Array<uint16_t> a, Array<uint16_t> b) {
   return out;
 }
 
-// a [parts, whole blocks of rows, whole depth], b [panels, depth / 2, kTileRows, 2], c changed in place.
+// a [parts, whole blocks of rows, whole depth], b [parts, panels, depth / 2, kTileRows, 2], c changed in place. Sums of
+// their own (kSymmetric) where both have parts and c is not added to.
 void product(Array<float> c, Array<uint16_t> a, Array<uint16_t> b, int64_t rows, int64_t cols, int64_t depth,
              float scale, bool accumulate) {
+  const Bf16Terms terms = a.shape(0) == 1 ? kWhole : b.shape(0) == 1 ? kOfWeight : accumulate ? kOfBoth : kSymmetric;
+  const int64_t panel = b.shape(2) * kTileRows * 2;
   amx_model::kBf16Kernels->product({c.mutable_data(), c.shape(1), a.data(), a.shape(2), a.shape(1) * a.shape(2),
-                                    a.shape(0), b.data(), b.shape(1) * kTileRows * 2, rows, cols, depth, scale,
-                                    accumulate});
+                                    b.data(), panel, b.shape(1) * panel, terms, rows, cols, depth, scale, accumulate});
 }
 
 const Bf16Kernels& named(const std::string& name) {
@@ -49,7 +51,7 @@ const Bf16Kernels& named(const std::string& name) {
 
 // Three parts [3, kTileBlock, parts_row] and the scale (0: not finite) of the upper left of w.
 py::tuple split(const std::string& name, Array<float> w, int64_t rows, int64_t cols, int64_t parts_row) {
-  Array<uint16_t> parts({kWeightParts, kTileBlock, parts_row});
+  Array<uint16_t> parts({kParts, kTileBlock, parts_row});
   float scale = 0;
   const bool finite = named(name).split({w.data(), w.shape(1), rows, cols, parts.mutable_data(), parts_row}, &scale);
   return py::make_tuple(parts, finite ? scale : 0.0f);
@@ -59,7 +61,7 @@ py::tuple split(const std::string& name, Array<float> w, int64_t rows, int64_t c
 template <int kFault>
 void faulty(const Bf16Product& p) {
   Bf16Product q = p;
-  if (kFault == 1) q.parts -= 1;
+  if (kFault == 1) ++q.terms.term, --q.terms.count;
   if (kFault == 2) q.depth -= kTileDepth;
   amx_model::kBf16Kernels->product(q);
   if (kFault == 3) q.c[q.c_row + 3] += 1.0f / 4096;
@@ -70,7 +72,7 @@ void faulty(const Bf16Product& p) {
 
 bool accepted(int fault) {
   void (*const products[])(const Bf16Product&) = {faulty<0>, faulty<1>, faulty<2>, faulty<3>, faulty<4>, faulty<5>};
-  return multiplies_like_the_model({products[fault], amx_model::kBf16Kernels->split});
+  return multiplies_like_the_model({products[fault], amx_model::kBf16Kernels->split, amx_model::kBf16Kernels->cut});
 }
 
 }  // namespace

@@ -38,8 +38,8 @@ def pair_arguments(u, v, images, ids, rule, columns=False):
     return (images, 0, only_equal_ids, row_ids, col_ids, ignored, *gate)
 
 
-def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics, rule=None):
-    request = (u, v, scale, exponents, *pair_arguments(u, v, images, ids, rule, columns), unit)
+def run(u, v, images, exponents, scale, unit, ids, columns, means, diagnostics, rule=None, split=False):
+    request = (u, v, scale, exponents, *pair_arguments(u, v, images, ids, rule, columns), unit, split)
     lse, _, col_lse, _, _ = ops.row_stats_forward_cpu(*request, columns, means, diagnostics, means)
     grad, grad_columns = torch.randn_like(lse), torch.randn_like(col_lse) if columns else None
     column_args = (col_lse if columns else None, grad_columns)
@@ -72,7 +72,7 @@ def best_of_one_set(groups, dtype):
 
 
 def run_sums(u, v, images, scale, ids, rule):
-    request = (u, v, scale, [1.0], *pair_arguments(u, v, images, ids, rule), False)
+    request = (u, v, scale, [1.0], *pair_arguments(u, v, images, ids, rule), False, False)
     offset, sign = torch.randn_like(u[:, 0]), 1.0 if ids else -1.0
     total, _, _ = ops.pair_sums_forward_cpu(*request, offset, sign)
     for needs in ((True, True), (True, False), (False, True)):
@@ -90,7 +90,7 @@ def run_whole(pairs, extra, depth, dtype, layout, formula, parameters, exponents
 
 def run_ranked(u, v, images, scale, unit, ids, bins, diagnostics, rule=None):
     pairs = pair_arguments(u, v, images, ids, rule)
-    request = (u, v, scale, [1.0], *pairs, unit, [1.64, 0.36, 1e-10, 0.9, 0.9], bins)
+    request = (u, v, scale, [1.0], *pairs, unit, False, [1.64, 0.36, 1e-10, 0.9, 0.9], bins)
     lse, _, axis, below = ops.ranked_stats_forward_cpu(*request, diagnostics)
     ops.ranked_stats_backward_cpu(*request, lse, axis, below, torch.randn_like(lse), True, v is not None)
     if v is not None:
@@ -134,6 +134,9 @@ for threads in (1, 2, 4):
         for bins in (0, 256):
             run_ranked(u, v, images, 2.0, False, False, bins, True)
             run_ranked(u, None, max(1, n // 2), 2.0, False, False, bins, True)
+        u, v = torch.randn(n, depth), torch.randn(m, depth)
+        run(u, v, images, [1.0, 2.0], 2.0, False, False, True, True, True, next(rules), split=True)
+        run(u, None, max(1, n // 2), [1.0], 2.0, False, True, False, True, True, next(rules), split=True)
     ops.use_bf16_products_cpu("auto")
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for pairs, depth, dtype, normalize in itertools.product((1, 2, 37, 300), (1, 15, 65), dtypes, (True, False)):

@@ -119,32 +119,33 @@ def as_rows(a: np.ndarray) -> np.ndarray:
 
 
 def as_panels(b: np.ndarray) -> np.ndarray:
-    """[depth, cols] in panels of columns; columns beyond are poison, depth beyond is a number."""
-    depth, cols = b.shape
-    whole = np.full((padded(depth), padded(cols)), 0x7FC0, np.uint16)
-    whole[:, :cols] = 0x4000
-    whole[:depth, :cols] = bf16(b)
-    return np.ascontiguousarray(whole.reshape(-1, 2, padded(cols) // PANEL, PANEL).transpose(2, 0, 3, 1))
+    """[parts, depth, cols] in panels of columns; columns beyond are poison, depth beyond is a number."""
+    parts, depth, cols = b.shape
+    whole = np.full((parts, padded(depth), padded(cols)), 0x7FC0, np.uint16)
+    whole[..., :cols] = 0x4000
+    whole[:, :depth, :cols] = bf16(b)
+    return np.ascontiguousarray(whole.reshape(parts, -1, 2, padded(cols) // PANEL, PANEL).transpose(0, 3, 1, 4, 2))
 
 
 # (rows, depth, columns): whole blocks, one more, one less, less than a register, several panels
 PRODUCTS = [(32, 32, 32), (33, 33, 33), (31, 31, 31), (1, 1, 1), (5, 257, 70), (64, 128, 96), (17, 6, 15)]
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [(1, 1), (3, 1), (3, 3)])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("rows, depth, cols", PRODUCTS)
 def test_products_of_every_size_are_exact_where_their_sums_are(
-    native: ModuleType, rows: int, depth: int, cols: int, accumulate: bool, parts: int
+    native: ModuleType, rows: int, depth: int, cols: int, accumulate: bool, parts: tuple[int, int]
 ) -> None:
     rng = np.random.default_rng(rows + depth)
-    a = rng.integers(-8, 9, (parts, rows, depth)).astype(np.float32)
-    b = rng.integers(-8, 9, (depth, cols)).astype(np.float32)
+    a = rng.integers(-8, 9, (parts[0], rows, depth)).astype(np.float32)
+    b = rng.integers(-8, 9, (parts[1], depth, cols)).astype(np.float32)
     before = rng.integers(-9, 10, (rows, cols + 5)).astype(np.float32)  # rows of c are longer than the product
     c = before.copy()
     native.product(c, as_rows(a), as_panels(b), rows, cols, depth, 0.5, accumulate)
     expected = before.copy()
-    expected[:, :cols] = 0.5 * (a.sum(0) @ b) + (before[:, :cols] if accumulate else 0)
+    terms = [a[i] @ b[k] for i in range(parts[0]) for k in range(parts[1]) if i + k < 3]  # six of nine
+    expected[:, :cols] = 0.5 * sum(terms) + (before[:, :cols] if accumulate else 0)
     np.testing.assert_array_equal(c, expected)
 
 
@@ -155,7 +156,7 @@ def test_an_element_has_the_same_bits_wherever_it_stands(native: ModuleType) -> 
 
     def scores(u: np.ndarray, v: np.ndarray) -> np.ndarray:
         c = np.zeros((len(u), len(v)), np.float32)
-        native.product(c, as_rows(u[None]), as_panels(v.T), len(u), len(v), u.shape[1], 3.7, False)
+        native.product(c, as_rows(u[None]), as_panels(v.T[None]), len(u), len(v), u.shape[1], 3.7, False)
         return c
 
     whole = scores(u, v)
