@@ -54,7 +54,9 @@ def select(name: str, device: torch.device, dtype: torch.dtype, operand_dtype: t
     backend = next(b for b in BACKENDS if b.name == name)
     reason = backend.why_not(device, dtype, operand_dtype, dim)
     if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot run this call: {reason} Use backend='auto' or {_others(name)}.")
+        able = [repr(b.name) for b in BACKENDS if b.why_not(device, dtype, operand_dtype, dim) is None]
+        names = [*(["'auto'", *able] if able else []), repr(REFERENCE)]
+        raise RuntimeError(f"backend {name!r} cannot run this call: {reason} Use backend={' or '.join(names)}.")
     return backend
 
 
@@ -102,7 +104,3 @@ def _announce(backend: Backend, device: torch.device, text: str) -> None:
     if key not in _announced:
         _announced.add(key)
         warnings.warn(f"contrastive_ext: {text}", stacklevel=2)
-
-
-def _others(name: str) -> str:
-    return ", ".join(repr(n) for n in available_backends() if n != name)

@@ -138,3 +138,14 @@ def test_products_of_split_operands_are_asked_of_who_has_them(name):
         ce.fused_infonce_loss(z, z, backend=name, operand_dtype="fp16x3")
     exact = ce.fused_infonce_loss(z, z, backend="reference", operand_dtype="fp16x3")
     assert torch.equal(exact, ce.fused_infonce_loss(z, z, backend="reference"))
+
+
+def test_what_is_advised_can_run_the_call(monkeypatch):
+    plain = dispatch.BACKENDS[-1]
+    broken = replace(plain, name="cuda", why_not=lambda *_: "no such device.")
+    monkeypatch.setattr(dispatch, "BACKENDS", (broken, plain))
+    for operands, advice in (
+        (F32, "'auto' or 'torch' or 'reference'"), *((name, "'reference'") for name in SPLIT_PRODUCTS),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"no such device. Use backend={advice}.$"):
+            dispatch.select("cuda", CPU, F32, operands, 8)
