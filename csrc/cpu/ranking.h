@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -46,7 +47,7 @@ class RowRanks {
   }
   int32_t steps() const { return 1 << 2 * digit_bits_; }
 
-  // Calls f(column, rank) for every negative, ascending; rank of them are not larger.
+  // Calls f(column, rank) for every negative; rank of them are not larger.
   template <class F>
   void for_each(const int32_t* key, const T* s, int64_t columns, const F& f) {
     const int64_t count = sort(key, columns);
@@ -64,7 +65,7 @@ class RowRanks {
   struct Entry {
     uint32_t key, column;
   };
-  using Logit = std::pair<decltype(order_key(T())), uint32_t>;  // and its column
+  using Key = decltype(order_key(T()));
   static constexpr int kMostBits = 11;
 
   // Fills sorted_, ignored pairs last; returns how many come before them.
@@ -93,13 +94,24 @@ class RowRanks {
     for (uint32_t& count : counts) before += std::exchange(count, before);
   }
 
-  // Ranks of sorted_[begin, end), which share a step; equal logits share the largest rank.
+  // Ranks of sorted_[begin, end), which share a step; equal logits share the largest rank. A step holds few different
+  // numbers of float32, so that long runs are mostly equal ones: those are counted, not sorted.
   template <class F>
   void rank_one_step(const T* s, int64_t begin, int64_t end, const F& f) {
-    if (end == begin + 2) {  // nearly always
-      const uint32_t one = sorted_[begin].column, other = sorted_[begin + 1].column;
-      const T x = s[one], y = s[other];
-      f(one, x < y ? begin + 1 : end), f(other, y < x ? begin + 1 : end);
+    Key lowest = std::numeric_limits<Key>::max(), highest = 0;
+    for (int64_t k = begin; k < end; ++k) {
+      const Key own = order_key(s[sorted_[k].column]);
+      lowest = std::min(lowest, own), highest = std::max(highest, own);
+    }
+    const Key span = highest - lowest;
+    if (span < static_cast<Key>(4 * (end - begin) + 24)) {
+      not_larger_.assign(static_cast<size_t>(span) + 1, 0);
+      for (int64_t k = begin; k < end; ++k) ++not_larger_[order_key(s[sorted_[k].column]) - lowest];
+      for (size_t at = 1; at < not_larger_.size(); ++at) not_larger_[at] += not_larger_[at - 1];
+      for (int64_t k = begin; k < end; ++k) {
+        const uint32_t column = sorted_[k].column;
+        f(column, begin + not_larger_[order_key(s[column]) - lowest]);
+      }
       return;
     }
     logits_.clear();
@@ -113,8 +125,8 @@ class RowRanks {
 
   int digit_bits_ = 4;
   std::vector<Entry> entries_, sorted_;
-  std::vector<uint32_t> lower_, upper_;
-  std::vector<Logit> logits_;
+  std::vector<uint32_t> lower_, upper_, not_larger_;
+  std::vector<std::pair<Key, uint32_t>> logits_;  // and their columns
 };
 
 // log omega of the ranks 1 to count. Most rows of a call have the same count; ids make a few differ.

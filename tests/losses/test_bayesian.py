@@ -147,15 +147,20 @@ def test_any_numbers_are_ranked_right(run, dtype):
     _assert_same([ours[-1].double()], [expected[-1]], **close)
 
 
-@pytest.mark.parametrize("spread", [1.0, 1e-6, 0.0], ids=["spread out", "beside a far one", "equal beside a far one"])
+@pytest.mark.parametrize("kind", ["spread out", "beside a far one", "equal beside a far one", "neighbours"])
 @pytest.mark.parametrize("m", [1, 2, 15, 16, 17, 40, 255, 700, 2049, 5000])
-def test_rows_of_any_length_are_ranked_right(run, m, spread):
-    """As above; a far number leaves the others a small part of the row's range. Every third column is left out."""
+def test_rows_of_any_length_are_ranked_right(run, m, kind):
+    """As above; a far number leaves the others a small part of the row's range, neighbours are next to each other in
+    float32. Every third column is left out."""
     backend, device = run
     if backend == "triton" and device.type == "cpu" and m > 256:
         pytest.skip("half a minute in the interpreter, whose tiles are all of one kind")
-    x = (spread * torch.randn(m, 1)).to(device)
+    if kind == "neighbours":
+        x = 0.5 + torch.randint(12, (m, 1)) * 2.0**-24
+    else:
+        x = {"spread out": 1.0, "beside a far one": 1e-6}.get(kind, 0.0) * torch.randn(m, 1)
     x[m // 2] = 1.0
+    x = x.to(device)
     ids = (torch.arange(m, device=device) + 1) % 3
     keep = ids[None, :] != 0
     if not keep.any():
