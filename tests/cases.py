@@ -168,7 +168,7 @@ PAIR_FACTORS = {
     "hardness": Factor((None, (2.0, "in_batch"), (0.5, "own"), (3.0, "all")), ("hardness", "hardness_on")),
     "in_batch": Factor((True, False), ("in_batch_negatives",)),
     "positives": Factor((None, 1, 3), ("positives",)),
-    "operand_dtype": Factor((None, torch.float16, torch.bfloat16, "fp16x3"), ("operand_dtype",)),
+    "operand_dtype": Factor((None, torch.float16, torch.bfloat16, "fp16x3", "bf16x3"), ("operand_dtype",)),
     "group": Factor((False, True), ("group",)),  # of one rank: more are tests/batch/test_distributed.py
     "positive_weight": Factor((False, True), ("positive_weight",)),
     "tau_plus": Factor((None, 0.0, 0.02, 0.5, "pairs", "rows"), ("tau_plus",)),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accuracy import ULPS, assert_close
+from amx_model import the_model_multiplies
 from draw import SIXTEEN_BITS
 from truth import Arithmetic, Outcome
 
@@ -108,6 +109,13 @@ def upstream_like(loss: Tensor, gradients: dict[str, Tensor], dtype: torch.dtype
 
 
 def ours(call: Call, backend: str, upstream: Tensor) -> Result:
+    """Loss, gradients and statistics of a backend."""
+    by_the_model = backend == "cpu" and call.constants.get("operand_dtype") == "bf16x3"  # AMX alone has such products
+    with the_model_multiplies() if by_the_model else nullcontext():
+        return _ours(call, backend, upstream)
+
+
+def _ours(call: Call, backend: str, upstream: Tensor) -> Result:
     leaves = {name: x.detach().requires_grad_(name in call.wanted) for name, x in call.inputs.items()}
     wrapped = {name: call.around[name](x) if name in call.around else x for name, x in leaves.items()}
     arguments = {**call.constants, **wrapped, "backend": backend}

@@ -12,6 +12,7 @@ import torch
 
 import contrastive_ext as ce
 from accuracy import Result, assert_as_accurate_as_dense, evaluate
+from amx_model import multiply_by, the_model_multiplies
 from contrastive_ext import row_stats
 from contrastive_ext.backends import native
 from problems import make_problem
@@ -23,15 +24,10 @@ RUN = "cpu", torch.device("cpu")
 BFLOAT16 = torch.bfloat16
 
 
-def multiply_by(name: str) -> str:
-    return torch.ops.contrastive_ext.use_bf16_products_cpu(name)
-
-
 @pytest.fixture(autouse=True)
-def _the_model_multiplies():
-    assert multiply_by("model") == "model"
-    yield
-    multiply_by("auto")
+def _by_the_model():
+    with the_model_multiplies():
+        yield
 
 
 def rounded(z):

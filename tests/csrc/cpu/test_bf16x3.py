@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 import contrastive_ext as ce
 from accuracy import Result, assert_as_accurate_as_dense, evaluate
+from amx_model import multiply_by, the_model_multiplies
 from contrastive_ext import row_stats
 from contrastive_ext.backends import native
 from contrastive_ext.operators.pair_sums import pair_sums
@@ -27,15 +28,10 @@ RUN = "cpu", CPU
 SPLIT = "bf16x3"
 
 
-def multiply_by(name: str) -> str:
-    return torch.ops.contrastive_ext.use_bf16_products_cpu(name)
-
-
 @pytest.fixture(autouse=True)
-def _the_model_multiplies():
-    assert multiply_by("model") == "model"
-    yield
-    multiply_by("auto")
+def _by_the_model():
+    with the_model_multiplies():
+        yield
 
 
 def split(loss):
